@@ -1,0 +1,33 @@
+# `make demo` and `make test` are all a newcomer needs: both install into .venv first, when something has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check lint types layers clean
+
+demo: $(INSTALLED)
+	$(BIN)/flashgrpo demo
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+check: lint types layers test
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+layers: $(INSTALLED)
+	$(BIN)/lint-imports
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv

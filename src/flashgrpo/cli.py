@@ -1,0 +1,114 @@
+"""The command line. No logic lives here: each command reads its arguments, calls one function, shows the result."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flashgrpo.config import RunConfig
+from flashgrpo.errors import UserError
+from flashgrpo.progress import Reporter, describe
+
+app = typer.Typer(
+    help="Align video diffusion models with rewards by training one denoising step per rollout.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+Recipe = Annotated[str, typer.Argument(help="A YAML recipe, or the name of one that ships with the package.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example updates=20.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="The run directory; runs/demo-seedS when not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts, steps and noise.")] = 0,
+) -> None:
+    """Align the bundled model on this machine, from start to report, in minutes and without a GPU."""
+    from flashgrpo.demo import demo as run_demo
+
+    report, record = run_demo(out, seed, Reporter())
+    print(describe(record))
+    print(f"report: {report}")
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train a recipe; a run directory that has a checkpoint goes on from it."""
+    from flashgrpo.train import train as run_training
+
+    print(run_training(RunConfig.load(recipe, overrides or [])))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run directory, or a recipe to score its base model.")],
+    overrides: Overrides = None,
+    checkpoint: Annotated[int | None, typer.Option(help="The update to evaluate; the best when not given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score the held-out prompts, paired with the base model."""
+    from flashgrpo.evaluate import evaluate as run_evaluation
+
+    record = run_evaluation(target, overrides or [], checkpoint)
+    if as_json:
+        print(json.dumps(record))
+        return
+    table = Table("", "base", f"update {record['update']}")
+    for kind in ("rewards", "watched"):
+        for name, value in record[kind].items():
+            label = name if kind == "rewards" else f"{name} (watched)"
+            table.add_row(label, f"{record[f'base_{kind}'][name]:.3f}", f"{value:.3f}")
+    Console().print(table)
+    print(describe(record))
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    out: Annotated[Path, typer.Option(help="The mp4 to write.")] = Path("sample.mp4"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the initial noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; the evaluation's when not given.")] = None,
+) -> None:
+    """Write a video of the base model beside one of the tuned model, from the same noise."""
+    from flashgrpo.sample import sample as run_sample
+
+    print(run_sample(run, prompt, out, seed, steps))
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write RUN/report.html, one file that opens offline."""
+    from flashgrpo.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print a recipe with every setting resolved."""
+    print(RunConfig.load(recipe, overrides or []).to_yaml(), end="")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Run the command line: a `UserError` becomes one sentence and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        print(f"flashgrpo: {error}", file=sys.stderr)
+        sys.exit(2)

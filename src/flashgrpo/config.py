@@ -1,0 +1,296 @@
+"""A run is one YAML file: RunConfig and its parts, and the sentences that bad input gets.
+
+OmegaConf merges `key=value` overrides into the file, pydantic validates the result. Every key is used; an unknown one
+is refused with the nearest known name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from flashgrpo.errors import UserError
+from flashgrpo.explain import explain, first_line, suggest
+from flashgrpo.presets import PRESETS, Algorithm
+from flashgrpo.schedule import Euler
+
+PACKAGE = Path(__file__).parent
+RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent.parent / "recipes")  # installed; in a checkout
+
+
+def resolve_path(path: str) -> str:
+    """`flashgrpo:NAME` is a file or folder that ships inside the package's `models` folder; else the path itself."""
+    head, colon, tail = path.partition("flashgrpo:")
+    return str(PACKAGE / "models" / tail) if colon and not head else path
+
+
+class Part(BaseModel):
+    """Settings are immutable and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Lora(Part):
+    """Train low-rank adapters on the named linear layers (through peft)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
+    """Module names; one that a model lacks is passed over as long as another matches."""
+
+
+class Full(Part):
+    """Train every parameter of the network."""
+
+    kind: Literal["full"] = "full"
+
+
+class ModelConfig(Part):
+    """The video model: a diffusers pipeline folder or hub id, and the size of its videos."""
+
+    path: str
+    """A local folder, a hub id, or `flashgrpo:tiny/weights`, the bundled model."""
+    height: int = Field(ge=1)
+    """Pixels."""
+    width: int = Field(ge=1)
+    num_frames: int = Field(ge=1)
+    fps: float = Field(default=16, gt=0)
+    max_sequence_length: int = Field(default=512, ge=1)
+    """Text tokens; the pipeline pads to it."""
+    negative_prompt: str = ""
+    shift: float | None = Field(default=None, gt=0)
+    """Overrides the flow shift of the checkpoint's scheduler."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights; adapters, latents and densities are always float32."""
+    train: Annotated[Lora | Full, Field(discriminator="kind")] = Lora()
+    gradient_checkpointing: bool = False
+
+
+class RolloutConfig(Part):
+    """How the samples of an update are drawn."""
+
+    prompts: int = Field(default=8, ge=1)
+    """Prompt groups per update, P."""
+    group_size: int = Field(default=8, ge=2)
+    """Samples per prompt, G; the baseline of a sample is the mean of its group, so one is not enough."""
+    num_steps: int = Field(default=20, ge=2)
+    """Denoising steps, N."""
+    guidance_scale: float = Field(default=4.5, ge=1)
+    """Classifier-free guidance in rollout and update; 1 turns it off."""
+    solver: Euler = Euler()
+    """Of the deterministic steps."""
+    micro_batch: int = Field(default=64, ge=1)
+    """Samples denoised at once."""
+    decode_micro_batch: int = Field(default=64, ge=1)
+    """Latents decoded at once."""
+
+
+class EmaConfig(Part):
+    """Exponential moving average of the trained weights; evaluation and export use it."""
+
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    every: int = Field(default=8, ge=1)
+    """Optimizer steps between two averagings."""
+
+
+class OptimConfig(Part):
+    """AdamW and how an update is cut into optimizer steps and micro-batches."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    warmup: int = Field(default=0, ge=0)
+    """Optimizer steps over which the learning rate rises linearly."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    micro_batch: int = Field(default=16, ge=1)
+    """Transitions in one backward pass; it changes memory and speed, never the gradient."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimizer steps per pass over a rollout; each takes an equal share of its transitions."""
+    passes: int = Field(default=1, ge=1)
+    """Passes over a rollout."""
+    ema: EmaConfig = EmaConfig()
+    grad_norm_by_step: bool = True
+    """Record the gradient norm by denoising step; it keeps a second copy of the gradients."""
+
+
+class PromptsConfig(Part):
+    """Prompt files, one prompt a line: .txt, or .jsonl with a `prompt` key whose other keys reach the rewards."""
+
+    train: str
+    heldout: str
+
+
+class RewardConfig(Part):
+    """A reward: any callable, named by `package.module:function` or `path/to/file.py:function`."""
+
+    call: str
+    weight: float = 1.0
+    """Negative to train against a quantity."""
+    watched: bool = False
+    """Scored at evaluation only and never trained on: a watch for reward hacking."""
+    args: dict[str, Any] = {}
+    """Further keyword arguments of the callable."""
+
+    @model_validator(mode="after")
+    def _counts(self) -> "RewardConfig":
+        if self.weight == 0:
+            raise ValueError("weight must not be 0; a reward that is only to be looked at says watched: true")
+        return self
+
+
+class EvaluationConfig(Part):
+    """Held-out prompts on fixed noise with a deterministic solver, paired with the base model."""
+
+    every: int = Field(default=10, ge=1)
+    """Updates between two evaluations; the last update is always evaluated."""
+    num_steps: int = Field(default=50, ge=2)
+    guidance_scale: float | None = Field(default=None, ge=1)
+    """The rollout's when not given."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    seed: int = Field(default=1_000, ge=0)
+    videos: int = Field(default=8, ge=0)
+    """The first so many samples of an evaluation are kept as mp4."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a new best."""
+
+
+class CheckpointConfig(Part):
+    """When the run is saved; every evaluation is followed by a checkpoint as well."""
+
+    every: int = Field(default=10, ge=1)
+    keep: int = Field(default=2, ge=1)
+    """The newest so many are kept, and the best."""
+
+
+class ParallelConfig(Part):
+    """Use of the machine."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the tensor library; its own choice when not given."""
+
+
+class TrackingConfig(Part):
+    """What is shown while a run goes on."""
+
+    progress: bool = True
+
+
+def algorithm_from(value: Any) -> Any:
+    """A preset's name, a preset with changes (`preset: flash-grpo` beside other keys), or the four choices."""
+    name = value if isinstance(value, str) else value.get("preset") if isinstance(value, Mapping) else None
+    if name is None:
+        return value
+    if name not in PRESETS:
+        raise ValueError(f"no preset is called {name!r}; {suggest(str(name), PRESETS)}")
+    changes = {} if isinstance(value, str) else {key: v for key, v in value.items() if key != "preset"}
+    return merge_choices(asdict(PRESETS[name]), changes)
+
+
+def merge_choices(old: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested settings; a change of `kind` drops the settings of the kind before."""
+    merged = dict(old)
+    for key, new in changes.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(new, Mapping) and new.get("kind") in (None, before.get("kind")):
+            new = merge_choices(before, new)
+        merged[key] = new
+    return merged
+
+
+class RunConfig(Part):
+    """A run, whole."""
+
+    out: str
+    """The run directory."""
+    seed: int = Field(default=0, ge=0)
+    updates: int = Field(ge=1)
+    model: ModelConfig
+    algorithm: Annotated[Algorithm, BeforeValidator(algorithm_from)] = PRESETS["flash-grpo"]
+    rollout: RolloutConfig = RolloutConfig()
+    optim: OptimConfig = OptimConfig()
+    prompts: PromptsConfig
+    rewards: dict[str, RewardConfig] = Field(min_length=1)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> "RunConfig":
+        if all(reward.watched for reward in self.rewards.values()):
+            raise ValueError("rewards: every reward is watched only, so there is nothing to train on")
+        try:
+            self.algorithm.steps.candidates(self.rollout.num_steps)
+        except ValueError as error:
+            raise ValueError(f"algorithm.steps with rollout.num_steps {self.rollout.num_steps}: {error}") from error
+        return self
+
+    @classmethod
+    def load(cls, recipe: str | Path, overrides: Sequence[str] = ()) -> "RunConfig":
+        """Read a recipe (a file, or the name of one that ships with the package) and apply `key=value` overrides.
+
+        Raises:
+            UserError: the file is missing or no YAML mapping, or a setting is unknown or out of range.
+        """
+        path = find_recipe(str(recipe))
+        try:
+            tree = OmegaConf.load(path)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{path} is no readable YAML file: {first_line(error)}") from error
+        if not isinstance(tree, DictConfig):
+            raise UserError(f"{path} must hold a mapping of settings, not a list")
+        for override in overrides:
+            override_one(tree, override)
+        return cls.parse(OmegaConf.to_container(tree), str(path))
+
+    @classmethod
+    def parse(cls, tree: Any, source: str) -> "RunConfig":
+        """Validate settings; the first problem becomes a `UserError` that names `source`, the key and the mend."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise UserError(f"{source}: {explain(error, cls.model_json_schema())}") from error
+
+    def to_yaml(self) -> str:
+        """The resolved settings; loading the text again gives an equal RunConfig."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file itself, or `recipes/NAME.yaml` of the package."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for folder in RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
+    if recipe in shipped:
+        return shipped[recipe]
+    raise UserError(f"there is no recipe {recipe}; give a YAML file or one of: {', '.join(sorted(shipped))}")
+
+
+def override_one(tree: DictConfig, override: str) -> None:
+    """Merge one `key=value` into the settings; a key below a preset's name changes that preset."""
+    key, equals, _ = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {override!r} must have the form key=value, for example optim.lr=1e-4")
+    if key.startswith("algorithm.") and isinstance(tree.get("algorithm"), str | None):
+        tree["algorithm"] = {"preset": tree.get("algorithm") or "flash-grpo"}
+    try:
+        tree.merge_with_dotlist([override])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"override {override!r} cannot be applied: {first_line(error)}") from error

@@ -1,0 +1,21 @@
+"""The bundled run: train the bundled model on its bundled reward, evaluate on held-out prompts, write the report."""
+
+from pathlib import Path
+from typing import Any
+
+from flashgrpo.config import RunConfig
+from flashgrpo.progress import Reporter
+from flashgrpo.report import write_report
+from flashgrpo.run_directory import RunDirectory
+from flashgrpo.train import train
+
+
+def demo(out: Path | None, seed: int, reporter: Reporter) -> tuple[Path, dict[str, Any]]:
+    """Run `recipes/tiny.yaml`, or go on with it where it was interrupted.
+
+    Returns:
+        The report, and the last evaluation's record.
+    """
+    folder = out or Path("runs") / f"demo-seed{seed}"
+    run = train(RunConfig.load("tiny", [f"seed={seed}"]).model_copy(update={"out": str(folder)}), reporter)
+    return write_report(run), RunDirectory(run).evaluations()[-1]

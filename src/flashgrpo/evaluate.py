@@ -1,0 +1,157 @@
+"""Held-out prompts on fixed noise with a deterministic solver, paired with the base model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+from torch import Tensor
+
+from flashgrpo import checkpoint
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed import default_device, normal, use_threads
+from flashgrpo.models import load_model
+from flashgrpo.models.lora import weights_replaced
+from flashgrpo.noise import Ode
+from flashgrpo.policy import Policy
+from flashgrpo.prompts import TextCache, read_prompts
+from flashgrpo.rollout import denoise
+from flashgrpo.run_directory import RunDirectory
+from flashgrpo.schedule import Euler
+from flashgrpo.scoring import Rewards
+from flashgrpo.types import Prompt, RewardTable, VideoModel
+from flashgrpo.video import Video, write_mp4
+
+
+def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_update: int | None = None) -> dict[str, Any]:
+    """Evaluate a run's checkpoint (the best by default) against its base model; of a recipe, the base model alone.
+
+    Returns:
+        A record as in evaluations.jsonl. Nothing is written.
+
+    Raises:
+        UserError: `target` is neither a run with a checkpoint nor a recipe, or an override or setting is bad.
+    """
+    is_run = Path(target).is_dir()
+    run, config = RunDirectory.existing(Path(target)) if is_run else (None, RunConfig.load(target, overrides))
+    if is_run and overrides:
+        config = RunConfig.load(Path(target) / "config.yaml", overrides)
+    use_threads(config.parallel.threads)
+    rewards = Rewards(config.rewards)
+    prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
+    saved = checkpoint.load_best(run.checkpoints, checkpoint_update) if run else None
+    model = load_model(config.model, default_device(), config.seed)
+    evaluator = Evaluator(model, config, prompts, rewards, TextCache(model))
+    base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
+    if saved is None:
+        return base
+    tensors, progress = saved
+    with weights_replaced(model.network, tensors["ema"]):
+        return record(progress.update, evaluator(), base, config.evaluation.samples_per_prompt)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of n = prompts x samples_per_prompt videos, a prompt's samples one after the other."""
+
+    prompts: Sequence[Prompt]
+    table: RewardTable
+    videos: Sequence[Video]  # the first few
+
+
+class Evaluator:
+    """Scores a model's current weights, always on the same prompts and noise."""
+
+    def __init__(
+        self, model: VideoModel, config: RunConfig, prompts: Sequence[Prompt], rewards: Rewards, texts: TextCache
+    ) -> None:
+        settings = config.evaluation
+        grid = model.grid(settings.num_steps)
+        guidance = settings.guidance_scale or config.rollout.guidance_scale
+        self._policy = Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
+        self._config = config
+        self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
+        self._rewards = rewards
+        self._texts = texts
+
+    @torch.no_grad()
+    def __call__(self) -> Evaluation:
+        """Sample and score every held-out prompt with the weights that the model has now."""
+        tables, kept = [], []
+        rows = torch.arange(len(self._prompts)).split(self._config.rollout.micro_batch)
+        for part in rows:
+            prompts = [self._prompts[row] for row in part]
+            condition = self._texts([prompt.text for prompt in prompts])
+            videos = decode(self._policy.model, self._denoise(part, condition), self._config.rollout.decode_micro_batch)
+            tables.append(self._rewards.score(videos, prompts, watched=True))
+            kept += [videos[i].cpu() for i, row in enumerate(part) if row < self._config.evaluation.videos]
+        values = torch.cat([table.values for table in tables])
+        return Evaluation(self._prompts, RewardTable(tables[0].names, values, tables[0].weights), kept)
+
+    def _denoise(self, rows: Tensor, condition: Any) -> Tensor:
+        settings, model = self._config.evaluation, self._policy.model
+        names = [divmod(int(row), settings.samples_per_prompt) for row in rows]
+        noise = [normal(model.latent_shape, settings.seed, "evaluation", *name) for name in names]
+        return denoise(self._policy, torch.stack(noise).to(model.device), condition, Euler())
+
+
+def decode(model: VideoModel, latents: Tensor, micro_batch: int) -> Tensor:
+    """Videos (B, F, 3, H, W) of latents, `micro_batch` at a time."""
+    return torch.cat([model.decode(part) for part in latents.split(micro_batch)])
+
+
+def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, samples_per_prompt: int) -> dict[str, Any]:
+    """A line of evaluations.jsonl: the means, and the paired difference to the base model's line (`base`).
+
+    The interval is a 95 % percentile bootstrap over prompts: a prompt's samples are no independent evidence for other
+    prompts. It is None where there are fewer than two prompts.
+    """
+    table = tuned.table
+    totals = table.total.tolist()
+    samples = [
+        {"prompt": prompt.text, "reward": totals[row], **_parts(table, row)} for row, prompt in enumerate(tuned.prompts)
+    ]
+    base_samples = samples if base is None else base["samples"]
+    for sample, before in zip(samples, base_samples, strict=True):
+        sample |= {f"base_{key}": before[key] for key in ("reward", "rewards", "watched")}
+    differences = [sample["reward"] - sample["base_reward"] for sample in samples]
+    means = {"reward": float(np.mean(totals)), "rewards": table.means(trained=True), "watched": table.means(trained=False)}
+    base_means = {f"base_{key}": (means if base is None else base)[key] for key in means}
+    return {
+        "update": update,
+        **means,
+        **base_means,
+        "difference": float(np.mean(differences)),
+        "interval": bootstrap_interval(np.reshape(differences, (-1, samples_per_prompt)).mean(axis=1)),
+        "samples": samples,
+    }
+
+
+def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> list[float] | None:
+    """[low, high] of the mean of independent `values`, by percentile bootstrap with a fixed seed."""
+    if len(values) < 2:
+        return None
+    result = scipy.stats.bootstrap(
+        (values,), np.mean, confidence_level=confidence, method="percentile", rng=np.random.default_rng(0)
+    )
+    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
+
+
+def write_videos(run: RunDirectory, update: int, evaluation: Evaluation, fps: float) -> list[str]:
+    """Write the kept videos of an evaluation; their paths relative to the run directory."""
+    paths = [f"videos/{update:06d}/{row:03d}.mp4" for row in range(len(evaluation.videos))]
+    for path, video in zip(paths, evaluation.videos, strict=True):
+        write_mp4(run.path / path, video, fps)
+    return paths
+
+
+def _parts(table: RewardTable, row: int) -> dict[str, dict[str, float]]:
+    values = dict(zip(table.names, table.values[row].tolist(), strict=True))
+    trained = {table.names[column] for column in table.trained}
+    return {
+        "rewards": {name: value for name, value in values.items() if name in trained},
+        "watched": {name: value for name, value in values.items() if name not in trained},
+    }

@@ -1,0 +1,66 @@
+"""Files and folders that appear whole or not at all: written aside, flushed to disk, renamed."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from flashgrpo.errors import UserError
+
+
+@contextlib.contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, to be made a file or a folder; on success it takes the place of `path`.
+
+    A crash at any moment leaves either the old `path` or the new one, and at worst a hidden `.partial-NAME` beside it,
+    which the next write removes. A full disk becomes a `UserError` and leaves `path` as it was.
+    """
+    aside = path.with_name(f".partial-{path.name}")  # the ending stays: encoders go by it
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(aside)
+        try:
+            yield aside
+            for file in sorted(aside.rglob("*")) if aside.is_dir() else [aside]:
+                _flush_to_disk(file)
+            if path.is_dir():  # a folder cannot be renamed over another
+                _remove(path)
+            os.replace(aside, path)
+            _flush_to_disk(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _remove(aside)
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in a single write, so that a kill leaves at most one line without its newline."""
+    assert "\n" not in line
+    with explain_os_errors(path), path.open("ab", buffering=0) as file:
+        file.write(line.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses (no room, no permission, not a folder) into one sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).splitlines()[0].lower()
+        raise UserError(f"cannot write {path}: {reason}") from error
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

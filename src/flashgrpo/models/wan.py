@@ -1,0 +1,166 @@
+"""Wan 2.1 text-to-video, through diffusers' own classes; the bundled model is one with tiny widths."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import WanPipeline
+from jaxtyping import Float
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from flashgrpo.config import Lora, ModelConfig
+from flashgrpo.errors import UserError
+from flashgrpo.models.lora import prepare, trained_parameters, weights_replaced
+from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
+from flashgrpo.types import Condition, Latents, Videos
+
+
+class WanModel:
+    """A `WanPipeline` as a `VideoModel`. The denoising loop is not the pipeline's; its parts are."""
+
+    def __init__(self, pipeline: WanPipeline, config: ModelConfig, seed: int, keep_reference: bool = False) -> None:
+        self.pipeline = pipeline
+        self.config = config
+        self.latent_shape = self._latent_shape()
+        prepare(self.network, config.train, seed)
+        if config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        pipeline.text_encoder.requires_grad_(False)
+        pipeline.vae.requires_grad_(False)
+        self._base = (
+            {name: parameter.detach().clone() for name, parameter in trained_parameters(self.network).items()}
+            if keep_reference and not isinstance(config.train, Lora)
+            else None
+        )
+
+    @classmethod
+    def load(
+        cls, path: str, config: ModelConfig, device: torch.device, seed: int, keep_reference: bool = False
+    ) -> "WanModel":
+        """Load with `WanPipeline.from_pretrained`, the VAE in float32 and the rest in `config.dtype`.
+
+        Raises:
+            UserError: a part of the pipeline is missing or unreadable, or the video size does not fit the model.
+        """
+        dtype = getattr(torch, config.dtype)
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            pipeline = WanPipeline.from_pretrained(path, dtype={"default": dtype, "vae": torch.float32})
+        except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"model.path: {path} could not be loaded as a WanPipeline: {reason}") from error
+        pipeline.to(device)
+        return cls(pipeline, config, seed, keep_reference)
+
+    @property
+    def network(self) -> nn.Module:
+        """The transformer."""
+        return self.pipeline.transformer
+
+    @property
+    def device(self) -> torch.device:
+        """Of the transformer."""
+        return next(self.network.parameters()).device
+
+    def grid(self, num_steps: int) -> SigmaGrid:
+        """The grid of the checkpoint's scheduler, with `config.shift` in place of its own where given."""
+        return grid_from_scheduler(self.pipeline.scheduler, num_steps, self.config.shift)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Condition:
+        """Text embeddings {"text", "negative"}, each (B, max_sequence_length, D)."""
+        text, negative = self.pipeline.encode_prompt(
+            list(texts),
+            negative_prompt=self.config.negative_prompt,
+            max_sequence_length=self.config.max_sequence_length,
+            device=self.device,
+        )
+        return Condition({"text": text, "negative": negative})
+
+    def velocity(
+        self, x: Latents, timestep: Float[Tensor, " batch"], condition: Condition, guidance_scale: float
+    ) -> Latents:
+        """v_negative + guidance_scale (v_text - v_negative), both branches in one forward; scale 1 needs only one."""
+        text = condition.tensors["text"]
+        if guidance_scale == 1:
+            return self._forward(x, timestep, text)
+        both = self._forward(
+            torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([text, condition.tensors["negative"]])
+        )
+        v_text, v_negative = both.chunk(2)
+        return v_negative + guidance_scale * (v_text - v_negative)
+
+    def _forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        dtype = self.pipeline.transformer.dtype
+        return self.network(x.to(dtype), timestep, text.to(dtype), return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def decode(self, latents: Latents) -> Videos:
+        """Undo the latents' normalisation, decode, and bring [-1, 1] to [0, 1]."""
+        vae = self.pipeline.vae
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+        return (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).contiguous()
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Adapters off, or the kept base weights."""
+        if isinstance(self.config.train, Lora):
+            return self._adapters_off()
+        assert self._base is not None, "load with keep_reference to compare a fully trained model with its base"
+        return weights_replaced(self.network, self._base)
+
+    @contextlib.contextmanager
+    def _adapters_off(self):  # type: ignore[no-untyped-def]
+        self.network.disable_adapters()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()  # type: ignore[operator]
+
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write `folder/pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights` reads."""
+        with weights_replaced(self.network, tensors):
+            layers = get_peft_model_state_dict(self.network, adapter_name="default")
+            metadata = copy.copy(self.network.peft_config["default"].to_dict())  # type: ignore[union-attr,index]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+
+    def _latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) for the configured video size.
+
+        Raises:
+            UserError: the size is no multiple of what VAE and patches need; the sentence names the nearest that is.
+        """
+        config, vae, network = self.config, self.pipeline.vae.config, self.pipeline.transformer.config
+        _, patch_height, patch_width = network.patch_size
+        for name, size, multiple in (
+            ("height", config.height, vae.scale_factor_spatial * patch_height),
+            ("width", config.width, vae.scale_factor_spatial * patch_width),
+        ):
+            if size % multiple:
+                nearest = max(multiple, round(size / multiple) * multiple)
+                raise UserError(f"model.{name}: {size} is no multiple of {multiple}; the nearest is {nearest}")
+        stride = vae.scale_factor_temporal
+        if (config.num_frames - 1) % stride:
+            nearest = round((config.num_frames - 1) / stride) * stride + 1
+            raise UserError(
+                f"model.num_frames: {config.num_frames} is no multiple of {stride} plus 1; the nearest is {nearest}"
+            )
+        return (
+            network.in_channels,
+            (config.num_frames - 1) // stride + 1,
+            config.height // vae.scale_factor_spatial,
+            config.width // vae.scale_factor_spatial,
+        )

@@ -1,0 +1,61 @@
+"""The policy in the sense of reinforcement learning: what a denoising step draws, given the network.
+
+    pi(x_{k+1} | x_k, condition) = N( mean(k, x_k, v), std_k^2 I ),   v = velocity of the network with guidance
+
+Rollout draws from it and update replays it, both through this one class, so that the first ratio is 1 bit for bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from flashgrpo.noise import StepTable
+from flashgrpo.schedule import SigmaGrid
+from flashgrpo.types import Condition, Latents, VideoModel
+
+Steps = Int64[Tensor, " batch"]
+LogProb = Float32[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A video model on a grid, with the noise of its stochastic steps.
+
+    Args:
+        table: mean, std and density of every step of `grid`.
+        guidance_scale: classifier-free guidance, the same in rollout and in update.
+        micro_batch: rows in one exact forward.
+    """
+
+    model: VideoModel
+    grid: SigmaGrid
+    table: StepTable
+    guidance_scale: float
+    micro_batch: int
+
+    def velocity(self, k: Steps, x: Latents, condition: Condition) -> Latents:
+        """The network's velocity at step k of each row, (B, C, F, H, W)."""
+        timestep = self.grid.timesteps[k].to(x.device)
+        return self.model.velocity(x, timestep, condition, self.guidance_scale)
+
+    def exact_velocity(self, k: Steps, x: Latents, condition: Condition) -> Latents:
+        """The velocity of a stochastic step: bit for bit the same for a sample, whatever else is computed with it.
+
+        Kernels round differently for different batch sizes. So this always runs the network on `micro_batch` rows, and
+        fills the last batch up with copies of its last row. The deterministic steps need no such care, since they are
+        environment: no gradient passes through them.
+        """
+        parts = []
+        for first in range(0, len(x), self.micro_batch):
+            count = min(self.micro_batch, len(x) - first)
+            rows = first + torch.arange(self.micro_batch).clamp(max=count - 1)
+            parts.append(self.velocity(k[rows], x[rows], condition[rows])[:count])
+        return torch.cat(parts)
+
+    def act(self, k: Steps, x: Latents, condition: Condition, noise: Latents) -> tuple[Latents, LogProb]:
+        """Take the stochastic step k with the given standard normal `noise`: x_{k+1} and its log-density."""
+        v = self.exact_velocity(k, x, condition)
+        x_next = self.table.sample(k, x, v, noise)
+        return x_next, self.table.log_prob(k, x_next, x, v)

@@ -1,0 +1,91 @@
+"""Prompts: from a file to the groups of an update, as a pure function of (seed, update)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashgrpo.config import resolve_path
+from flashgrpo.distributed import generator
+from flashgrpo.errors import UserError
+from flashgrpo.types import Condition, Prompt, PromptGroup, VideoModel
+
+
+def read_prompts(path: str, key: str) -> list[Prompt]:
+    """Read a prompt file: .txt (a prompt a line) or .jsonl (`prompt` and further columns). Empty lines are skipped.
+
+    Args:
+        key: the setting that names the file, for the sentence that a bad one gets.
+
+    Raises:
+        UserError: missing, not UTF-8, empty, a line that is no prompt, or columns that differ from line to line.
+    """
+    file = Path(resolve_path(path))
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{key}: {file} must end in .txt or .jsonl")
+    try:
+        lines = file.read_bytes().decode("utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{key}: {file} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {file} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    parse = _parse_json if file.suffix == ".jsonl" else lambda line, where: Prompt(line.strip(), {})
+    prompts = [parse(line, f"{key}: {file} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"{key}: {file} has no prompts")
+    for n, prompt in enumerate(prompts, 1):
+        if prompt.columns.keys() != prompts[0].columns.keys():
+            raise UserError(f"{key}: {file} prompt {n} has other columns than the first; give every line the same")
+    return prompts
+
+
+def _parse_json(line: str, where: str) -> Prompt:
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
+        raise UserError(f'{where} must be an object with a text under "prompt"')
+    return Prompt(record.pop("prompt").strip(), record)
+
+
+def prompt_groups(prompts: Sequence[Prompt], seed: int, update: int, groups: int, group_size: int) -> list[PromptGroup]:
+    """The prompt groups of an update, without any state.
+
+    The file is walked in passes, each in an order of its own: group g of update u takes place u * groups + g of the
+    walk, so no prompt comes a second time before every one has come once.
+    """
+    chosen = []
+    orders: dict[int, list[int]] = {}
+    for group in range(groups):
+        walk, place = divmod(update * groups + group, len(prompts))
+        if walk not in orders:
+            orders[walk] = torch.randperm(len(prompts), generator=generator(seed, "prompts", walk)).tolist()
+        chosen.append(PromptGroup(update, group, prompts[orders[walk][place]], group_size))
+    return chosen
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """Column -> values, one for each prompt, as rewards take them."""
+    return {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
+
+
+class TextCache:
+    """Conditions by text, so that a prompt goes through the text encoder once in a run."""
+
+    def __init__(self, model: VideoModel) -> None:
+        self._model = model
+        self._conditions: dict[str, Condition] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Condition:
+        """The condition of each text, one row per text.
+
+        Texts are encoded one at a time: what a text's row is must not depend on which others were new with it, or
+        a resumed run would differ in the last bits.
+        """
+        for text in texts:
+            if text not in self._conditions:
+                self._conditions[text] = self._model.encode([text])
+        return Condition.stack([self._conditions[text] for text in texts])

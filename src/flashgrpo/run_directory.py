@@ -1,0 +1,145 @@
+"""A run directory: settings, metrics, evaluations, videos - and the rules of who may write into it."""
+
+import fcntl
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashgrpo.config import RunConfig
+from flashgrpo.errors import UserError
+from flashgrpo.files import append_line, explain_os_errors, write_aside
+
+FREE_TO_CHANGE = ("out", "updates", "checkpoint", "parallel", "tracking")  # between the starts of one run
+
+
+class RunDirectory:
+    """The files of one run. Construction reads only; `begin` writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.evaluations_file = path / "evaluations.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.lora = path / "lora"
+        self.videos = path / "videos"
+        self._lock: Any = None
+
+    @classmethod
+    def existing(cls, path: Path) -> tuple["RunDirectory", RunConfig]:
+        """A directory that `train` made, with its settings.
+
+        Raises:
+            UserError: it is none.
+        """
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise UserError(f"{path} is no run directory, for it has no config.yaml")
+        return run, RunConfig.load(run.config_file).model_copy(update={"out": str(path)})
+
+    @classmethod
+    def for_training(cls, config: RunConfig) -> "RunDirectory":
+        """A new or empty folder, or a run that has the same settings and goes on.
+
+        Raises:
+            UserError: the folder holds something else, or a run with other settings.
+        """
+        run = cls(Path(config.out))
+        with explain_os_errors(run.path):
+            entries = [entry.name for entry in run.path.iterdir()] if run.path.exists() else []
+        if not run.config_file.is_file():
+            foreign = [name for name in entries if not name.startswith(".")]
+            if foreign:
+                raise UserError(f"out: {run.path} holds {foreign[0]!r} and is no run; choose a new or empty folder")
+            return run
+        before, now = RunConfig.load(run.config_file).model_dump(mode="json"), config.model_dump(mode="json")
+        changed = [key for key in _differences(before, now) if key.split(".")[0] not in FREE_TO_CHANGE]
+        if changed:
+            raise UserError(
+                f"out: {run.path} is a run with another {', '.join(changed[:3])}; "
+                "take its settings to continue it, or choose another folder"
+            )
+        return run
+
+    def begin(self, config: RunConfig, device: torch.device) -> None:
+        """Create the folder, take its lock, write settings and environment.
+
+        Raises:
+            UserError: another process is training into it, or it cannot be written.
+        """
+        with explain_os_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, also after kill -9
+        except OSError as error:
+            raise UserError(f"out: another process is training into {self.path}") from error
+        with write_aside(self.path / "environment.json") as aside:
+            aside.write_text(json.dumps(_environment(device), indent=2) + "\n")
+        with write_aside(self.config_file) as aside:
+            aside.write_text(config.to_yaml(), encoding="utf-8")
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def log_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        append_line(self.metrics_file, json.dumps(metrics))
+
+    def log_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Append a line to evaluations.jsonl."""
+        append_line(self.evaluations_file, json.dumps(record))
+
+    def forget_after(self, update: int) -> None:
+        """Drop the lines of updates that the checkpoint to resume from does not know, and a line cut short."""
+        for file in (self.metrics_file, self.evaluations_file):
+            if file.exists():
+                kept = [json.dumps(line) for line in read_lines(file) if line["update"] <= update]
+                with write_aside(file) as aside:
+                    aside.write_text("".join(f"{line}\n" for line in kept))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All evaluations, the base model's first (update 0)."""
+        return read_lines(self.evaluations_file)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; what a kill left of a last line is passed over."""
+    if not file.exists():
+        return []
+    *lines, _cut_short = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            keys += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            keys.append(prefix + key)
+    return keys
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    packages = ("flash-grpo", "torch", "diffusers", "transformers", "peft", "numpy")
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        **{name: metadata.version(name) for name in packages},
+    }

@@ -1,0 +1,48 @@
+"""Videos of the base model beside those of the tuned one, from the same noise."""
+
+from pathlib import Path
+
+import torch
+
+from flashgrpo import checkpoint
+from flashgrpo.distributed import default_device, normal, use_threads
+from flashgrpo.errors import UserError
+from flashgrpo.models import load_model
+from flashgrpo.models.lora import weights_replaced
+from flashgrpo.noise import Ode
+from flashgrpo.policy import Policy
+from flashgrpo.rollout import denoise
+from flashgrpo.run_directory import RunDirectory
+from flashgrpo.schedule import Euler
+from flashgrpo.video import side_by_side, write_mp4
+
+
+def sample(run: Path, prompt: str, out: Path, seed: int = 0, num_steps: int | None = None) -> Path:
+    """Write one mp4: the base model's video on the left, the tuned model's (best checkpoint) on the right.
+
+    Raises:
+        UserError: no run or checkpoint, an empty prompt, or `out` is no .mp4 that can be written.
+    """
+    directory, config = RunDirectory.existing(run)
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    if out.suffix != ".mp4":
+        raise UserError(f"--out: {out} must end in .mp4")
+    tensors, _ = checkpoint.load_best(directory.checkpoints)
+    use_threads(config.parallel.threads)
+    model = load_model(config.model, default_device(), config.seed)
+    grid = model.grid(num_steps or config.evaluation.num_steps)
+    guidance = config.evaluation.guidance_scale or config.rollout.guidance_scale
+    policy = Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
+    condition = model.encode([prompt])
+    noise = normal(model.latent_shape, seed, "sample")[None].to(model.device)
+
+    @torch.no_grad()
+    def video() -> torch.Tensor:
+        return model.decode(denoise(policy, noise, condition, Euler()))[0]
+
+    base = video()
+    with weights_replaced(model.network, tensors["ema"]):
+        tuned = video()
+    write_mp4(out, side_by_side(base, tuned), config.model.fps)
+    return out

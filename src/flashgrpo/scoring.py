@@ -1,0 +1,109 @@
+"""All rewards of a batch of videos, concurrently -> RewardTable."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flashgrpo.config import RewardConfig
+from flashgrpo.errors import UserError
+from flashgrpo.explain import first_line, suggest
+from flashgrpo.prompts import columns_of
+from flashgrpo.types import Prompt, Reward, RewardTable, Videos
+
+
+class Rewards:
+    """The rewards of a run, by name, with their weights."""
+
+    def __init__(self, configs: Mapping[str, RewardConfig]) -> None:
+        self.configs = dict(configs)
+        self._calls = {
+            name: partial(load_reward(config.call, f"rewards.{name}.call"), **config.args)
+            for name, config in configs.items()
+        }
+
+    @torch.no_grad()
+    def score(self, videos: Videos, prompts: Sequence[Prompt], watched: bool) -> RewardTable:
+        """Score videos (B, F, 3, H, W) against B prompts; watched rewards only where asked for.
+
+        A reward that returns a mapping becomes several components `reward.component`, which share its weight.
+
+        Raises:
+            UserError: a reward returned the wrong number of values, or one that is not finite.
+        """
+        names = [name for name, config in self.configs.items() if watched or not config.watched]
+        texts, columns = [prompt.text for prompt in prompts], columns_of(prompts)
+        with ThreadPoolExecutor(max_workers=len(names)) as pool:
+            futures = [pool.submit(_call, self._calls[name], videos, texts, columns) for name in names]
+            returned = [future.result() for future in futures]
+        components: list[tuple[str, Tensor, float]] = []
+        for name, values in zip(names, returned, strict=True):
+            config = self.configs[name]
+            parts = values if isinstance(values, Mapping) else {"": values}
+            weight = 0.0 if config.watched else config.weight / len(parts)
+            for part, numbers in parts.items():
+                label = f"{name}.{part}" if part else name
+                components.append((label, _column(label, numbers, len(texts)), weight))
+        return RewardTable(
+            names=tuple(label for label, _, _ in components),
+            values=torch.stack([column for _, column, _ in components], dim=1),
+            weights=torch.tensor([weight for _, _, weight in components], dtype=torch.float64),
+        )
+
+
+def load_reward(call: str, key: str) -> Reward:
+    """Import `package.module:function` or `path/to/file.py:function`.
+
+    Raises:
+        UserError: no such module, file or function; the sentence starts with `key`.
+    """
+    module_name, colon, function = call.rpartition(":")
+    if not colon or not module_name or not function:
+        raise UserError(f"{key}: {call!r} must have the form package.module:function or path/to/file.py:function")
+    try:
+        if module_name.endswith(".py"):
+            module = _load_file(Path(module_name), key)
+        else:
+            module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{key}: {module_name} cannot be imported: {first_line(error)}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UserError(f"{key}: {module_name} has no function {function!r}; {suggest(function, public)}")
+    return cast(Reward, found)
+
+
+def _load_file(path: Path, key: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"{key}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"flashgrpo_reward_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.no_grad()  # gradient mode belongs to a thread, so the caller's does not reach here
+def _call(call: Any, videos: Videos, texts: list[str], columns: dict[str, list[Any]]) -> Any:
+    return call(videos, texts, **columns)
+
+
+def _column(label: str, values: Any, count: int) -> Tensor:
+    """Check what a reward returned: `count` finite numbers, as float64."""
+    try:
+        column = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"reward {label} must return {count} numbers, not {type(values).__name__}") from error
+    if column.shape != (count,):
+        raise UserError(f"reward {label} returned shape {tuple(column.shape)} for {count} videos; it must be ({count},)")
+    if not torch.isfinite(column).all():
+        bad = int((~torch.isfinite(column)).nonzero()[0])
+        raise UserError(f"reward {label} returned {float(column[bad])} for video {bad}; rewards must be finite")
+    return column

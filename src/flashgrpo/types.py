@@ -1,0 +1,179 @@
+"""The words of the project: what crosses from one file to the next, and the two open sets, models and rewards.
+
+Shapes are written with these letters throughout:
+
+    B  samples (videos) of a rollout          P  prompt groups of an update       G  samples per group (group size)
+    T  recorded transitions                   N  denoising steps                  k  index of a denoising step
+    C F H W  channels, frames, height, width (of latents, or of videos where it says so)       R  reward components
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
+from torch import Tensor, nn
+
+from flashgrpo.schedule import SigmaGrid
+
+Latents = Float32[Tensor, "batch channels frames height width"]
+Videos = Float[Tensor, "batch frames 3 height width"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A line of a prompt file: the text, and the file's other columns, which reach the rewards.
+
+    Example: `Prompt("a red circle moving left slowly", {"color": "red", "shape": "circle"})`
+    """
+
+    text: str
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """The `size` samples that one update draws for one prompt; their mean reward is each one's baseline.
+
+    `group` numbers the groups of an update from 0. Noise and step draws are keyed by (seed, update, group, member):
+    the same prompt drawn twice is two groups.
+    """
+
+    update: int
+    group: int
+    prompt: Prompt
+    size: int
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a model is conditioned on, as named tensors with one row per sample: {"text": (B, L, D), ...}."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, rows: Tensor | slice) -> "Condition":
+        return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def stack(conditions: Sequence["Condition"]) -> "Condition":
+        """Join conditions along the sample axis."""
+        return Condition({name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors})
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """All that crosses from rollout to update: the stochastic steps x_k -> x_{k+1} that are trained.
+
+    Row i belongs to sample `sample[i]` of the rollout; a sample has one row in Flash-GRPO and up to N - 1 in Flow-GRPO.
+    `condition` has a row per sample, not per transition. Example with B = 4 samples in 2 groups, one step each:
+
+        sample [0, 1, 2, 3]   k [2, 2, 0, 0]   log_prob [-0.91, -0.93, -0.87, -0.90]
+    """
+
+    sample: Int64[Tensor, " transitions"]
+    k: Int64[Tensor, " transitions"]
+    x: Float32[Tensor, "transitions channels frames height width"]
+    x_next: Float32[Tensor, "transitions channels frames height width"]
+    log_prob: Float32[Tensor, " transitions"]
+    condition: Condition
+
+    def __len__(self) -> int:
+        return len(self.k)
+
+    def __getitem__(self, rows: Tensor) -> "Transitions":
+        return replace(
+            self,
+            sample=self.sample[rows],
+            k=self.k[rows],
+            x=self.x[rows],
+            x_next=self.x_next[rows],
+            log_prob=self.log_prob[rows],
+        )
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """The rewards of B videos by component: `values[b, r]` is component `names[r]` of video b, `weights[r]` its weight.
+
+    Components of a watched reward have weight 0: they are recorded and never trained on.
+    """
+
+    names: tuple[str, ...]
+    values: Float64[Tensor, "batch components"]
+    weights: Float64[Tensor, " components"]
+
+    @property
+    def total(self) -> Float64[Tensor, " batch"]:
+        """The weighted sum, (B,)."""
+        return self.values @ self.weights
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Columns with a weight."""
+        return tuple(r for r, weight in enumerate(self.weights.tolist()) if weight)
+
+    def means(self, trained: bool) -> dict[str, float]:
+        """Component -> mean, of the trained components or of the watched ones."""
+        columns = [r for r in range(len(self.names)) if (r in self.trained) == trained]
+        return {self.names[r]: float(self.values[:, r].mean()) for r in columns}
+
+
+class VideoModel(Protocol):
+    """A text-to-video flow model: everything that rollout, update and evaluation ask of one."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network; its parameters with `requires_grad` are what is trained."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of one sample's latents."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        ...
+
+    def grid(self, num_steps: int) -> SigmaGrid:
+        """The sigma grid of `num_steps` steps, read from the checkpoint's own scheduler."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Condition:
+        """Condition of each text; one row per text, on `device`."""
+        ...
+
+    def velocity(
+        self, x: Latents, timestep: Float[Tensor, " batch"], condition: Condition, guidance_scale: float
+    ) -> Latents:
+        """v = eps - x0 as the network predicts it, with classifier-free guidance; differentiable."""
+        ...
+
+    def decode(self, latents: Latents) -> Videos:
+        """Videos (B, F, 3, H, W) in [0, 1]."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside this context `velocity` is the base model's, before any training."""
+        ...
+
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write trained parameters (name -> tensor) in the format the family's own pipeline loads."""
+        ...
+
+
+class Reward(Protocol):
+    """Any callable that scores videos: higher is better.
+
+    `videos` is (B, F, 3, H, W) in [0, 1]; `prompts` has B texts; each further column of the prompt file arrives as a
+    keyword with a list of B values. It returns B numbers (list or tensor), or a mapping component -> B numbers, whose
+    components share the reward's weight equally and get a curve each.
+    """
+
+    def __call__(
+        self, videos: Videos, prompts: list[str], **columns: list[Any]
+    ) -> Sequence[float] | Tensor | Mapping[str, Sequence[float] | Tensor]: ...

@@ -1,0 +1,56 @@
+"""Videos are float tensors (B, F, 3, H, W) in [0, 1]; on disk they are H.264 mp4 files."""
+
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashgrpo.errors import UserError
+from flashgrpo.files import write_aside
+
+Video = Float[Tensor, "frames 3 height width"]
+
+
+def write_mp4(path: Path, video: Video, fps: float) -> None:
+    """Write one video (F, 3, H, W) in [0, 1] as an mp4 that browsers play.
+
+    Small videos are enlarged by whole pixels to at least 192 px, for below that the chroma subsampling of H.264
+    (yuv420p, the only one that every browser decodes) smears colours over whole objects.
+    """
+    frames = (video.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    scale = max(1, -(-192 // min(frames.shape[1:3])))
+    frames = np.ascontiguousarray(frames.repeat(scale, axis=1).repeat(scale, axis=2))
+    even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # yuv420p has no odd sizes
+    with write_aside(path) as aside:
+        iio.imwrite(
+            aside,
+            even,
+            extension=".mp4",
+            fps=fps,
+            codec="libx264",
+            macro_block_size=1,
+            output_params=["-crf", "18", "-movflags", "+faststart"],
+        )
+
+
+def read_mp4(path: Path) -> Video:
+    """Read a video as (F, 3, H, W) in [0, 1].
+
+    Raises:
+        UserError: the file is missing or no video.
+    """
+    try:
+        frames = iio.imread(path, plugin="FFMPEG")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a video") from error
+    return torch.from_numpy(np.asarray(frames)).permute(0, 3, 1, 2).float() / 255
+
+
+def side_by_side(*videos: Video, gap: int = 4) -> Video:
+    """Put videos of one shape beside each other with a white gap of `gap` pixels: (F, 3, H, sum of W + gaps)."""
+    white = torch.ones(*videos[0].shape[:-1], gap)
+    panels = [panel for video in videos for panel in (video.cpu().float(), white)]
+    return torch.cat(panels[:-1], dim=-1)

@@ -1,0 +1,199 @@
+"""The clipped objective branch by branch, its metrics, and the weights of transitions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+
+from flashgrpo.loss import Rectified, Uniform, policy_loss, policy_losses, ratio_metrics
+from flashgrpo.noise import Cps, LinearSde, Ode, StepTable
+from flashgrpo.schedule import published_grid
+
+REFUSED = (ValueError, TypeCheckError)
+GOLDEN = [1.3381, 1.2602, 1.1832, 1.1072, 1.0323, 0.9585, 0.8859, 0.8145, 0.7444, 0.6757]
+
+
+def one(value: float) -> torch.Tensor:
+    return torch.tensor([value])
+
+
+def loss_and_gradient(ratio: float, advantage: float, weight: float = 1.0, clip_range=0.2) -> tuple[float, float]:
+    """The loss of one transition at `ratio`, and its derivative with respect to the ratio."""
+    old = one(-0.9)
+    log_prob = (old + math.log(ratio)).requires_grad_()
+    loss, _ = policy_loss(log_prob, old, one(advantage), one(weight), clip_range)
+    loss.backward()
+    return loss.item(), log_prob.grad.item() / ratio  # d/d log_prob = r d/dr
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.5, 2.0, -2.4, 0.0),  # good and already likelier than 1 + c: clipped
+        (0.5, 2.0, -1.0, -2.0),  # good and less likely: pushed back, unclipped
+        (0.5, -2.0, 1.6, 0.0),  # bad and already rarer than 1 - c: clipped
+        (1.5, -2.0, 3.0, 2.0),  # bad and likelier: pushed down, unclipped
+        (1.1, 2.0, -2.2, -2.0),  # within the range the two terms are one
+        (0.9, -2.0, 1.8, 2.0),
+        (1.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_clip_branches_by_hand(ratio, advantage, loss, gradient):
+    assert loss_and_gradient(ratio, advantage) == pytest.approx((loss, gradient), abs=1e-5)
+
+
+def test_weight_scales_loss_and_gradient():
+    assert loss_and_gradient(1.1, 2.0, weight=0.5) == pytest.approx((-1.1, -1.0), abs=1e-5)
+
+
+def test_asymmetric_clip_range():
+    """(0.1, 0.3) clips to [0.9, 1.3]: A = 1 at r = 1.25 still has a gradient, A = -1 at r = 0.85 has none."""
+    assert loss_and_gradient(1.25, 1.0, clip_range=(0.1, 0.3)) == pytest.approx((-1.25, -1.0), abs=1e-5)
+    assert loss_and_gradient(0.85, -1.0, clip_range=(0.1, 0.3)) == pytest.approx((0.9, 0.0), abs=1e-5)
+    assert loss_and_gradient(1.5, 1.0, clip_range=(0.1, 0.3)) == pytest.approx((-1.3, 0.0), abs=1e-5)
+
+
+def test_first_pass_is_the_policy_gradient():
+    """At ratio exactly 1 the loss is -mean(w A), and its gradient -w A / B, with the published clip range too."""
+    old = torch.tensor([-0.93, -0.87, -0.91])
+    log_prob = old.clone().requires_grad_()
+    advantage, weight = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([1.3, 1.0, 0.7])
+    loss, metrics = policy_loss(log_prob, old, advantage, weight, 1e-3)
+    loss.backward()
+    assert loss.item() == pytest.approx((-1.3 + 2.0 - 0.35) / 3)
+    torch.testing.assert_close(log_prob.grad, -(weight * advantage) / 3)
+    assert metrics["ratio_max_dev"] == metrics["clip_fraction"] == metrics["approx_kl"] == 0
+    assert metrics["ratio_mean"] == 1
+
+
+def test_only_the_new_log_probability_has_a_gradient():
+    inputs = [torch.tensor([0.1, 0.2]).requires_grad_() for _ in range(4)]
+    policy_loss(*inputs, 0.2)[0].backward()
+    assert inputs[0].grad is not None
+    assert all(constant.grad is None for constant in inputs[1:])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(1, 11), min_size=0, max_size=4, unique=True))
+def test_micro_batches_add_up_to_the_batch(seed, cuts):
+    generator = torch.Generator().manual_seed(seed)
+    old, advantage = torch.randn(2, 12, generator=generator)
+    weight = torch.rand(12, generator=generator)
+    log_prob = (old + 0.2 * torch.randn(12, generator=generator)).requires_grad_()
+    loss, _ = policy_loss(log_prob, old, advantage, weight, 0.1)
+    (whole,) = torch.autograd.grad(loss, log_prob)
+    parts = torch.zeros(12)
+    for rows in torch.arange(12).tensor_split(sorted(cuts)):
+        losses = policy_losses(log_prob[rows], old[rows], advantage[rows], weight[rows], 0.1)
+        parts += torch.autograd.grad(losses.sum() / 12, log_prob)[0]
+    torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-6)
+
+
+def test_metrics_by_hand():
+    """Ratios 1, 2, 1/2 and 1.05, c = 0.1: two of four outside; KL (0 + 1 - ln 2 - 0.5 + ln 2 + 0.05 - ln 1.05) / 4."""
+    log_prob = torch.tensor([1.0, 2.0, 0.5, 1.05]).log()
+    metrics = ratio_metrics(log_prob, torch.zeros(4), 0.1)
+    assert metrics["ratio_max_dev"].item() == pytest.approx(1.0)
+    assert metrics["ratio_mean"].item() == pytest.approx(4.55 / 4)
+    assert metrics["clip_fraction"].item() == 0.5
+    assert metrics["approx_kl"].item() == pytest.approx((0.5 + 0.05 - math.log(1.05)) / 4)
+    assert all(value.shape == () and not value.requires_grad for value in metrics.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(ratio=st.floats(1e-7, 3e-3))
+def test_approx_kl_of_tiny_moves_is_never_negative(ratio):
+    """(r - 1) - log r is about x^2 / 2 with x = log r: video ratios are that close to 1."""
+    kl = ratio_metrics(one(ratio), one(0.0), 0.1)["approx_kl"].item()
+    assert 0 <= kl <= ratio**2
+
+
+@pytest.mark.parametrize("wrong", range(4))
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (1,), ()])
+def test_shapes_that_would_broadcast_are_refused(wrong, shape):
+    inputs = [torch.zeros(3)] * 4
+    inputs[wrong] = torch.zeros(shape)
+    with pytest.raises(REFUSED):
+        policy_loss(*inputs, 0.2)
+    with pytest.raises(REFUSED):
+        policy_losses(*inputs, 0.2)
+
+
+def test_columns_and_nothing_are_refused():
+    for shape in ((3, 1), (0,), ()):
+        with pytest.raises(REFUSED):
+            policy_loss(*[torch.zeros(shape)] * 4, 0.2)
+
+
+@pytest.mark.parametrize("clip_range", [0.0, -0.1, math.nan, math.inf, (0.1, 0.0), (0.0, 0.1)])
+def test_clip_ranges_without_room_are_refused(clip_range):
+    with pytest.raises(ValueError, match="clip_range"):
+        policy_loss(*[torch.zeros(2)] * 4, clip_range)
+
+
+def test_golden_weights_of_the_published_window():
+    table = LinearSde(eta=1.0)(published_grid().sigmas)
+    weights = Rectified().weights(table, range(10), torch.arange(10))
+    torch.testing.assert_close(weights.tolist(), GOLDEN, atol=1e-4, rtol=0)
+    assert weights.dtype == torch.float32
+    assert (weights.diff() < 0).all(), "the weight falls with k"
+    assert weights.mean().item() == pytest.approx(1)
+
+
+def test_window_weights_know_nothing_of_the_batch():
+    table = LinearSde()(published_grid().sigmas)
+    all_k = torch.tensor([0, 9, 3, 3, 5])
+    together = Rectified(over="window").weights(table, range(10), all_k)
+    alone = [Rectified(over="window").weights(table, range(10), k[None]) for k in all_k]
+    assert torch.equal(torch.cat(alone), together)
+    assert alone[0].item() == pytest.approx(1.3381, abs=1e-4), "one sample does not cancel its own weight"
+
+
+def three_steps() -> StepTable:
+    """A table with 1 / lambda = 3, 2, 1: std is that multiple of |b|."""
+    ode = Ode()(torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
+    return StepTable(ode.sigmas, ode.c, ode.to_v.abs() * torch.tensor([3.0, 2.0, 1.0, 0.0]))
+
+
+def test_rectified_weights_by_hand():
+    table, k = three_steps(), torch.tensor([0, 0, 2])
+    assert Rectified("window").weights(table, [0, 1, 2], k).tolist() == pytest.approx([1.5, 1.5, 0.5])
+    assert Rectified("update").weights(table, [0, 1, 2], k).tolist() == pytest.approx([9 / 7, 9 / 7, 3 / 7])
+    assert Rectified("update").weights(table, [0, 1, 2], torch.tensor([1, 1])).tolist() == [1.0, 1.0]
+    assert Uniform().weights(table, [0, 1, 2], k).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_rectification_evens_out_the_gradient():
+    """|w d log_prob / d v| has one mean size for all k, while without w it spreads over a factor of 1.98."""
+    table = LinearSde()(published_grid().sigmas)
+    k = torch.arange(10)
+    x, v, noise = torch.randn(3, 10, 400, generator=torch.Generator().manual_seed(0))
+    noise = noise / noise.abs().mean(1, keepdim=True)
+    v = v.requires_grad_()
+    log_prob = table.log_prob(k, table.sample(k, x, v.detach(), noise), x, v)
+    sizes = torch.autograd.grad(log_prob.sum(), v)[0].abs().mean(1)
+    assert (sizes.max() / sizes.min()).item() == pytest.approx(1.98, abs=0.01)
+    evened = sizes * Rectified().weights(table, range(10), k)
+    assert (evened.max() / evened.min()).item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("table", "candidates", "k", "named"),
+    [
+        (Ode()(published_grid().sigmas), [0, 1], [0], "step 0 is not a stochastic step"),
+        (Cps()(published_grid().sigmas), [0, 19], [0], "step 19 is not a stochastic step"),
+        (LinearSde()(published_grid().sigmas), [0, 1], [20], "step 20 is not a stochastic step"),
+        (LinearSde()(published_grid().sigmas), [], [0], "at least one candidate"),
+    ],
+)
+def test_steps_without_rectification_are_refused(table, candidates, k, named):
+    with pytest.raises(ValueError, match=named):
+        Rectified().weights(table, candidates, torch.tensor(k))
+
+
+def test_only_known_means_are_taken():
+    with pytest.raises(REFUSED):
+        Rectified(over="batch")
