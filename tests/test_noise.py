@@ -1,4 +1,4 @@
-"""Noise kinds: golden numbers of the published grid, densities against torch.distributions, and what the SDE promises."""
+"""Noise kinds: golden numbers of the published grid, densities against torch.distributions, marginals of the SDE."""
 
 import math
 
@@ -146,12 +146,12 @@ def test_without_noise_every_kind_is_the_ode(kind):
     assert not ode.rectification.any()
 
 
-def marginal_std(table: StepTable, mean: float, std: float) -> tuple[float, float]:
+def end_of_walk(table: StepTable, mean: float, std: float) -> tuple[float, float]:
     """Mean and std of x at the end of the grid, exactly, for data N(mean, std^2) and its own velocity field.
 
     Given x at sigma, with V = (1 - sigma)^2 std^2 + sigma^2 and r = x - (1 - sigma) mean, the expected noise is
-    sigma r / V and the expected data mean + (1 - sigma) std^2 r / V; the velocity is their difference. It is affine in x,
-    so a step maps N(m, s^2) to another Gaussian, and the table's own mean at x = 0 and x = 1 says to which.
+    sigma r / V and the expected data mean + (1 - sigma) std^2 r / V; the velocity is their difference. It is affine in
+    x, so a step maps N(m, s^2) to another Gaussian, and the table's own mean at x = 0 and x = 1 says to which.
     """
     m, s = (1 - float(table.sigmas[0])) * mean, math.hypot((1 - float(table.sigmas[0])) * std, float(table.sigmas[0]))
     for k, sigma in enumerate(table.sigmas[:-1].tolist()):
@@ -163,33 +163,36 @@ def marginal_std(table: StepTable, mean: float, std: float) -> tuple[float, floa
     return m, s
 
 
-@pytest.mark.parametrize("kind", [Ode(), LinearSde(1.0), ConstantSde(0.3), Cps(0.1)], ids=lambda kind: kind.kind)
-def test_sde_keeps_the_marginals_of_gaussian_data_as_steps_grow(kind):
-    """Data N(0.5, 0.4^2), walked from pure noise to sigma = 0.05: the std's error falls at least as fast as 1 / sqrt(N)."""
-
-    def grid(n: int) -> torch.Tensor:
-        return torch.linspace(1.0, 0.05, n + 1, dtype=torch.float64)
-
-    target = math.hypot(0.95 * 0.4, 0.05)
-    errors = []
+@pytest.mark.parametrize(
+    "kind_for",
+    [
+        lambda n: Ode(),
+        lambda n: LinearSde(1.0),
+        lambda n: ConstantSde(0.3),
+        lambda n: Cps(0.5 / math.sqrt(n)),  # eta is a share of the noise per step: that of an SDE falls with sqrt(N)
+    ],
+    ids=["ode", "linear", "constant", "cps"],
+)
+def test_sde_keeps_the_marginals_of_gaussian_data_as_steps_grow(kind_for):
+    """Data N(0.5, 0.4^2), from pure noise to sigma = 0.05: four times the steps leave a quarter of the std's error."""
+    target, errors = math.hypot(0.95 * 0.4, 0.05), []
     for n in (20, 80, 320):
-        if kind.kind == "cps":  # its noise is a share per step: the share that an SDE would have falls with sqrt(N)
-            kind = Cps(0.5 / math.sqrt(n))
-        m, s = marginal_std(kind(grid(n)), 0.5, 0.4)
+        m, s = end_of_walk(kind_for(n)(torch.linspace(1.0, 0.05, n + 1, dtype=torch.float64)), 0.5, 0.4)
         errors.append(abs(s - target))
-        assert m == pytest.approx(0.475, abs=0.2 / math.sqrt(n))
+        assert m == pytest.approx(0.95 * 0.5, abs=0.5 / n)
     assert errors[0] < 0.05
-    assert errors[1] < 0.5 * errors[0]
-    assert errors[2] < 0.5 * errors[1]
-    assert errors[2] < 2e-3
+    assert errors[1] < 0.3 * errors[0]
+    assert errors[2] < 0.3 * errors[1]
 
 
 def test_flow_sde_keeps_the_marginals_away_from_its_singular_end():
     target, errors = math.hypot(0.95 * 0.4, 0.05), []
     for n in (20, 80, 320):
-        _, s = marginal_std(FlowSde(0.7)(torch.linspace(0.95, 0.05, n + 1, dtype=torch.float64)), 0.5, 0.4)
+        _, s = end_of_walk(FlowSde(0.7)(torch.linspace(0.95, 0.05, n + 1, dtype=torch.float64)), 0.5, 0.4)
         errors.append(abs(s - target))
-    assert errors[2] < 0.5 * errors[1] < 0.25 * errors[0] < 0.02
+    assert errors[0] < 0.05
+    assert errors[1] < 0.3 * errors[0]
+    assert errors[2] < 0.3 * errors[1]
 
 
 def test_samples_have_the_marginal_that_the_recursion_says():
@@ -199,14 +202,10 @@ def test_samples_have_the_marginal_that_the_recursion_says():
     x = torch.randn(50_000, 1, generator=generator)
     for k, sigma in enumerate(sigmas[:-1].tolist()):
         v = (sigma - (1 - sigma) * 0.16) * (x - (1 - sigma) * 0.5) / ((1 - sigma) ** 2 * 0.16 + sigma**2) - 0.5
-        x = table.mean(k, x, v) if table.std[k] == 0 else table_sample(table, k, x, v, generator)
-    m, s = marginal_std(table, 0.5, 0.4)
+        x = table.sample(k, x, v, torch.randn(x.shape, generator=generator))
+    m, s = end_of_walk(table, 0.5, 0.4)
     assert x.mean().item() == pytest.approx(m, abs=0.006)
     assert x.std().item() == pytest.approx(s, rel=0.01)
-
-
-def table_sample(table, k, x, v, generator):
-    return table.sample(k, x, v, torch.randn(x.shape, generator=generator))
 
 
 @pytest.mark.parametrize("kind", [Ode(), *STOCHASTIC], ids=lambda kind: kind.kind)
@@ -237,7 +236,7 @@ def test_first_step_of_flow_depends_continuously_on_the_start():
 
 
 def test_equal_inputs_give_equal_bits_in_any_batch():
-    """An int k or one per row, alone or beside others, on one thread or two: the density of a row is the same number."""
+    """An int k or one per row, alone or beside others, with two threads to share a sum: one density per row."""
     table = LinearSde()(published_grid().sigmas)
     x, v, noise = (gaussian(seed, 4, 16, 50, 50) for seed in range(3))
     k = torch.tensor([3, 3, 7, 3])

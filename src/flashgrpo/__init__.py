@@ -1,8 +1,8 @@
 """Flash-GRPO: align video diffusion models with rewards by training one denoising step per rollout.
 
-    from flashgrpo import RunConfig, train, evaluate, presets
+from flashgrpo import RunConfig, train, evaluate, presets
 
-    train(RunConfig.load("recipes/tiny.yaml", ["updates=20"]))
+train(RunConfig.load("recipes/tiny.yaml", ["updates=20"]))
 """
 
 from flashgrpo import presets

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,7 +40,7 @@ class Lora(Part):
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
+    alpha: int = Field(default=32, ge=1)
     targets: tuple[str, ...] = (
         "to_q",
         "to_k",
@@ -192,21 +192,26 @@ class TrackingConfig(Part):
 
 
 def algorithm_from(value: Any) -> Any:
-    """A preset's name, a preset with changes (`preset: flash-grpo` beside other keys), or the four choices."""
-    name = value if isinstance(value, str) else value.get("preset") if isinstance(value, Mapping) else None
-    if name is None:
+    """A preset's name, or a mapping of changes to one: to its `preset`, or to flash-grpo where it names none."""
+    if not isinstance(value, str | Mapping):
         return value
+    changes = {"preset": value} if isinstance(value, str) else dict(value)
+    name = changes.pop("preset", "flash-grpo")
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}; {suggest(str(name), PRESETS)}")
-    changes = {} if isinstance(value, str) else {key: v for key, v in value.items() if key != "preset"}
     return merge_choices(asdict(PRESETS[name]), changes)
 
 
 def merge_choices(old: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested settings; a change of `kind` drops the settings of the kind before."""
+    """Merge nested settings; a change of `kind` drops the settings of the kind before.
+
+    A change below a name merges with that name's preset: {"algorithm": "flash-grpo"} and {"algorithm": {"kl_coef": 1}}.
+    """
     merged = dict(old)
     for key, new in changes.items():
         before = merged.get(key)
+        if isinstance(before, str) and isinstance(new, Mapping):
+            before = {"preset": before}
         if isinstance(before, dict) and isinstance(new, Mapping) and new.get("kind") in (None, before.get("kind")):
             new = merge_choices(before, new)
         merged[key] = new
@@ -250,14 +255,15 @@ class RunConfig(Part):
         """
         path = find_recipe(str(recipe))
         try:
-            tree = OmegaConf.load(path)
+            tree = OmegaConf.to_container(OmegaConf.load(path))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"{path} is no readable YAML file: {first_line(error)}") from error
-        if not isinstance(tree, DictConfig):
+        if not isinstance(tree, dict):
             raise UserError(f"{path} must hold a mapping of settings, not a list")
+        settings = {str(key): value for key, value in tree.items()}
         for override in overrides:
-            override_one(tree, override)
-        return cls.parse(OmegaConf.to_container(tree), str(path))
+            settings = merge_choices(settings, parse_override(override))
+        return cls.parse(settings, str(path))
 
     @classmethod
     def parse(cls, tree: Any, source: str) -> "RunConfig":
@@ -283,14 +289,14 @@ def find_recipe(recipe: str) -> Path:
     raise UserError(f"there is no recipe {recipe}; give a YAML file or one of: {', '.join(sorted(shipped))}")
 
 
-def override_one(tree: DictConfig, override: str) -> None:
-    """Merge one `key=value` into the settings; a key below a preset's name changes that preset."""
+def parse_override(override: str) -> dict[str, Any]:
+    """`optim.lr=1e-4` as nested settings; the value is read as YAML."""
     key, equals, _ = override.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"override {override!r} must have the form key=value, for example optim.lr=1e-4")
-    if key.startswith("algorithm.") and isinstance(tree.get("algorithm"), str | None):
-        tree["algorithm"] = {"preset": tree.get("algorithm") or "flash-grpo"}
     try:
-        tree.merge_with_dotlist([override])
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"override {override!r} cannot be applied: {first_line(error)}") from error
+        raise UserError(f"override {override!r} cannot be read: {first_line(error)}") from error
+    assert isinstance(tree, dict)
+    return {str(name): value for name, value in tree.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashgrpo import checkpoint
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import default_device, normal, use_threads
+from flashgrpo.distributed import default_device, use_threads
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.noise import Ode
@@ -22,6 +22,7 @@ from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
 from flashgrpo.schedule import Euler
 from flashgrpo.scoring import Rewards
+from flashgrpo.seeds import normal
 from flashgrpo.types import Prompt, RewardTable, VideoModel
 from flashgrpo.video import Video, write_mp4
 
@@ -118,7 +119,11 @@ def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, sampl
     for sample, before in zip(samples, base_samples, strict=True):
         sample |= {f"base_{key}": before[key] for key in ("reward", "rewards", "watched")}
     differences = [sample["reward"] - sample["base_reward"] for sample in samples]
-    means = {"reward": float(np.mean(totals)), "rewards": table.means(trained=True), "watched": table.means(trained=False)}
+    means = {
+        "reward": float(np.mean(totals)),
+        "rewards": table.means(trained=True),
+        "watched": table.means(trained=False),
+    }
     base_means = {f"base_{key}": (means if base is None else base)[key] for key in means}
     return {
         "update": update,

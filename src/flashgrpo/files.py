@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from flashgrpo.errors import UserError
 
 
@@ -46,8 +48,8 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses (no room, no permission, not a folder) into one sentence about `path`."""
     try:
         yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).splitlines()[0].lower()
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said in an error of its own
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0].lower()
         raise UserError(f"cannot write {path}: {reason}") from error
 
 

@@ -10,9 +10,8 @@ A step from `sigma` down to `sigma_next` mixes the two anew and adds noise of it
 
     x_next = (1 - sigma_next) x0_hat + c eps_hat + std xi
 
-Two numbers per step, `c` and `std`, are therefore all that tells one noise kind from another. A kind is a small frozen
-dataclass; calling it with a grid of sigmas gives its `StepTable`, which knows the mean, the density, the KL and the
-rectification of every step. A new kind is ten lines at the bottom of this file.
+Two numbers per step, `c` and `std`, are all that tells one noise kind from another. A kind is a small frozen dataclass;
+called with a grid of sigmas it gives the `StepTable` with the mean, density, KL and rectification of every step.
 
 >>> table = LinearSde(eta=1.0)(torch.tensor([1.0, 0.75, 0.5, 0.0], dtype=torch.float64))
 >>> table.std                                    # g sqrt(d) with g = 0.75 sigma, d = 0.25 0.25 0.5

@@ -45,7 +45,9 @@ class Optimizer:
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
         if not norm < float("inf"):
             self._adamw.zero_grad()
-            raise UserError(f"the gradient of optimizer step {self.steps + 1} is {norm}; lower optim.lr or check rewards")
+            raise UserError(
+                f"the gradient of optimizer step {self.steps + 1} is {norm}; lower optim.lr or check rewards"
+            )
         for group in self._adamw.param_groups:
             group["lr"] = self.lr
         self._adamw.step()

@@ -97,7 +97,10 @@ class Clock:
     def lap(self) -> dict[str, float]:
         """The seconds of each phase and their `total`; starts over."""
         now = time.perf_counter()
-        seconds = {**{phase: round(spent, 4) for phase, spent in self._phases.items()}, "total": round(now - self._started, 4)}
+        seconds = {
+            **{phase: round(spent, 4) for phase, spent in self._phases.items()},
+            "total": round(now - self._started, 4),
+        }
         self._phases.clear()
         self._started = now
         return seconds

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from flashgrpo.config import resolve_path
-from flashgrpo.distributed import generator
 from flashgrpo.errors import UserError
+from flashgrpo.seeds import generator
 from flashgrpo.types import Condition, Prompt, PromptGroup, VideoModel
 
 

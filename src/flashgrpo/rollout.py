@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from flashgrpo.distributed import normal
 from flashgrpo.policy import Policy
 from flashgrpo.presets import Algorithm
 from flashgrpo.schedule import Euler
+from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents, PromptGroup, Transitions
 
 
@@ -91,7 +91,9 @@ def _denoise(
                 noise = torch.stack([normal(tuple(x.shape[1:]), seed, "step", *names[row], step) for row in rows])
                 x_next[rows], log_prob = policy.act(k, x[rows], condition[rows], noise.to(x.device))
                 records += [
-                    (int(row), step, x[row], x_next[row], log_prob[i]) for i, row in enumerate(rows) if trained[row, step]
+                    (int(row), step, x[row], x_next[row], log_prob[i])
+                    for i, row in enumerate(rows)
+                    if trained[row, step]
                 ]
             else:
                 v = policy.velocity(k, x[rows], condition[rows])

@@ -80,6 +80,7 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, also after kill -9
         except OSError as error:
+            self.close()
             raise UserError(f"out: another process is training into {self.path}") from error
         with write_aside(self.path / "environment.json") as aside:
             aside.write_text(json.dumps(_environment(device), indent=2) + "\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from flashgrpo import checkpoint
-from flashgrpo.distributed import default_device, normal, use_threads
+from flashgrpo.distributed import default_device, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import weights_replaced
@@ -14,6 +14,7 @@ from flashgrpo.policy import Policy
 from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
 from flashgrpo.schedule import Euler
+from flashgrpo.seeds import normal
 from flashgrpo.video import side_by_side, write_mp4
 
 

@@ -35,12 +35,13 @@ class Rewards:
         A reward that returns a mapping becomes several components `reward.component`, which share its weight.
 
         Raises:
-            UserError: a reward returned the wrong number of values, or one that is not finite.
+            UserError: a reward returned the wrong number of values or one that is not finite, or raised ValueError.
         """
         names = [name for name, config in self.configs.items() if watched or not config.watched]
         texts, columns = [prompt.text for prompt in prompts], columns_of(prompts)
-        with ThreadPoolExecutor(max_workers=len(names)) as pool:
-            futures = [pool.submit(_call, self._calls[name], videos, texts, columns) for name in names]
+        threads = torch.get_num_threads()  # a setting of each thread; sums may be split by it
+        with ThreadPoolExecutor(len(names), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            futures = [pool.submit(_call, name, self._calls[name], videos, texts, columns) for name in names]
             returned = [future.result() for future in futures]
         components: list[tuple[str, Tensor, float]] = []
         for name, values in zip(names, returned, strict=True):
@@ -84,15 +85,19 @@ def _load_file(path: Path, key: str) -> Any:
     if not path.is_file():
         raise UserError(f"{key}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"flashgrpo_reward_{path.stem}", path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @torch.no_grad()  # gradient mode belongs to a thread, so the caller's does not reach here
-def _call(call: Any, videos: Videos, texts: list[str], columns: dict[str, list[Any]]) -> Any:
-    return call(videos, texts, **columns)
+def _call(name: str, call: Any, videos: Videos, texts: list[str], columns: dict[str, list[Any]]) -> Any:
+    try:
+        return call(videos, texts, **columns)
+    except ValueError as error:  # what a reward raises to refuse its input; anything else is a bug and keeps its trace
+        raise UserError(f"reward {name} refused its input: {first_line(error)}") from error
 
 
 def _column(label: str, values: Any, count: int) -> Tensor:
@@ -102,7 +107,9 @@ def _column(label: str, values: Any, count: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"reward {label} must return {count} numbers, not {type(values).__name__}") from error
     if column.shape != (count,):
-        raise UserError(f"reward {label} returned shape {tuple(column.shape)} for {count} videos; it must be ({count},)")
+        raise UserError(
+            f"reward {label} returned shape {tuple(column.shape)} for {count} videos; it must be ({count},)"
+        )
     if not torch.isfinite(column).all():
         bad = int((~torch.isfinite(column)).nonzero()[0])
         raise UserError(f"reward {label} returned {float(column[bad])} for video {bad}; rewards must be finite")

@@ -14,7 +14,6 @@ tensor([[0, 0, 1, 0, 0, 0],
         [0, 1, 0, 0, 0, 0]], dtype=torch.int32)
 """
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from flashgrpo.errors import UserError
 from flashgrpo.noise import FORBID_EXTRA
+from flashgrpo.seeds import keyed_bits
 
 GroupIds = Int[Tensor, " batch"]
 StepMask = Bool[Tensor, "batch steps"]
@@ -192,7 +192,7 @@ class OneStep:
     def _draw(self, starts: list[int], number: int, *key: int) -> int:
         """The draw of the `number`-th drawer (a group of an update, or a member of a group) that `key` names."""
         if self.draw == "iid":
-            return starts[_hash("iid", *key, number) % len(starts)]
+            return starts[keyed_bits("iid", *key, number) % len(starts)]
         deal, position = divmod(number, len(starts))
         return _shuffled(starts, "stratified", *key, deal)[position]
 
@@ -203,15 +203,9 @@ def _all_but_last(num_steps: int) -> list[int]:
     return list(range(num_steps - 1))
 
 
-def _hash(purpose: str, *key: int) -> int:
-    """64 uniform bits that depend on the key alone, in every process, on every machine, in every release of torch."""
-    text = "/".join([purpose, *map(str, key)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
 def _shuffled(steps: list[int], purpose: str, *key: int) -> list[int]:
     """A uniformly random order of `steps`: sorted by a hash of each."""
-    return sorted(steps, key=lambda step: _hash(purpose, *key, step))
+    return sorted(steps, key=lambda step: keyed_bits(purpose, *key, step))
 
 
 def _running_members(groups: list[int]) -> list[int]:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from flashgrpo.config import Lora, RunConfig
 from flashgrpo.distributed import default_device, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import Evaluator, decode, record, write_videos
+from flashgrpo.files import write_aside
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.optim import Optimizer
@@ -132,7 +132,8 @@ class Run:
         if best is not None and line["reward"] <= best:
             return replace(self.progress, update=update, stale=self.progress.stale + 1)
         if isinstance(self.config.model.train, Lora):
-            self.policy.model.save_lora(self.directory.lora, self.optimizer.ema)
+            with write_aside(self.directory.lora) as aside:
+                self.policy.model.save_lora(aside, self.optimizer.ema)
         return Progress(update, best_update=update, best_reward=line["reward"], stale=0)
 
     def _log_evaluation(self, update: int) -> dict[str, Any]:
@@ -141,9 +142,9 @@ class Run:
         line = record(update, evaluation, earlier[0] if earlier else None, self.config.evaluation.samples_per_prompt)
         line["best"] = update > 0 and line["reward"] > max((e["reward"] for e in earlier[1:]), default=float("-inf"))
         if update == 0 or line["best"] or update == self.config.updates:
-            videos = write_videos(self.directory, update, evaluation, self.config.model.fps)
-            for sample, video, base in zip(line["samples"], videos, earlier[0]["samples"] if earlier else line["samples"]):
-                sample |= {"video": video, "base_video": base.get("video", video)}
+            base = (earlier[0] if earlier else line)["samples"]
+            for row, video in enumerate(write_videos(self.directory, update, evaluation, self.config.model.fps)):
+                line["samples"][row] |= {"video": video, "base_video": base[row].get("video", video)}
         self.directory.log_evaluation(line)
         self.reporter.evaluation(line)
         return line

@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64, Shaped
 from torch import Tensor, nn
 
 from flashgrpo.schedule import SigmaGrid
 
 Latents = Float32[Tensor, "batch channels frames height width"]
-Videos = Float[Tensor, "batch frames 3 height width"]
+Videos = Float[Tensor, "batch video_frames 3 video_height video_width"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class RewardTable:
         return {self.names[r]: float(self.values[:, r].mean()) for r in columns}
 
 
+@runtime_checkable
 class VideoModel(Protocol):
     """A text-to-video flow model: everything that rollout, update and evaluation ask of one."""
 
@@ -148,7 +149,7 @@ class VideoModel(Protocol):
         ...
 
     def velocity(
-        self, x: Latents, timestep: Float[Tensor, " batch"], condition: Condition, guidance_scale: float
+        self, x: Latents, timestep: Shaped[Tensor, " batch"], condition: Condition, guidance_scale: float
     ) -> Latents:
         """v = eps - x0 as the network predicts it, with classifier-free guidance; differentiable."""
         ...
@@ -166,6 +167,7 @@ class VideoModel(Protocol):
         ...
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Any callable that scores videos: higher is better.
 

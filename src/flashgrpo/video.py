@@ -49,7 +49,7 @@ def read_mp4(path: Path) -> Video:
     return torch.from_numpy(np.asarray(frames)).permute(0, 3, 1, 2).float() / 255
 
 
-def side_by_side(*videos: Video, gap: int = 4) -> Video:
+def side_by_side(*videos: Video, gap: int = 4) -> Float[Tensor, "frames 3 height total_width"]:
     """Put videos of one shape beside each other with a white gap of `gap` pixels: (F, 3, H, sum of W + gaps)."""
     white = torch.ones(*videos[0].shape[:-1], gap)
     panels = [panel for video in videos for panel in (video.cpu().float(), white)]

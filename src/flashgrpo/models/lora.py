@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flashgrpo.config import Full, Lora
-from flashgrpo.distributed import generator
 from flashgrpo.errors import UserError
+from flashgrpo.seeds import generator
 
 
 def prepare(network: nn.Module, train: Lora | Full, seed: int) -> None:

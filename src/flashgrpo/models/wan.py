@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import WanPipeline
-from jaxtyping import Float
+from jaxtyping import Shaped
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ class WanModel:
         return Condition({"text": text, "negative": negative})
 
     def velocity(
-        self, x: Latents, timestep: Float[Tensor, " batch"], condition: Condition, guidance_scale: float
+        self, x: Latents, timestep: Shaped[Tensor, " batch"], condition: Condition, guidance_scale: float
     ) -> Latents:
         """v_negative + guidance_scale (v_text - v_negative), both branches in one forward; scale 1 needs only one."""
         text = condition.tensors["text"]

@@ -1,0 +1,198 @@
+"""One self-contained HTML page from a run directory.
+
+    write_report(Path("runs/demo"))  ->  runs/demo/report.html
+
+The page opens from disk without a network: videos are data URIs, charts inline SVG, style and script inline. It is made
+from the files of the run alone, so it can be written while the run goes on, after it was killed, or on another machine;
+whatever is missing is named on the page. The same files give the same page, byte for byte.
+
+    record.py         reads the run directory
+    findings.py       what the page says in words and figures
+    charts.py         what it draws
+    template.html.j2  how it looks
+"""
+
+import base64
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from flashgrpo.errors import UserError
+from flashgrpo.report import charts, findings
+from flashgrpo.report.record import Row, Run, column, headline_evaluation, names, read_run, samples_of
+
+__all__ = ["write_report"]
+
+MOST_PAIRS = 12
+MOST_VIDEO_BYTES = 24 * 2**20  # of all embedded videos together
+EXTREMES = 5  # prompts shown at either end of the sorted table
+HEALTH = {
+    "grad_norm": ("Gradient norm", "by update"),
+    "drift": ("Drift of the replay", "largest deviation of the ratio from 1 before the policy has moved"),
+    "ratio_max_dev": ("Deviation of the ratio from 1", "over the whole update"),
+    "clip_fraction": ("Clipped share", "of the samples of an update"),
+    "approx_kl": ("Approximate KL", "from the policy of the rollout"),
+    "kl": ("KL to the base", "the penalty's own estimate"),
+}
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into the run directory and return its path; raises UserError where there is no run."""
+    run = Path(run)
+    page = render(read_run(run))
+    target, aside = run / "report.html", run / f".report.{os.getpid()}.html"
+    try:
+        aside.write_text(page, encoding="utf-8")
+        os.replace(aside, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}.") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return target
+
+
+def render(run: Run) -> str:
+    shown = headline_evaluation(run.evaluations)
+    form = findings.Numbers(findings.decimals(shown))
+    pairs, pairs_update, video_note = video_pairs(run, shown)
+    prompts = findings.by_prompt(samples_of(shown))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("template.html.j2").render(
+        name=run.path.resolve().name,
+        date=findings.date(run.environment.get("started")),
+        version=run.environment.get("flashgrpo") or run.environment.get("flash-grpo") or "",
+        notes=run.notes,
+        result=findings.result(shown, run.evaluations, form) if shown else None,
+        tiles=findings.tiles(run, shown, form),
+        form=form,
+        rewards=reward_charts(run, shown),
+        pairs=pairs,
+        pairs_update=pairs_update,
+        video_note=video_note,
+        prompts=prompts,
+        lowest=prompts[:EXTREMES],
+        highest=prompts[: -EXTREMES - 1 : -1],
+        prompt_chart=both_shapes(
+            lambda size: charts.prompt_changes([row["change"] for row in prompts], size), (1080, 240)
+        ),
+        health=health_charts(run),
+        timing=timing(run),
+        config=run.config,
+        environment={key: plain_text(value) for key, value in run.environment.items()},
+    )
+
+
+def both_shapes(draw: Callable[[tuple[int, int]], str], wide: tuple[int, int]) -> dict[str, Markup]:
+    """A broad chart is drawn twice, for wide screens and for phones, so that its text shrinks on neither."""
+    return {"wide": Markup(draw(wide)), "narrow": Markup(draw((380, 260)))}
+
+
+def plain_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# ---- sections of the page --------------------------------------------------------------------------------------------
+
+
+def reward_charts(run: Run, shown: Row | None) -> dict[str, Any]:
+    """The large chart in two shapes, for wide and narrow screens; the difference; a panel for each component."""
+    best = shown["update"] if shown and shown.get("best") is True else None
+    panels = []
+    watched = names(run.evaluations, "watched")
+    rewards = [name for name in names([*run.metrics, *run.evaluations], "rewards") if name not in watched]
+    at_end = {(part["watched"], part["name"]): part for part in findings.components(shown)}
+    for is_watched, name in [*((False, name) for name in rewards), *((True, name) for name in watched)]:
+        chart = charts.component_curve(run.metrics, run.evaluations, name, is_watched)
+        part = at_end.get((is_watched, name))
+        panels.append({"name": name, "watched": is_watched, "chart": Markup(chart), "part": part})
+    curves = both_shapes(lambda size: charts.reward_curves(run.metrics, run.evaluations, best, size), (740, 300))
+    return {"curves": curves, "difference": Markup(charts.difference_curve(run.evaluations)), "panels": panels}
+
+
+def health_charts(run: Run) -> dict[str, Any]:
+    """Gradient norm over updates and by trained step, and the stability of the updates."""
+    curves = []
+    for key, (title, remark) in HEALTH.items():
+        values = column(run.metrics, key)
+        values = values[np.isfinite(values)]
+        if not len(values) or (key == "kl" and not values.any()):
+            continue
+        largest = f"{np.abs(values).max():.2g}"
+        chart = charts.metric_curve(run.metrics, key)
+        curves.append({"title": title, "remark": remark, "largest": largest, "chart": Markup(chart)})
+    without_spread = column(run.metrics, "zero_spread_groups")
+    return {
+        "by_step": Markup(charts.gradient_by_step(run.metrics)),
+        "curves": curves,
+        "without_spread": int(np.nansum(without_spread)) if np.isfinite(without_spread).any() else 0,
+    }
+
+
+def timing(run: Run) -> dict[str, Any]:
+    phases = findings.phases(run.metrics)
+    spent = {name: float(np.nansum(values)) for name, values in phases.items()}
+    total = sum(spent.values()) or math.nan
+    rows = [
+        {
+            "phase": name,
+            "mean": f"{seconds / len(run.metrics):.2f} s",
+            "sum": findings.duration(seconds),
+            "share": f"{100 * seconds / total:.0f} %",
+            "colour": i % len(charts.PHASES),
+        }
+        for i, (name, seconds) in enumerate(spent.items())
+    ]
+    return {"chart": Markup(charts.timing_bars(run.metrics, phases)), "rows": rows}
+
+
+# ---- videos ----------------------------------------------------------------------------------------------------------
+
+
+def video_pairs(run: Run, shown: Row | None) -> tuple[list[dict[str, Any]], int, str]:
+    """The first pairs of the evaluation that is shown, or else of the latest that has any, in their fixed order.
+
+    Returns the pairs, the update they were generated after, and a sentence where some are left out.
+    """
+    for evaluation in filter(None, [shown, *reversed(run.evaluations)]):
+        both = [sample for sample in samples_of(evaluation) if sample.get("video") and sample.get("base_video")]
+        pairs, left = [], MOST_VIDEO_BYTES
+        for sample in both[:MOST_PAIRS]:
+            base, tuned = (video_bytes(run.path, sample[key]) for key in ("base_video", "video"))
+            if base and tuned and len(base) + len(tuned) <= left:
+                left -= len(base) + len(tuned)
+                pairs.append(video_pair(sample, base, tuned))
+        if pairs:
+            note = f"{len(pairs)} of {len(both)} pairs are shown." if len(pairs) < len(both) else ""
+            return pairs, evaluation["update"], note
+    return [], 0, ""
+
+
+def video_pair(sample: Row, base: bytes, tuned: bytes) -> dict[str, Any]:
+    return {
+        "prompt": str(sample.get("prompt", "")),
+        "base": "data:video/mp4;base64," + base64.b64encode(base).decode("ascii"),
+        "tuned": "data:video/mp4;base64," + base64.b64encode(tuned).decode("ascii"),
+        "base_reward": sample.get("base_reward"),
+        "reward": sample.get("reward"),
+        "components": findings.components(sample),
+    }
+
+
+def video_bytes(run: Path, name: object) -> bytes:
+    """The file, where it is one inside the run directory and small enough to embed; otherwise nothing."""
+    path = (run / str(name)).resolve()
+    inside = path.is_relative_to(run.resolve()) and path.is_file() and path.stat().st_size <= MOST_VIDEO_BYTES
+    return path.read_bytes() if inside else b""

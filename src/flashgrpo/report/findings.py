@@ -1,0 +1,177 @@
+"""What the page says in words and figures."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flashgrpo.report.record import Row, Run, Values, bounds, column, names, number, samples_of
+
+DASH = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+SURE = "95\N{NO-BREAK SPACE}% interval"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers as text, all with the decimals that the measured uncertainty supports."""
+
+    decimals: int = 2
+
+    def plain(self, value: object) -> str:
+        rounded = round(number(value), self.decimals) + 0.0  # -0.0 + 0.0 is 0.0: no minus before a zero
+        return DASH if math.isnan(rounded) else f"{rounded:.{self.decimals}f}".replace("-", MINUS)
+
+    def signed(self, value: object) -> str:
+        return ("+" if round(number(value), self.decimals) > 0 else "") + self.plain(value)
+
+    def direction(self, value: object) -> str:
+        """The class of a table cell; what rounds to zero has no direction."""
+        rounded = round(number(value), self.decimals)
+        return "up" if rounded > 0 else "down" if rounded < 0 else ""
+
+    def interval(self, low: float, high: float) -> str:
+        return f"[{self.plain(low)}, {self.plain(high)}]"
+
+
+def decimals(evaluation: Row | None) -> int:
+    """Two decimals, or as many more as the interval is narrow: 0.06 wide gives 2, 0.004 wide 3."""
+    (low,), (high,) = bounds([evaluation or {}])
+    return min(max(-math.floor(math.log10(high - low)), 2), 5) if high > low else 2
+
+
+class Result(NamedTuple):
+    """`Held-out reward rose by 0.18 [0.15, 0.21]`, what that rests on, and which evaluation it is from."""
+
+    headline: str
+    basis: str
+    choice: str
+
+
+def result(shown: Row, evaluations: Sequence[Row], form: Numbers) -> Result:
+    (low,), (high,) = bounds([shown])
+    change, samples = number(shown.get("difference")), samples_of(shown)
+    if math.isnan(low) or math.isnan(high):
+        headline = f"Held-out reward changed by {form.signed(change)}, with no interval to judge it by"
+    elif low > 0:
+        headline = f"Held-out reward rose by {form.plain(change)} {form.interval(low, high)}"
+    elif high < 0:
+        headline = f"Held-out reward fell by {form.plain(-change)} {form.interval(-high, -low)}"
+    else:
+        headline = f"No clear change of held-out reward: {form.signed(change)} {form.interval(low, high)} includes zero"
+    counts = f"{len(samples)} paired videos, {len(by_prompt(samples))} prompts" if samples else ""
+    basis = ", ".join(filter(None, ("" if math.isnan(low) else SURE, counts)))
+    return Result(headline, basis, choice(shown, evaluations, form))
+
+
+def choice(shown: Row, evaluations: Sequence[Row], form: Numbers) -> str:
+    """Which evaluation the result is from. The best of several is chosen by the reward it reports, so say so."""
+    last, tuned = evaluations[-1], [row for row in evaluations if row["update"] > 0]
+    when = f"Measured after update {shown['update']}"
+    if len(tuned) == 1:
+        return f"{when}, the only evaluation of the tuned model so far."
+    if shown.get("best") is not True:
+        beaten = any(row.get("best") is True for row in evaluations)
+        return f"{when}, the last of {len(tuned)} evaluations" + ("; none of them beat the base." if beaten else ".")
+    if shown is last:
+        return f"{when}, the last of {len(tuned)} evaluations and the best."
+    (low,), (high,) = bounds([last])
+    return (
+        f"{when}, the best of {len(tuned)} evaluations, which flatters it a little; the last, after update "
+        f"{last['update']}, stands at {form.signed(last.get('difference'))} {form.interval(low, high)}."
+    )
+
+
+def tiles(run: Run, shown: Row | None, form: Numbers) -> list[tuple[str, str, str]]:
+    """The key figures: label, figure, remark."""
+    figures = []
+    if shown:
+        (low,), (high,) = bounds([shown])
+        held_out = f"{form.plain(shown.get('base_reward'))} → {form.plain(shown.get('reward'))}"
+        figures.append(("Held-out reward", held_out, f"base → tuned, update {shown['update']}"))
+        between = f"{SURE} {form.plain(low)} to {form.plain(high)}" if low <= high else "no interval"
+        figures.append(("Difference", form.signed(shown.get("difference")), between))
+        watched = [component for component in components(shown) if component["watched"]]
+        if watched:
+            worst = min(watched, key=lambda part: math.inf if math.isnan(part["change"]) else part["change"])
+            remark = f"{worst['name']}, {form.plain(worst['base'])} → {form.plain(worst['tuned'])}"
+            figures.append(("Watched only", form.signed(worst["change"]), remark))
+    if run.metrics:
+        videos, seconds = (column(run.metrics, *keys) for keys in (("samples",), ("seconds", "total")))
+        seconds = seconds[seconds > 0]
+        figures.append(("Updates", f"{run.metrics[-1]['update']:,}", "optimizer steps"))
+        if (videos > 0).any():
+            figures.append(("Videos", f"{int(videos[videos > 0].sum()):,}", "generated and scored"))
+        if len(seconds):
+            figures.append(("Time", duration(seconds.sum()), f"{seconds.mean():.3g} s an update"))
+    return figures
+
+
+def date(started: object) -> str:
+    """2026-07-31T03:41:22+00:00 -> 31 July 2026, 03:41 UTC; whatever is no date stays as it is."""
+    try:
+        moment = datetime.fromisoformat(str(started).replace("Z", "+00:00"))
+    except ValueError:
+        return str(started or "")
+    return f"{moment.day} {moment:%B %Y, %H:%M} {moment.tzname() or ''}".strip()
+
+
+def duration(seconds: float) -> str:
+    """72 -> 1 min 12 s, the two largest units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def by_prompt(samples: Sequence[Row]) -> list[dict[str, Any]]:
+    """One row a prompt, means over its samples, the largest fall first; `most` is the component that moved furthest."""
+    groups: dict[str, list[Row]] = {}
+    for sample in samples:
+        groups.setdefault(str(sample.get("prompt", "")), []).append(sample)
+    rows = [{"prompt": prompt, **change_of(group)} for prompt, group in groups.items()]
+    return sorted(rows, key=lambda row: math.inf if math.isnan(row["change"]) else row["change"])
+
+
+def change_of(samples: Sequence[Row]) -> dict[str, Any]:
+    base, tuned = mean(column(samples, "base_reward")), mean(column(samples, "reward"))
+    moved = {}
+    for name in names(samples, "rewards"):
+        before, after = pair(samples, "rewards", name)
+        moved[name] = mean(after - before)
+    finite = [(name, change) for name, change in moved.items() if math.isfinite(change)]
+    most = max(finite, key=lambda item: abs(item[1]), default=None)
+    return {"base": base, "tuned": tuned, "change": tuned - base, "most": most}
+
+
+def mean(values: Values) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def pair(rows: Sequence[Row], kind: str, name: str) -> tuple[Values, Values]:
+    """A component's values under the base and under the tuned model; `kind` is `rewards` or `watched`."""
+    return column(rows, f"base_{kind}", name), column(rows, kind, name)
+
+
+def components(row: Row | None) -> list[dict[str, Any]]:
+    """Every component of one evaluation, or of one of its samples, and after them what is only watched."""
+    parts = []
+    for kind in ("rewards", "watched"):
+        for name in names([row or {}], kind):
+            (base,), (tuned,) = pair([row or {}], kind, name)
+            parts.append(
+                {"name": name, "watched": kind == "watched", "base": base, "tuned": tuned, "change": tuned - base}
+            )
+    return parts
+
+
+def phases(metrics: Sequence[Row]) -> dict[str, Values]:
+    """Seconds by phase, a value an update; `other` is what the phases leave of the total."""
+    seconds = {name: column(metrics, "seconds", name) for name in names(metrics, "seconds") if name != "total"}
+    known = sum(map(np.nan_to_num, seconds.values()), np.zeros(len(metrics)))
+    rest = np.maximum(column(metrics, "seconds", "total") - known, 0)
+    return {**seconds, "other": rest} if np.nansum(rest) > 0.01 * known.sum() else seconds

@@ -1,0 +1,110 @@
+"""What a run directory says, read so that anything may be missing, cut short or not a number."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashgrpo.errors import UserError
+
+Row = Mapping[str, Any]  # one line of metrics.jsonl or evaluations.jsonl
+Values = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says, as far as it could be read."""
+
+    path: Path
+    config: str
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]  # by update, one row each
+    evaluations: list[dict[str, Any]]
+    notes: list[str]  # what is missing, in sentences
+
+
+def read_run(path: Path) -> Run:
+    if not path.is_dir():
+        raise UserError(f"{path} is no run directory: there is no such folder.")
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is no run directory: it has no config.yaml.")
+    notes: list[str] = []
+    metrics = read_rows(path / "metrics.jsonl", notes)
+    evaluations = read_rows(path / "evaluations.jsonl", notes)
+    if not metrics:
+        notes.append("No update has finished yet, so there are no training curves.")
+    if not any(row["update"] > 0 for row in evaluations):
+        notes.append("The tuned model has not been evaluated yet, so nothing is known about held-out prompts.")
+    try:
+        environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        environment = None
+    if not isinstance(environment, dict):
+        notes.append("environment.json is missing or unreadable.")
+        environment = {}
+    config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    return Run(path, config, environment, metrics, evaluations, notes)
+
+
+def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The rows of a JSONL file by update. A resumed run repeats updates; the later row is the one that counts."""
+    rows: dict[int, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    unreadable = 0
+    for text in filter(str.strip, lines):
+        try:
+            row = json.loads(text)
+            rows[int(row["update"])] = row
+        except (ValueError, TypeError, KeyError, OverflowError):  # cut short by a kill, or not a row at all
+            unreadable += 1
+    if unreadable:
+        count = "1 line" if unreadable == 1 else f"{unreadable} lines"
+        notes.append(f"{count} of {path.name} could not be read, probably cut short when the run was stopped.")
+    return [rows[update] for update in sorted(rows)]
+
+
+def headline_evaluation(evaluations: Sequence[Row]) -> Row | None:
+    """The evaluation that the page leads with: the best checkpoint's, or the last where none beat the base."""
+    best = [row for row in evaluations if row.get("best") is True]
+    if best and best[-1]["update"] > 0:
+        return best[-1]
+    return evaluations[-1] if evaluations and evaluations[-1]["update"] > 0 else None
+
+
+def samples_of(evaluation: Row | None) -> list[Row]:
+    samples = evaluation.get("samples") if evaluation else None
+    return [sample for sample in samples if isinstance(sample, Mapping)] if isinstance(samples, Sequence) else []
+
+
+def number(value: object) -> float:
+    """`value` where it is a finite number, nan for whatever else a line of JSON can hold."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return math.nan
+
+
+def column(rows: Sequence[Row], *keys: str) -> Values:
+    """One value a row, found along nested `keys`; nan where a row lacks it."""
+
+    def cell(row: Any) -> float:
+        for key in keys:
+            row = row.get(key) if isinstance(row, Mapping) else None
+        return number(row)
+
+    return np.array([cell(row) for row in rows], dtype=np.float64)
+
+
+def names(rows: Sequence[Row], key: str) -> list[str]:
+    """The keys of the mappings `row[key]`, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows if isinstance(row.get(key), Mapping) for name in row[key]))
+
+
+def bounds(evaluations: Sequence[Row]) -> tuple[Values, Values]:
+    """The lower and the upper ends of the intervals; nan where an evaluation has none."""
+    intervals = (row.get("interval") for row in evaluations)
+    pairs = [pair if isinstance(pair, list) and len(pair) == 2 else [None, None] for pair in intervals]
+    return np.array([number(low) for low, _ in pairs]), np.array([number(high) for _, high in pairs])

@@ -1,0 +1,28 @@
+"""Random numbers are named by what they are for: never by process, order of calls or a global state.
+
+So any number of processes, a run that was interrupted, and any share of an update's rows draw the same numbers.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def keyed_bits(purpose: str, *ids: int) -> int:
+    """64 uniform bits that depend on the name alone, in every process, on every machine, in every release of torch.
+
+    The name is hashed (BLAKE2b), so neighbouring ids are unrelated.
+    """
+    name = "/".join([purpose, *map(str, ids)])
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def generator(seed: int, purpose: str, *ids: int) -> torch.Generator:
+    """A CPU generator by name: `generator(seed, "noise", update, group, member)`."""
+    return torch.Generator().manual_seed(keyed_bits(purpose, seed, *ids) >> 1)  # torch takes 63 bits
+
+
+def normal(shape: tuple[int, ...], seed: int, purpose: str, *ids: int) -> Tensor:
+    """Standard normal float32 of `shape` from the named generator, on the CPU (so that every device gets the same)."""
+    return torch.randn(shape, generator=generator(seed, purpose, *ids))

@@ -1,0 +1,254 @@
+"""Rollout, replay and update on the bundled model: exactness, and what the micro-batch may not change."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from torch import Tensor
+
+from flashgrpo.config import OptimConfig
+from flashgrpo.models.lora import trained_parameters
+from flashgrpo.noise import Ode
+from flashgrpo.optim import Optimizer
+from flashgrpo.policy import Policy
+from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, Algorithm
+from flashgrpo.rollout import denoise, rollout
+from flashgrpo.schedule import Euler
+from flashgrpo.types import Prompt, PromptGroup
+from flashgrpo.update import UpdateMetrics, micro_batches, policy_update, replay
+
+PROMPTS = [
+    "a red circle moving left slowly",
+    "a blue square moving up quickly",
+    "a green triangle moving down slowly",
+    "a yellow circle moving right quickly",
+]
+
+
+def draw(model, algorithm: Algorithm, steps=6, groups=3, size=2, micro_batch=64, exact=2, seed=0, update=0):
+    grid = model.grid(steps)
+    policy = Policy(model, grid, algorithm.noise(grid.sigmas), guidance_scale=2.0, micro_batch=exact)
+    prompt_groups = [PromptGroup(update, g, Prompt(PROMPTS[g], {}), size) for g in range(groups)]
+    condition = model.encode(PROMPTS[:groups])
+    latents, transitions = rollout(policy, prompt_groups, condition, algorithm, Euler(), seed, micro_batch)
+    return policy, latents, transitions
+
+
+def perturb(model) -> None:
+    """Move the adapters off their start, where the B matrices are zero and half of the gradient vanishes."""
+    noise = torch.Generator().manual_seed(1)
+    for parameter in trained_parameters(model.network).values():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
+
+
+@pytest.mark.parametrize("algorithm", [FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, DANCE_GRPO])
+@pytest.mark.parametrize(("micro_batch", "exact"), [(64, 2), (64, 8), (3, 2), (1, 1), (5, 3)])
+def test_the_first_ratio_is_one_bit_for_bit(make_model, algorithm, micro_batch, exact):
+    model = make_model()
+    perturb(model)
+    policy, _, transitions = draw(model, algorithm, micro_batch=micro_batch, exact=exact)
+    condition = transitions.condition
+    replayed = torch.empty(len(transitions))
+    for _, rows in micro_batches(transitions.k.tolist(), exact):
+        batch = transitions[rows]
+        v = policy.exact_velocity(batch.k, batch.x, condition[batch.sample])
+        assert v.requires_grad
+        replayed[rows] = policy.table.log_prob(batch.k, batch.x_next, batch.x, v).detach()
+    assert torch.equal(replayed, transitions.log_prob)
+
+
+def test_each_sample_has_one_transition_at_its_groups_step(make_model):
+    model = make_model()
+    _, _, transitions = draw(model, FLASH_GRPO, steps=10, groups=4, size=3)
+    assert transitions.sample.tolist() == list(range(12))
+    k = transitions.k.unflatten(0, (4, 3))
+    assert (k == k[:, :1]).all()
+    expected = FLASH_GRPO.steps.mask(0, 0, torch.arange(4), 10).nonzero()[:, 1]
+    assert k[:, 0].tolist() == expected.tolist()
+    assert len(set(expected.tolist())) > 1
+
+
+def test_the_recorded_step_leads_to_the_final_latents(make_model):
+    """Walking on deterministically from x_{k+1} must give the rollout's own latents."""
+    model = make_model()
+    policy, latents, transitions = draw(model, FLASH_GRPO, steps=6, groups=2)
+    ode = Ode()(policy.grid.sigmas)
+    for row in range(len(transitions)):
+        x, condition = transitions.x_next[row : row + 1], transitions.condition[torch.tensor([row])]
+        for k in range(int(transitions.k[row]) + 1, policy.grid.num_steps):
+            x = ode.mean(k, x, policy.velocity(torch.tensor([k]), x, condition).detach())
+        torch.testing.assert_close(x[0], latents[row], rtol=1e-3, atol=1e-4)
+
+
+def test_videos_do_not_depend_on_the_rollout_micro_batch(make_model):
+    model = make_model()
+    _, whole, _ = draw(model, FLASH_GRPO, micro_batch=64)
+    _, cut, _ = draw(model, FLASH_GRPO, micro_batch=4)
+    torch.testing.assert_close(whole, cut, rtol=1e-3, atol=1e-4)
+
+
+def test_members_share_initial_noise_only_when_asked(make_model):
+    model = make_model()
+    _, _, independent = draw(model, MIX_GRPO, size=2)
+    first = independent.k == 0
+    x = independent.x[first].unflatten(0, (3, 2))
+    assert torch.equal(x[:, 0], x[:, 1])
+    _, _, independent = draw(model, FLOW_GRPO, size=2)
+    x = independent.x[independent.k == 0].unflatten(0, (3, 2))
+    assert not torch.isclose(x[:, 0], x[:, 1]).any(dim=-1).all()
+
+
+def gradient(model, policy, transitions, advantages, algorithm, micro_batch: int) -> dict[str, Tensor]:
+    """The gradient of one optimizer step, read before the optimizer clears it."""
+    config = OptimConfig(micro_batch=micro_batch, max_grad_norm=1e9)
+    optimizer = Optimizer(trained_parameters(model.network), config)
+    seen: dict[str, Tensor] = {}
+
+    def read() -> float:
+        seen.update({name: p.grad.clone() for name, p in optimizer.parameters.items()})
+        optimizer._adamw.zero_grad()
+        return 0.0
+
+    optimizer.step = read
+    policy_update(policy, optimizer, transitions, advantages, algorithm, config)
+    return seen
+
+
+@pytest.mark.parametrize("algorithm", [FLASH_GRPO, FLOW_GRPO])
+def test_the_gradient_does_not_depend_on_the_micro_batch(make_model, algorithm):
+    model = make_model()
+    perturb(model)
+    policy, _, transitions = draw(model, algorithm, groups=3, size=4)
+    advantages = torch.linspace(-1, 1, 12)
+    whole = gradient(model, policy, transitions, advantages, algorithm, 12)
+    for size in (1, 4, 5):
+        cut = gradient(model, policy, transitions, advantages, algorithm, size)
+        for name, expected in whole.items():
+            torch.testing.assert_close(cut[name], expected, rtol=2e-3, atol=1e-3 * float(expected.abs().max()) + 1e-12)
+
+
+def test_the_gradient_is_that_of_the_policy_gradient(make_model):
+    """At ratio 1 the gradient is -mean(w A grad log_prob), computed here sample by sample without the loss."""
+    model = make_model()
+    perturb(model)
+    policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=2)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 0.25])
+    weights = FLASH_GRPO.weighting.weights(policy.table, FLASH_GRPO.steps.candidates(6), transitions.k)
+    log_probs = []
+    for row in range(4):
+        batch = transitions[torch.tensor([row])]
+        v = policy.velocity(batch.k, batch.x, batch.condition[batch.sample])
+        log_probs.append(policy.table.log_prob(batch.k, batch.x_next, batch.x, v)[0])
+    objective = -(weights * advantages * torch.stack(log_probs)).mean()
+    parameters = trained_parameters(model.network)
+    expected = dict(zip(parameters, torch.autograd.grad(objective, list(parameters.values())), strict=True))
+    for name, value in gradient(model, policy, transitions, advantages, FLASH_GRPO, 2).items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-3, atol=1e-3 * float(expected[name].abs().max()))
+
+
+def test_gradient_norms_by_step_are_those_of_the_step_alone(make_model):
+    model = make_model()
+    perturb(model)
+    policy, _, transitions = draw(model, FLOW_GRPO, groups=1, size=2, steps=3)
+    advantages = torch.tensor([1.0, -1.0])
+    config = OptimConfig(micro_batch=2, max_grad_norm=1e9, lr=1e-12)
+    metrics = policy_update(
+        policy, Optimizer(trained_parameters(model.network), config), transitions, advantages, FLOW_GRPO, config
+    )
+    for k in (0, 1):
+        alone = gradient(model, policy, transitions[(transitions.k == k).nonzero().flatten()], advantages, FLOW_GRPO, 2)
+        norm = torch.stack([g.square().sum() for g in alone.values()]).sum().sqrt()
+        assert metrics["grad_norm_by_step"][str(k)] == pytest.approx(float(norm), rel=1e-3)
+
+
+def test_an_update_makes_rewarded_samples_likelier(make_model):
+    model = make_model()
+    policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=4)
+    advantages = torch.tensor([1.0, -1.0] * 4)
+    config = OptimConfig(micro_batch=4, lr=1e-3)
+    optimizer = Optimizer(trained_parameters(model.network), config)
+    metrics = policy_update(policy, optimizer, transitions, advantages, FLASH_GRPO, config)
+    assert (metrics["drift"], metrics["ratio_max_dev"], metrics["clip_fraction"]) == (0, 0, 0)
+    collected = UpdateMetrics(optimizer, FLASH_GRPO, by_step=False)
+    change = []
+    for _, rows in micro_batches(transitions.k.tolist(), 4):
+        batch = transitions[rows]
+        replay(policy, batch, advantages[batch.sample], torch.ones(len(rows)), FLASH_GRPO, collected)
+        change.append((collected._rows["log_prob"][-1] - batch.log_prob) * advantages[batch.sample])
+    assert float(torch.cat(change).mean()) > 0
+
+
+@pytest.mark.parametrize("settings", [(1, 1), (2, 1), (1, 2), (2, 3)])
+def test_optimizer_steps_and_average_per_update(make_model, settings):
+    minibatches, passes = settings
+    model = make_model()
+    policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=4)
+    config = OptimConfig(micro_batch=2, minibatches=minibatches, passes=passes, ema={"decay": 0.5, "every": 1})
+    optimizer = Optimizer(trained_parameters(model.network), config)
+    averages = []
+    step = optimizer.step
+
+    def spy() -> float:
+        norm = step()
+        averages.append({name: value.clone() for name, value in optimizer.ema.items()})
+        return norm
+
+    optimizer.step = spy
+    start = {name: value.clone() for name, value in optimizer.ema.items()}
+    policy_update(policy, optimizer, transitions, torch.linspace(-1, 1, 8), FLASH_GRPO, config)
+    assert optimizer.steps == len(averages) == minibatches * passes
+    if len(averages) == 1:
+        for name, weight in optimizer.weights().items():
+            torch.testing.assert_close(averages[0][name], (start[name] + weight) / 2)
+
+
+@pytest.mark.parametrize("train", ["{kind: lora, rank: 4}", "{kind: full}"])
+def test_kl_to_the_base_is_zero_at_the_start_and_positive_later(make_model, train):
+    model = make_model("algorithm.kl_coef=0.1", f"model.train={train}")
+    algorithm = dataclasses.replace(FLASH_GRPO, kl_coef=0.1)
+    policy, _, transitions = draw(model, algorithm, groups=2, size=2)
+    config = OptimConfig(micro_batch=2, lr=1e-3)
+    names = set(trained_parameters(model.network))
+    optimizer = Optimizer(trained_parameters(model.network), config)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    first = policy_update(policy, optimizer, transitions, advantages, algorithm, config)
+    second = policy_update(policy, optimizer, transitions, advantages, algorithm, config)
+    assert first["kl"] == 0
+    assert second["kl"] > 0
+    assert set(trained_parameters(model.network)) == names  # switching adapters off and on froze nothing
+
+
+def test_deterministic_sampling_equals_the_pipeline(make_model):
+    """Our loop against `WanPipeline.__call__` itself, on the same noise, with the Euler scheduler."""
+    model = make_model("model.train.rank=2")
+    pipeline: WanPipeline = model.pipeline
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    grid = model.grid(5)
+    policy = Policy(model, grid, Ode()(grid.sigmas), guidance_scale=2.0, micro_batch=1)
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(3))
+    ours = denoise(policy, noise, model.encode(PROMPTS[:2]), Euler())
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"height": 48, "width": 48, "num_frames": 9, "max_sequence_length": 16}
+    call = {**size, "num_inference_steps": 5, "guidance_scale": 2.0}
+    theirs = pipeline(PROMPTS[:2], latents=noise, output_type="latent", **call).frames
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    video = pipeline(PROMPTS[:2], latents=noise, output_type="pt", **call).frames
+    torch.testing.assert_close(model.decode(ours), video, rtol=1e-3, atol=1e-3)
+
+
+def test_the_saved_lora_gives_the_pipeline_the_tuned_velocity(make_model, tmp_path):
+    model = make_model("model.train.rank=4", "model.train.alpha=8")
+    perturb(model)
+    model.save_lora(tmp_path / "lora", {n: p.detach() for n, p in trained_parameters(model.network).items()})
+    pipeline = WanPipeline.from_pretrained(Path(model.pipeline.config._name_or_path), dtype=torch.float32)
+    x = torch.randn(1, *model.latent_shape)
+    text = model.encode(PROMPTS[:1]).tensors["text"]
+    with torch.no_grad():
+        base = pipeline.transformer(x, torch.tensor([500.0]), text, return_dict=False)[0]
+        pipeline.load_lora_weights(tmp_path / "lora")
+        loaded = pipeline.transformer(x, torch.tensor([500.0]), text, return_dict=False)[0]
+        tuned = model.network(x, torch.tensor([500.0]), text, return_dict=False)[0]
+    assert not torch.allclose(loaded, base, atol=1e-3)
+    torch.testing.assert_close(loaded, tuned, rtol=1e-5, atol=1e-5)

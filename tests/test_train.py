@@ -1,0 +1,268 @@
+"""Whole runs in very small: what a run directory holds, resume after a kill at any moment, and how runs end."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashgrpo import checkpoint
+from flashgrpo.config import RunConfig
+from flashgrpo.errors import UserError
+from flashgrpo.evaluate import evaluate
+from flashgrpo.progress import Clock, Interrupt
+from flashgrpo.run_directory import RunDirectory, read_lines
+from flashgrpo.sample import sample
+from flashgrpo.train import train
+from flashgrpo.video import read_mp4
+
+METRICS = {"update", "reward", "reward_std", "rewards", "ratio_max_dev", "clip_fraction", "approx_kl"} | {
+    "grad_norm",
+    "seconds",
+}
+EVALUATION = {"update", "reward", "base_reward", "difference", "interval", "rewards", "watched"}
+
+
+def weights(run: Path, update: int) -> dict[str, torch.Tensor]:
+    tensors, _ = checkpoint.load(run / "checkpoints", update)
+    return {f"{kind}/{name}": tensor for kind, named in tensors.items() for name, tensor in named.items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_seconds(file: Path) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_lines(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of six updates."""
+    from tests.conftest import small_run
+
+    config = small_run(tmp_path_factory.mktemp("finished") / "run", "updates=6")
+    return config, train(config)
+
+
+def test_a_run_directory_holds_what_the_design_says(finished):
+    config, run = finished
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "checkpoints",
+        "lora",
+        "videos",
+    } <= {path.name for path in run.iterdir()}
+    assert RunConfig.load(run / "config.yaml") == config
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line.keys() >= METRICS
+        assert line["drift"] == 0
+        assert line["rewards"].keys() == {f"agreement.{part}" for part in ("color", "shape", "direction", "speed")}
+        assert line["reward"] == pytest.approx(sum(line["rewards"].values()) / 4)
+        phases = dict(line["seconds"])
+        assert phases.pop("total") >= sum(phases.values()) - 1e-3
+        assert sum(line["transitions_by_step"].values()) == line["samples"] == 4
+    evaluations = read_lines(run / "evaluations.jsonl")
+    assert [line["update"] for line in evaluations] == [0, 2, 4, 6]
+    for line in evaluations:
+        assert line.keys() >= EVALUATION
+        assert line["watched"].keys() == {"persistence", "background"}
+        assert line["base_reward"] == evaluations[0]["reward"]
+        assert line["difference"] == pytest.approx(line["reward"] - line["base_reward"])
+        low, high = line["interval"]
+        assert low <= line["difference"] <= high
+    assert not list(run.rglob(".partial*"))
+    video = read_mp4(run / evaluations[0]["samples"][0]["video"])
+    assert video.shape == (9, 3, 192, 192)
+
+
+def test_old_checkpoints_go_but_not_the_newest_or_the_best(finished):
+    _, run = finished
+    _, progress = checkpoint.load(run / "checkpoints", 6)
+    assert set(checkpoint.updates(run / "checkpoints")) == {5, 6, progress.best_update}
+    rewards = {line["update"]: line["reward"] for line in read_lines(run / "evaluations.jsonl") if line["update"]}
+    assert rewards[progress.best_update] == max(rewards.values())
+
+
+def test_a_finished_run_is_left_as_it_is(finished):
+    config, run = finished
+    before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}
+    train(config)
+    assert before == {path: path.read_bytes() for path in run.rglob("*.jsonl")}
+
+
+def test_a_run_made_longer_equals_a_long_one(finished, make_run):
+    _, long = finished
+    short = train(make_run("updates=3"))
+    longer = train(make_run("updates=6"))
+    assert short == longer
+    assert same(weights(longer, 6), weights(long, 6))
+
+
+def test_resume_after_damage_uses_the_checkpoint_before_and_says_so(finished, make_run, capsys):
+    _, uninterrupted = finished
+    run = train(make_run("updates=4"))
+    newest = run / "checkpoints/000004/ema.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    train(make_run("updates=6"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "000004 is damaged" in said
+    assert "continuing" not in said  # quiet shows warnings only
+    assert same(weights(run, 6), weights(uninterrupted, 6))
+    assert without_seconds(run / "metrics.jsonl") == without_seconds(uninterrupted / "metrics.jsonl")
+
+
+RUNNER = """
+import sys, torch
+torch.set_num_threads(1)
+from flashgrpo import RunConfig, train
+train(RunConfig.load(sys.argv[1]))
+"""
+
+
+def start(recipe: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", RUNNER, str(recipe)], env=environment, stderr=subprocess.DEVNULL)
+
+
+def test_killed_at_any_moment_the_run_ends_with_the_same_weights(finished, make_run, tmp_path):
+    _, uninterrupted = finished
+    recipe = tmp_path / "recipe.yaml"
+    config = make_run("updates=6")
+    recipe.write_text(config.to_yaml(), "utf-8")
+    run, moments, kills = Path(config.out), random.Random(0), 0
+    while kills < 6:
+        process = start(recipe)
+        progressed = len(read_lines(run / "metrics.jsonl")) + moments.choice([0, 1, 1, 2])
+        while process.poll() is None and len(read_lines(run / "metrics.jsonl")) < progressed:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.3))  # somewhere within the next update, its evaluation or its checkpoint
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills >= 2
+    assert start(recipe).wait() == 0
+    assert same(weights(run, 6), weights(uninterrupted, 6))
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert without_seconds(run / name) == without_seconds(uninterrupted / name)
+    assert not list(run.rglob(".partial*"))
+
+
+def test_an_interrupt_ends_with_a_checkpoint_and_exit_code_0(make_run, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    config = make_run("updates=1000", "checkpoint.every=1000", "evaluation.every=1000")
+    recipe.write_text(config.to_yaml(), "utf-8")
+    process, run = start(recipe), Path(config.out)
+    while len(read_lines(run / "metrics.jsonl")) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    done = len(read_lines(run / "metrics.jsonl"))
+    assert checkpoint.updates(run / "checkpoints") == [done]
+
+
+def test_patience_ends_a_run_that_does_not_get_better(make_run):
+    run = train(
+        make_run("updates=50", "evaluation.every=1", "evaluation.patience=2", "optim.lr=1e-9", "checkpoint.keep=1")
+    )
+    evaluations = read_lines(run / "evaluations.jsonl")
+    best = max(evaluations[1:], key=lambda line: line["reward"])["update"]
+    assert len(evaluations) < 50
+    assert evaluations[-1]["update"] == best + 2
+    assert set(checkpoint.updates(run / "checkpoints")) == {best, best + 2}
+
+
+def test_two_seeds_differ_and_one_seed_does_not(make_run, tmp_path):
+    first = train(make_run("updates=1"))
+    again = train(make_run("updates=1", f"out={tmp_path / 'again'}"))
+    other = train(make_run("updates=1", f"out={tmp_path / 'other'}", "seed=1"))
+    assert same(weights(first, 1), weights(again, 1))
+    assert not same(weights(first, 1), weights(other, 1))
+
+
+@pytest.mark.parametrize("algorithm", ["flow-grpo", "flow-grpo-fast", "mix-grpo", "dance-grpo"])
+def test_every_preset_trains(make_run, algorithm):
+    change = "{preset: mix-grpo, steps: {size: 2}}" if algorithm == "mix-grpo" else algorithm
+    run = train(make_run(f"algorithm={change}", "updates=2"))
+    lines = read_lines(run / "metrics.jsonl")
+    assert all(line["drift"] == 0 for line in lines)
+    assert lines[0]["grad_norm"] > 0
+
+
+def test_full_fine_tuning_resumes_bit_for_bit(make_run, tmp_path):
+    settings = ["model.train={kind: full}", "optim.lr=1e-5"]
+    train(make_run(*settings, "updates=1"))
+    resumed = train(make_run(*settings, "updates=2"))
+    whole = train(make_run(*settings, "updates=2", f"out={tmp_path / 'whole'}"))
+    assert same(weights(resumed, 2), weights(whole, 2))
+
+
+def test_evaluate_repeats_what_the_run_recorded(finished):
+    _, run = finished
+    last = read_lines(run / "evaluations.jsonl")[-1]
+    record = evaluate(run, checkpoint_update=6)
+    assert record["reward"] == pytest.approx(last["reward"], abs=1e-6)
+    assert record["base_reward"] == pytest.approx(last["base_reward"], abs=1e-6)
+    assert record["interval"] == pytest.approx(last["interval"], abs=1e-6)
+    with pytest.raises(UserError, match="no checkpoint of update 99"):
+        evaluate(run, checkpoint_update=99)
+
+
+def test_sample_writes_base_beside_tuned(finished, tmp_path):
+    _, run = finished
+    out = sample(run, "a red circle moving left slowly", tmp_path / "a.mp4", seed=1, num_steps=3)
+    frames = read_mp4(out)
+    assert frames.shape[0] == 9
+    assert frames.shape[-1] > 1.9 * frames.shape[-2]
+    for prompt, path in ((" ", "a.mp4"), ("a", "a.gif")):
+        with pytest.raises(UserError):
+            sample(run, prompt, tmp_path / path)
+
+
+def test_the_loop_adds_up(finished):
+    """The phases account for nearly all of an update; the rest is the loop itself."""
+    _, run = finished
+    for line in read_lines(run / "metrics.jsonl"):
+        assert {"rollout", "decode", "reward", "update", "total"} <= line["seconds"].keys()
+
+
+def test_a_second_process_is_kept_out(make_run):
+    config = make_run()
+    directory = RunDirectory.for_training(config)
+    directory.begin(config, torch.device("cpu"))
+    with pytest.raises(UserError, match="another process is training"):
+        train(config)
+    directory.close()
+
+
+def test_a_second_interrupt_is_not_swallowed():
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_clock_counts_phases_and_starts_over():
+    clock = Clock()
+    with clock("rollout"):
+        time.sleep(0.02)
+    first = clock.lap()
+    assert first["rollout"] >= 0.02
+    assert first["total"] >= first["rollout"]
+    assert clock.lap().keys() == {"total"}
+    json.dumps(first)
