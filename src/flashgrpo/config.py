@@ -17,16 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from flashgrpo.errors import UserError
 from flashgrpo.explain import explain, first_line, suggest
 from flashgrpo.presets import PRESETS, Algorithm
+from flashgrpo.recipe import find_recipe, merge_choices, parse_override
 from flashgrpo.schedule import Euler
-
-PACKAGE = Path(__file__).parent
-RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent.parent / "recipes")  # installed; in a checkout
-
-
-def resolve_path(path: str) -> str:
-    """`flashgrpo:NAME` is a file or folder that ships inside the package's `models` folder; else the path itself."""
-    head, colon, tail = path.partition("flashgrpo:")
-    return str(PACKAGE / "models" / tail) if colon and not head else path
 
 
 class Part(BaseModel):
@@ -202,22 +194,6 @@ def algorithm_from(value: Any) -> Any:
     return merge_choices(asdict(PRESETS[name]), changes)
 
 
-def merge_choices(old: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested settings; a change of `kind` drops the settings of the kind before.
-
-    A change below a name merges with that name's preset: {"algorithm": "flash-grpo"} and {"algorithm": {"kl_coef": 1}}.
-    """
-    merged = dict(old)
-    for key, new in changes.items():
-        before = merged.get(key)
-        if isinstance(before, str) and isinstance(new, Mapping):
-            before = {"preset": before}
-        if isinstance(before, dict) and isinstance(new, Mapping) and new.get("kind") in (None, before.get("kind")):
-            new = merge_choices(before, new)
-        merged[key] = new
-    return merged
-
-
 class RunConfig(Part):
     """A run, whole."""
 
@@ -260,10 +236,9 @@ class RunConfig(Part):
             raise UserError(f"{path} is no readable YAML file: {first_line(error)}") from error
         if not isinstance(tree, dict):
             raise UserError(f"{path} must hold a mapping of settings, not a list")
-        settings = {str(key): value for key, value in tree.items()}
         for override in overrides:
-            settings = merge_choices(settings, parse_override(override))
-        return cls.parse(settings, str(path))
+            tree = merge_choices(tree, parse_override(override))
+        return cls.parse(tree, str(path))
 
     @classmethod
     def parse(cls, tree: Any, source: str) -> "RunConfig":
@@ -276,27 +251,3 @@ class RunConfig(Part):
     def to_yaml(self) -> str:
         """The resolved settings; loading the text again gives an equal RunConfig."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def find_recipe(recipe: str) -> Path:
-    """The file itself, or `recipes/NAME.yaml` of the package."""
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    shipped = {file.stem: file for folder in RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
-    if recipe in shipped:
-        return shipped[recipe]
-    raise UserError(f"there is no recipe {recipe}; give a YAML file or one of: {', '.join(sorted(shipped))}")
-
-
-def parse_override(override: str) -> dict[str, Any]:
-    """`optim.lr=1e-4` as nested settings; the value is read as YAML."""
-    key, equals, _ = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"override {override!r} must have the form key=value, for example optim.lr=1e-4")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"override {override!r} cannot be read: {first_line(error)}") from error
-    assert isinstance(tree, dict)
-    return {str(name): value for name, value in tree.items()}

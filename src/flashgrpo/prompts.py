@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from flashgrpo.config import resolve_path
 from flashgrpo.errors import UserError
+from flashgrpo.recipe import resolve_path
 from flashgrpo.seeds import generator
 from flashgrpo.types import Condition, Prompt, PromptGroup, VideoModel
 

@@ -134,7 +134,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    packages = ("flash-grpo", "torch", "diffusers", "transformers", "peft", "numpy")
+    packages = ("torch", "diffusers", "transformers", "peft", "numpy")
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -142,5 +142,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "flashgrpo": metadata.version("flash-grpo"),
         **{name: metadata.version(name) for name in packages},
     }

@@ -56,11 +56,16 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
                 rewards = run.rewards.score(videos, prompts, watched=False)
                 advantages = advantages_of(rewards, config)
             with clock("update"):
-                metrics = policy_update(policy, run.optimizer, transitions, advantages, config.algorithm, config.optim)
+                metrics = describe_rewards(rewards, advantages, transitions, settings.group_size)
+                metrics |= policy_update(policy, run.optimizer, transitions, advantages, config.algorithm, config.optim)
             evaluate_now = (update + 1) % config.evaluation.every == 0 or update + 1 == config.updates
             with clock("evaluate"):
                 progress = run.evaluate(update + 1) if evaluate_now else replace(run.progress, update=update + 1)
-            run.log(progress, {**describe_rewards(rewards, advantages, transitions), **metrics}, clock.lap())
+            run.log(
+                progress,
+                {**describe_rewards(rewards, advantages, transitions, settings.group_size), **metrics},
+                clock.lap(),
+            )
             if evaluate_now or progress.update % config.checkpoint.every == 0:
                 with clock("checkpoint"):
                     run.save()
@@ -177,7 +182,7 @@ def advantages_of(rewards: RewardTable, config: RunConfig) -> Float[Tensor, " ba
 
 
 def describe_rewards(
-    rewards: RewardTable, advantages: Float[Tensor, " batch"], transitions: Transitions
+    rewards: RewardTable, advantages: Float[Tensor, " batch"], transitions: Transitions, group_size: int
 ) -> dict[str, Any]:
     """The part of a metrics line that tells of rewards and draws; stds are over all samples of the update."""
     total, by_step = rewards.total, transitions.k.bincount().tolist()
@@ -190,6 +195,7 @@ def describe_rewards(
         "advantage_mean": float(advantages.mean()),
         "advantage_std": float(advantages.std(correction=0)),
         "advantage_max": float(advantages.abs().max()),
+        "zero_spread_groups": int((advantages.unflatten(0, (-1, group_size)) == 0).all(dim=1).sum()),
         "samples": len(total),
         "transitions_by_step": {str(step): count for step, count in enumerate(by_step) if count},
     }

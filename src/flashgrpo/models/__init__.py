@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from flashgrpo.config import ModelConfig, resolve_path
+from flashgrpo.config import ModelConfig
 from flashgrpo.errors import UserError
+from flashgrpo.recipe import resolve_path
 from flashgrpo.types import VideoModel
 
 FAMILIES = ("WanPipeline",)

@@ -15,7 +15,6 @@ whatever is missing is named on the page. The same files give the same page, byt
 import base64
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from flashgrpo.errors import UserError
+from flashgrpo.files import write_aside
 from flashgrpo.report import charts, findings
 from flashgrpo.report.record import Row, Run, column, headline_evaluation, names, read_run, samples_of
 
@@ -47,14 +46,9 @@ def write_report(run: Path) -> Path:
     """Write `report.html` into the run directory and return its path; raises UserError where there is no run."""
     run = Path(run)
     page = render(read_run(run))
-    target, aside = run / "report.html", run / f".report.{os.getpid()}.html"
-    try:
+    target = run / "report.html"
+    with write_aside(target) as aside:
         aside.write_text(page, encoding="utf-8")
-        os.replace(aside, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}.") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return target
 
 
