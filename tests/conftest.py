@@ -3,6 +3,62 @@ import os
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for a hub is a mistake
 
-import torch  # noqa: E402
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashgrpo.config import RunConfig
+from flashgrpo.models.wan import WanModel
 
 torch.set_num_threads(1)  # many short operations: two threads mostly wait for each other, far longer on a busy machine
+
+
+def small_run(out: Path, *overrides: str) -> RunConfig:
+    """The bundled run in very small: two groups of two samples, four steps, two held-out prompts."""
+    folder = out.parent / "prompts"
+    folder.mkdir(exist_ok=True)
+    heldout = folder / "heldout.jsonl"
+    heldout.write_text(
+        '{"prompt": "a red circle moving left slowly"}\n{"prompt": "a blue square moving up quickly"}\n', "utf-8"
+    )
+    return RunConfig.load(
+        "tiny",
+        [
+            f"out={out}",
+            f"prompts.heldout={heldout}",
+            "updates=4",
+            "rollout.prompts=2",
+            "rollout.group_size=2",
+            "rollout.num_steps=4",
+            "optim.micro_batch=2",
+            "evaluation.every=2",
+            "evaluation.num_steps=3",
+            "evaluation.samples_per_prompt=1",
+            "evaluation.videos=1",
+            "checkpoint.every=1",
+            "tracking.progress=false",
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture
+def make_run(tmp_path: Path):
+    """Settings of a very small run in `tmp_path/run`, with overrides."""
+    return lambda *overrides: small_run(tmp_path / "run", *overrides)
+
+
+@pytest.fixture
+def make_model(make_run):
+    """The bundled model, with overrides of its run's settings."""
+
+    def make(*overrides: str) -> WanModel:
+        config = make_run(*overrides)
+        keep = config.algorithm.kl_coef > 0
+        return WanModel.load(str(WEIGHTS), config.model, torch.device("cpu"), config.seed, keep_reference=keep)
+
+    return make
+
+
+WEIGHTS = Path(__file__).parent.parent / "src/flashgrpo/models/tiny/weights"

@@ -74,6 +74,11 @@ def test_settings(command, recipe, tmp_path):
         ("odd.csv", b"a\n", "must end in .txt or .jsonl"),
         ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
         ("keyless.jsonl", b'{"text": "a"}\n', 'must be an object with a text under "prompt"'),
+        (
+            "\u2028.jsonl",
+            '\ufeff{"prompt": "a\u2028b", "n": 1}\n{"prompt": "b"}\n'.encode(),
+            "prompt 2 has other columns",
+        ),
         ("uneven.jsonl", b'{"prompt": "a", "n": 1}\n{"prompt": "b"}\n', "prompt 2 has other columns"),
         ("missing.txt", None, "cannot be read: no such file"),
     ],
@@ -127,11 +132,19 @@ calls = 0
 def few(videos, prompts, **columns): return [1.0]
 def nan(videos, prompts, **columns): return [float("nan")] * len(prompts)
 def inf(videos, prompts, **columns): return [float("inf")] * len(prompts)
+def none(videos, prompts, **columns): return {}
+def narrow(videos, prompts): return [1.0] * len(prompts)
+def changes(videos, prompts, **columns): return videos.mul_(2).mean((1, 2, 3, 4))
 def text(videos, prompts, **columns): return ["good"] * len(prompts)
 def later(videos, prompts, **columns):
     global calls
     calls += 1
     return [float(len(prompts) + i) if calls < 6 else float("nan") for i in range(len(prompts))]
+"""
+
+
+GOOD = """
+def {}(videos, prompts, threshold=0.5, **columns): return [threshold] * len(prompts)
 """
 
 
@@ -142,12 +155,26 @@ def later(videos, prompts, **columns):
         ("nan", "reward mine returned nan for video 0"),
         ("inf", "reward mine returned inf for video 0"),
         ("text", "reward mine must return 2 numbers"),
+        ("none", "reward mine returned an empty mapping"),
+        ("changes", "a reward changed the videos in place"),
         ("gone", "has no function 'gone'"),
     ],
 )
 def test_rewards(command, recipe, tmp_path, function, sentence):
     (tmp_path / "mine.py").write_text(REWARDS)
-    refused(command("train", recipe(rewards={"mine": {"call": f"{tmp_path}/mine.py:{function}"}})), sentence)
+    path = recipe(rewards={"mine": {"call": f"{tmp_path}/mine.py:{function}"}}, updates=1)
+    refused(command("train", path), sentence)
+    if (tmp_path / "run").exists():  # the mended recipe starts in the same folder
+        (tmp_path / "mine.py").write_text(REWARDS.replace(f"def {function}(", "def bad(") + GOOD.format(function))
+        assert command("train", path)[0] == 0
+
+
+def test_reward_arguments(command, recipe, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARDS + GOOD.format("good"))
+    call = {"call": f"{tmp_path}/mine.py:good"}
+    refused(command("train", recipe(rewards={"mine": {**call, "args": {"treshold": 1}}})), "did you mean 'threshold'?")
+    narrow = {"call": f"{tmp_path}/mine.py:narrow"}
+    refused(command("train", recipe(rewards={"mine": narrow})), "give it a **columns parameter")
 
 
 @pytest.mark.parametrize(
@@ -179,6 +206,9 @@ def test_run_directories(command, recipe, tmp_path):
     (tmp_path / "run/thesis.tex").write_text("years of work")
     refused(command("train", recipe()), "holds 'thesis.tex' and is no run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+    (tmp_path / "run/config.yaml").mkdir()
+    refused(command("train", recipe()), "is no run")
+    (tmp_path / "run/config.yaml").rmdir()
     for name in ("evaluate", "report"):
         refused(command(name, tmp_path / "run"), "is no run directory")
     refused(command("sample", tmp_path / "run", "a"), "is no run directory")

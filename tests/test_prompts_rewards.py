@@ -10,7 +10,7 @@ from flashgrpo.evaluate import bootstrap_interval
 from flashgrpo.prompts import TextCache, columns_of, prompt_groups, read_prompts
 from flashgrpo.scoring import Rewards, load_reward
 from flashgrpo.seeds import generator, keyed_bits, normal
-from flashgrpo.types import Condition, Prompt, RewardTable
+from flashgrpo.types import Prompt, RewardTable
 
 PROMPTS = [Prompt(f"prompt {n}", {"n": n}) for n in range(5)]
 VIDEOS = torch.linspace(0, 1, 3)[:, None, None, None, None].expand(3, 2, 3, 8, 8)
@@ -50,20 +50,16 @@ def test_random_numbers_are_named():
     assert abs(float(draws.std()) - 1) < 0.03
 
 
-def test_a_text_is_encoded_once(tmp_path):
-    class Model:
-        calls = 0
-
-        def encode(self, texts):
-            self.calls += 1
-            return Condition({"text": torch.tensor([[float(len(text))] for text in texts])})
-
-    model = Model()
-    cache = TextCache.__new__(TextCache)
-    cache._model, cache._conditions = model, {}
-    assert cache(["a", "bbb", "a"]).tensors["text"].flatten().tolist() == [1, 3, 1]
-    assert cache(["bbb"]).tensors["text"].flatten().tolist() == [3]
-    assert model.calls == 2
+def test_a_text_is_encoded_once(make_model):
+    model = make_model()
+    encode, asked = model.encode, []
+    model.encode = lambda texts: asked.extend(texts) or encode(texts)
+    cache = TextCache(model)
+    rows = cache(["a red circle", "a blue square", "a red circle"]).tensors["text"]
+    assert torch.equal(rows[0], rows[2])
+    assert not torch.equal(rows[0], rows[1])
+    assert torch.equal(cache(["a blue square"]).tensors["text"][0], rows[1])
+    assert asked == ["a red circle", "a blue square"]
 
 
 def brightness(videos, prompts, n, scale=1.0):

@@ -51,7 +51,7 @@ def test_the_first_ratio_is_one_bit_for_bit(make_model, algorithm, micro_batch, 
     policy, _, transitions = draw(model, algorithm, micro_batch=micro_batch, exact=exact)
     condition = transitions.condition
     replayed = torch.empty(len(transitions))
-    for _, rows in micro_batches(transitions.k.tolist(), exact):
+    for rows in (rows for _, parts in micro_batches(transitions.k.tolist(), exact) for rows in parts):
         batch = transitions[rows]
         v = policy.exact_velocity(batch.k, batch.x, condition[batch.sample])
         assert v.requires_grad
@@ -173,7 +173,7 @@ def test_an_update_makes_rewarded_samples_likelier(make_model):
     assert (metrics["drift"], metrics["ratio_max_dev"], metrics["clip_fraction"]) == (0, 0, 0)
     collected = UpdateMetrics(optimizer, FLASH_GRPO, by_step=False)
     change = []
-    for _, rows in micro_batches(transitions.k.tolist(), 4):
+    for rows in (rows for _, parts in micro_batches(transitions.k.tolist(), 4) for rows in parts):
         batch = transitions[rows]
         replay(policy, batch, advantages[batch.sample], torch.ones(len(rows)), FLASH_GRPO, collected)
         change.append((collected._rows["log_prob"][-1] - batch.log_prob) * advantages[batch.sample])

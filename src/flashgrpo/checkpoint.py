@@ -7,7 +7,6 @@ ever unpickled.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from flashgrpo.errors import UserError
-from flashgrpo.files import write_aside
+from flashgrpo.files import remove, write_aside
 
 FORMAT = 1
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -29,14 +28,12 @@ class Progress:
 
     Args:
         update: updates done.
-        best_update: the update of the best held-out reward so far; 0 before the first evaluation.
-        best_reward: that reward.
+        best_update: the update of the best held-out reward so far; 0 is the base model.
         stale: evaluations since then.
     """
 
     update: int = 0
     best_update: int = 0
-    best_reward: float | None = None
     stale: int = 0
 
 
@@ -54,11 +51,11 @@ def save(folder: Path, tensors: Tensors, progress: Progress, keep: int) -> Path:
             safetensors.torch.save_file(contiguous, aside / f"{name}.safetensors")
         digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
         state = {"format": FORMAT, "files": digests, "progress": asdict(progress)}
-        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    kept = {*updates(folder)[-keep:], progress.best_update}
-    for update in updates(folder):
-        if update not in kept:
-            shutil.rmtree(_path(folder, update))
+        (aside / "state.json").write_text(json.dumps({**state, "digest": _digest_of(state)}, indent=2) + "\n")
+    saved = updates(folder)
+    earlier = [update for update in saved if update <= progress.update]  # a later one was damaged, and passed over
+    for update in set(saved) - {*earlier[-keep:], progress.best_update}:
+        remove(_path(folder, update))
     return path
 
 
@@ -79,17 +76,19 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, di
     return None
 
 
-def load_best(folder: Path, update: int | None = None) -> tuple[dict[str, dict[str, Tensor]], Progress]:
-    """The checkpoint of `update`; without one, of the best held-out reward, or the newest where none was evaluated.
+def load_best(
+    folder: Path, update: int | None, warn: Callable[[str], None]
+) -> tuple[dict[str, dict[str, Tensor]], Progress]:
+    """The checkpoint of `update`; without one, of the best held-out reward, or the newest where none beat the base.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     saved = updates(folder)
-    if not saved:
-        raise UserError(f"{folder.parent} has no checkpoint yet")
     if update is None:
-        newest = load(folder, saved[-1])
+        newest = load_newest(folder, warn)
+        if newest is None:
+            raise UserError(f"{folder.parent} has no checkpoint yet")
         best = newest[1].best_update
         return load(folder, best) if best in saved else newest
     if update not in saved:
@@ -108,6 +107,8 @@ def load(folder: Path, update: int) -> tuple[dict[str, dict[str, Tensor]], Progr
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {path} has format {state['format']}; this version reads {FORMAT}")
+        if state.pop("digest") != _digest_of(state) or state["progress"]["update"] != update:
+            raise UserError(f"checkpoint {path} is damaged: state.json has changed since it was written")
         for name, digest in state["files"].items():
             if _digest(path / name) != digest:
                 raise UserError(f"checkpoint {path} is damaged: {name} has changed since it was written")
@@ -126,6 +127,10 @@ def updates(folder: Path) -> list[int]:
 
 def _path(folder: Path, update: int) -> Path:
     return folder / f"{update:06d}"
+
+
+def _digest_of(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

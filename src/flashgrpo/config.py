@@ -1,6 +1,6 @@
 """A run is one YAML file: RunConfig and its parts, and the sentences that bad input gets.
 
-OmegaConf merges `key=value` overrides into the file, pydantic validates the result. Every key is used; an unknown one
+OmegaConf reads files and `key=value` overrides, pydantic validates the result. Every key is used; an unknown one
 is refused with the nearest known name.
 """
 
@@ -104,7 +104,7 @@ class OptimConfig(Part):
     """AdamW and how an update is cut into optimizer steps and micro-batches."""
 
     lr: float = Field(default=1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(default=1e-4, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     warmup: int = Field(default=0, ge=0)
@@ -118,7 +118,7 @@ class OptimConfig(Part):
     """Passes over a rollout."""
     ema: EmaConfig = EmaConfig()
     grad_norm_by_step: bool = True
-    """Record the gradient norm by denoising step; it keeps a second copy of the gradients."""
+    """Record the gradient norm by denoising step; it takes the memory of two more copies of the gradients."""
 
 
 class PromptsConfig(Part):
@@ -143,6 +143,8 @@ class RewardConfig(Part):
     def _counts(self) -> "RewardConfig":
         if self.weight == 0:
             raise ValueError("weight must not be 0; a reward that is only to be looked at says watched: true")
+        if self.watched and self.weight != 1:
+            raise ValueError("weight has no effect on a watched reward; leave it out")
         return self
 
 
@@ -220,7 +222,34 @@ class RunConfig(Part):
             self.algorithm.steps.candidates(self.rollout.num_steps)
         except ValueError as error:
             raise ValueError(f"algorithm.steps with rollout.num_steps {self.rollout.num_steps}: {error}") from error
+        samples = self.rollout.prompts * self.rollout.group_size
+        if self.optim.minibatches > samples:
+            raise ValueError(f"optim.minibatches: {samples} samples cannot be cut into {self.optim.minibatches} parts")
+        steps = self.updates * self.optim.minibatches * self.optim.passes
+        if self.optim.ema.every > steps:
+            raise ValueError(
+                f"optim.ema.every: the run has {steps} optimizer steps, so an average that moves every "
+                f"{self.optim.ema.every} would stay the base model, which is what evaluation would see; lower it"
+            )
+        if self.model.dtype != "float32" and isinstance(self.model.train, Full):
+            raise ValueError(f"model.dtype: full training keeps float32 weights, so {self.model.dtype} has no effect")
         return self
+
+    def with_absolute_paths(self) -> "RunConfig":
+        """The same run, whatever folder it is started from."""
+
+        def absolute(path: str) -> str:
+            return str(Path(path).absolute()) if Path(path).exists() else path
+
+        def absolute_call(call: str) -> str:
+            file, colon, function = call.rpartition(":")
+            return f"{absolute(file)}{colon}{function}" if file.endswith(".py") else call
+
+        rewards = {name: r.model_copy(update={"call": absolute_call(r.call)}) for name, r in self.rewards.items()}
+        prompts = PromptsConfig(train=absolute(self.prompts.train), heldout=absolute(self.prompts.heldout))
+        model = self.model.model_copy(update={"path": absolute(self.model.path)})
+        changes = {"out": str(Path(self.out).absolute()), "model": model, "prompts": prompts, "rewards": rewards}
+        return self.model_copy(update=changes)
 
     @classmethod
     def load(cls, recipe: str | Path, overrides: Sequence[str] = ()) -> "RunConfig":
@@ -231,7 +260,7 @@ class RunConfig(Part):
         """
         path = find_recipe(str(recipe))
         try:
-            tree = OmegaConf.to_container(OmegaConf.load(path))
+            tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"{path} is no readable YAML file: {first_line(error)}") from error
         if not isinstance(tree, dict):

@@ -13,10 +13,12 @@ from torch import Tensor
 from flashgrpo import checkpoint
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import default_device, use_threads
+from flashgrpo.errors import UserError
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.noise import Ode
 from flashgrpo.policy import Policy
+from flashgrpo.progress import Reporter
 from flashgrpo.prompts import TextCache, read_prompts
 from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
@@ -37,13 +39,18 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
         UserError: `target` is neither a run with a checkpoint nor a recipe, or an override or setting is bad.
     """
     is_run = Path(target).is_dir()
+    for override in overrides if is_run else ():
+        if override.split(".")[0] not in ("evaluation", "rewards", "prompts", "parallel"):
+            raise UserError(f"override {override!r} has no effect on an evaluation")
+    if checkpoint_update is not None and not is_run:
+        raise UserError(f"--checkpoint: {target} is no run directory, so it has no checkpoints")
     run, config = RunDirectory.existing(Path(target)) if is_run else (None, RunConfig.load(target, overrides))
     if is_run and overrides:
         config = RunConfig.load(Path(target) / "config.yaml", overrides)
     use_threads(config.parallel.threads)
     rewards = Rewards(config.rewards)
     prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
-    saved = checkpoint.load_best(run.checkpoints, checkpoint_update) if run else None
+    saved = checkpoint.load_best(run.checkpoints, checkpoint_update, Reporter().warn) if run else None
     model = load_model(config.model, default_device(), config.seed)
     evaluator = Evaluator(model, config, prompts, rewards, TextCache(model))
     base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
@@ -89,6 +96,8 @@ class Evaluator:
             videos = decode(self._policy.model, self._denoise(part, condition), self._config.rollout.decode_micro_batch)
             tables.append(self._rewards.score(videos, prompts, watched=True))
             kept += [videos[i].cpu() for i, row in enumerate(part) if row < self._config.evaluation.videos]
+        if any(table.names != tables[0].names for table in tables):
+            raise UserError(f"a reward's components changed from {tables[0].names} during an evaluation")
         values = torch.cat([table.values for table in tables])
         return Evaluation(self._prompts, RewardTable(tables[0].names, values, tables[0].weights), kept)
 

@@ -15,32 +15,48 @@ from flashgrpo.errors import UserError
 def write_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, to be made a file or a folder; on success it takes the place of `path`.
 
-    A crash at any moment leaves either the old `path` or the new one, and at worst a hidden `.partial-NAME` beside it,
-    which the next write removes. A full disk becomes a `UserError` and leaves `path` as it was.
+    A crash at any moment leaves either the old `path` or the new one (of a folder that is replaced, for an instant
+    neither), and at worst a hidden `.partial-NAME` beside it, which the next write removes. A full disk becomes a
+    `UserError` and leaves `path` as it was.
     """
     aside = path.with_name(f".partial-{path.name}")  # the ending stays: encoders go by it
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(aside)
+        _delete(aside)
         try:
             yield aside
-            for file in sorted(aside.rglob("*")) if aside.is_dir() else [aside]:
+            for file in [*sorted(aside.rglob("*")), aside]:
                 _flush_to_disk(file)
             if path.is_dir():  # a folder cannot be renamed over another
-                _remove(path)
+                remove(path)
             os.replace(aside, path)
             _flush_to_disk(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
-                _remove(aside)
+                _delete(aside)
             raise
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in a single write, so that a kill leaves at most one line without its newline."""
+    """Append one line; a full disk leaves the file as it was, a kill at most one line without its newline."""
     assert "\n" not in line
-    with explain_os_errors(path), path.open("ab", buffering=0) as file:
-        file.write(line.encode() + b"\n")
+    with explain_os_errors(path):
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("ab") as file:
+                file.write(line.encode() + b"\n")
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder in one step: under its name it is there whole or not at all."""
+    with explain_os_errors(path):
+        aside = path.with_name(f".removed-{path.name}")
+        _delete(aside)
+        os.replace(path, aside)
+        _delete(aside)
 
 
 @contextlib.contextmanager
@@ -61,7 +77,7 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -15,12 +15,14 @@ class Optimizer:
     Attributes:
         ema: name -> average, float32; what evaluation and export use.
         steps: optimizer steps taken.
+        whole: False only while a step is under way, and for good where one was broken off.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
         self.parameters = dict(parameters)
         self.config = config
         self.steps = 0
+        self.whole = True
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._adamw = torch.optim.AdamW(
             self.parameters.values(),
@@ -50,12 +52,14 @@ class Optimizer:
             )
         for group in self._adamw.param_groups:
             group["lr"] = self.lr
+        self.whole = False
         self._adamw.step()
         self._adamw.zero_grad()
         self.steps += 1
         if self.steps % self.config.ema.every == 0:
             for name, parameter in self.parameters.items():
                 self.ema[name].lerp_(parameter.detach(), 1 - self.config.ema.decay)
+        self.whole = True
         return norm
 
     def weights(self) -> dict[str, Tensor]:

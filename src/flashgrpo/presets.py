@@ -3,6 +3,7 @@
 The trainer never sees a name: everything below differs in what `steps`, `noise`, `grouping` and `weighting` say.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -27,8 +28,8 @@ class Algorithm:
         noise: the transition density of those steps.
         grouping: over what the advantage's std is taken, and whether a group shares its initial noise.
         weighting: the factor of each transition's surrogate; `Rectified` divides lambda out (2605.15980).
-        clip_range: c of clip(ratio, 1 - c, 1 + c). Log-probabilities are means over all latent dimensions, so ratios
-            are very near 1 and c is small.
+        clip_range: c of clip(ratio, 1 - c, 1 + c), or a pair (low, high). Log-probabilities are means over all latent
+            dimensions, so ratios are very near 1 and c is small.
         adv_clip: advantages are clipped to +-adv_clip.
         kl_coef: weight of the KL divergence to the base model.
     """
@@ -37,17 +38,19 @@ class Algorithm:
     noise: Noise
     grouping: Grouping
     weighting: Weighting
-    clip_range: float = 1e-3
+    clip_range: float | tuple[float, float] = 1e-3
     adv_clip: float = 5.0
     kl_coef: float = 0.0
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name, value, least in (("clip_range", self.clip_range, 0.0), ("adv_clip", self.adv_clip, 0.0)):
-            if not value > least:
-                raise ValueError(f"{name} must be greater than {least:g}, not {value}")
-        if not self.kl_coef >= 0:
-            raise ValueError(f"kl_coef must not be negative, not {self.kl_coef}")
+        bounds = self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range,)
+        if not all(0 < bound < math.inf for bound in bounds):
+            raise ValueError(f"clip_range must be greater than 0 and finite, not {self.clip_range}")
+        if not 0 < self.adv_clip < math.inf:
+            raise ValueError(f"adv_clip must be greater than 0 and finite, not {self.adv_clip}")
+        if not 0 <= self.kl_coef < math.inf:
+            raise ValueError(f"kl_coef must be at least 0 and finite, not {self.kl_coef}")
 
 
 FLASH_GRPO = Algorithm(

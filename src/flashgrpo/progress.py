@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 class Reporter:
@@ -36,6 +37,7 @@ class Reporter:
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=self.console,
+                speed_estimate_period=3600,  # rich forgets steps older than 30 s, and an update can take minutes
             )
             self._task = self._live.add_task("", total=total, completed=done)
             self._live.start()
@@ -43,11 +45,11 @@ class Reporter:
     def say(self, sentence: str) -> None:
         """A sentence that stays."""
         if not self._quiet:
-            self.console.print(sentence, highlight=False, soft_wrap=True)
+            self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
         """A warning, also when quiet."""
-        self.console.print(f"[yellow]warning:[/yellow] {sentence}", highlight=False, soft_wrap=True)
+        self.console.print(Text("warning: ", "yellow") + Text(sentence), soft_wrap=True)
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """An update is done."""
@@ -58,7 +60,10 @@ class Reporter:
             self.say(f"update {metrics['update']}/{self._total}  {reward}  {metrics['seconds']['total']:.1f} s")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """A held-out evaluation is done."""
+        """A held-out evaluation is done; update 0 is the base model's."""
+        if not record["update"]:
+            self.say(f"base model: held-out reward {record['reward']:.3f}")
+            return
         self._held_out = f"held-out {record['reward']:.3f} ({record['difference']:+.3f})"
         if not self._live:
             self.say(f"update {record['update']}/{self._total}  {describe(record)}")

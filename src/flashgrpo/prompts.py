@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def read_prompts(path: str, key: str) -> list[Prompt]:
     if file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{key}: {file} must end in .txt or .jsonl")
     try:
-        lines = file.read_bytes().decode("utf-8").splitlines()
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")  # JSON text may hold U+2028, which splitlines() cuts
     except OSError as error:
         raise UserError(f"{key}: {file} cannot be read: {(error.strerror or str(error)).lower()}") from error
     except UnicodeDecodeError as error:
@@ -73,11 +74,10 @@ def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
 
 
 class TextCache:
-    """Conditions by text, so that a prompt goes through the text encoder once in a run."""
+    """Conditions by text, so that a prompt goes through the text encoder once, the most recent `size` kept."""
 
-    def __init__(self, model: VideoModel) -> None:
-        self._model = model
-        self._conditions: dict[str, Condition] = {}
+    def __init__(self, model: VideoModel, size: int = 256) -> None:
+        self._encode = lru_cache(size)(lambda text: model.encode([text]))
 
     def __call__(self, texts: Sequence[str]) -> Condition:
         """The condition of each text, one row per text.
@@ -85,7 +85,4 @@ class TextCache:
         Texts are encoded one at a time: what a text's row is must not depend on which others were new with it, or
         a resumed run would differ in the last bits.
         """
-        for text in texts:
-            if text not in self._conditions:
-                self._conditions[text] = self._model.encode([text])
-        return Condition.stack([self._conditions[text] for text in texts])
+        return Condition.stack([self._encode(text) for text in texts])

@@ -90,8 +90,8 @@ def _denoise(
             if is_stochastic:
                 noise = torch.stack([normal(tuple(x.shape[1:]), seed, "step", *names[row], step) for row in rows])
                 x_next[rows], log_prob = policy.act(k, x[rows], condition[rows], noise.to(x.device))
-                records += [
-                    (int(row), step, x[row], x_next[row], log_prob[i])
+                records += [  # clones, for a view would keep the latents of the whole batch
+                    (int(row), step, x[row].clone(), x_next[row].clone(), log_prob[i])
                     for i, row in enumerate(rows)
                     if trained[row, step]
                 ]

@@ -1,10 +1,13 @@
 """A run directory: settings, metrics, evaluations, videos - and the rules of who may write into it."""
 
+import errno
 import fcntl
+import hashlib
 import json
+import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, explain_os_errors, write_aside
+from flashgrpo.types import Prompt
 
 FREE_TO_CHANGE = ("out", "updates", "checkpoint", "parallel", "tracking")  # between the starts of one run
 
@@ -54,11 +58,16 @@ class RunDirectory:
         run = cls(Path(config.out))
         with explain_os_errors(run.path):
             entries = [entry.name for entry in run.path.iterdir()] if run.path.exists() else []
+            nearest = next(parent for parent in (run.path, *run.path.absolute().parents) if parent.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                raise PermissionError(errno.EACCES, "not a folder that this user may write into")
         if not run.config_file.is_file():
             foreign = [name for name in entries if not name.startswith(".")]
             if foreign:
                 raise UserError(f"out: {run.path} holds {foreign[0]!r} and is no run; choose a new or empty folder")
             return run
+        if not run.evaluations() and not any(run.checkpoints.glob("*")):
+            return run  # nothing was done yet that other settings could contradict
         before, now = RunConfig.load(run.config_file).model_dump(mode="json"), config.model_dump(mode="json")
         changed = [key for key in _differences(before, now) if key.split(".")[0] not in FREE_TO_CHANGE]
         if changed:
@@ -68,24 +77,39 @@ class RunDirectory:
             )
         return run
 
-    def begin(self, config: RunConfig, device: torch.device) -> None:
+    def begin(self, config: RunConfig, device: torch.device, prompts: Mapping[str, Sequence[Prompt]]) -> None:
         """Create the folder, take its lock, write settings and environment.
 
+        Args:
+            prompts: setting -> the prompts of its file, which may not change between the starts of one run.
+
         Raises:
-            UserError: another process is training into it, or it cannot be written.
+            UserError: another process is training into it, it cannot be written, or a prompt file has changed.
         """
         with explain_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, also after kill -9
-        except OSError as error:
+        except BlockingIOError as error:
             self.close()
             raise UserError(f"out: another process is training into {self.path}") from error
+        environment = {**_environment(device), "prompts": {key: _digest(file) for key, file in prompts.items()}}
+        self._check_prompts(environment["prompts"])
         with write_aside(self.path / "environment.json") as aside:
-            aside.write_text(json.dumps(_environment(device), indent=2) + "\n")
+            aside.write_text(json.dumps(environment, indent=2) + "\n")
         with write_aside(self.config_file) as aside:
             aside.write_text(config.to_yaml(), encoding="utf-8")
+
+    def _check_prompts(self, now: Mapping[str, str]) -> None:
+        file = self.path / "environment.json"
+        if not file.exists() or not self.evaluations():
+            return
+        before = json.loads(file.read_text()).get("prompts", {})
+        for key, digest in now.items():
+            if before.get(key, digest) != digest:
+                self.close()
+                raise UserError(f"{key}: the file has changed since {self.path} began; choose another out")
 
     def close(self) -> None:
         """Release the lock."""
@@ -119,7 +143,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     *lines, _cut_short = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    try:
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise UserError(f"{file} has a line that is no JSON, so it was changed by something else") from error
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -131,6 +158,11 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
         elif old != new:
             keys.append(prefix + key)
     return keys
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    text = json.dumps([[prompt.text, dict(prompt.columns)] for prompt in prompts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

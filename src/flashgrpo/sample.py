@@ -11,6 +11,7 @@ from flashgrpo.models import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.noise import Ode
 from flashgrpo.policy import Policy
+from flashgrpo.progress import Reporter
 from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
 from flashgrpo.schedule import Euler
@@ -29,7 +30,7 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0, num_steps: int | No
         raise UserError("the prompt is empty")
     if out.suffix != ".mp4":
         raise UserError(f"--out: {out} must end in .mp4")
-    tensors, _ = checkpoint.load_best(directory.checkpoints)
+    tensors, _ = checkpoint.load_best(directory.checkpoints, None, Reporter().warn)
     use_threads(config.parallel.threads)
     model = load_model(config.model, default_device(), config.seed)
     grid = model.grid(num_steps or config.evaluation.num_steps)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,10 +24,25 @@ class Rewards:
 
     def __init__(self, configs: Mapping[str, RewardConfig]) -> None:
         self.configs = dict(configs)
-        self._calls = {
-            name: partial(load_reward(config.call, f"rewards.{name}.call"), **config.args)
-            for name, config in configs.items()
-        }
+        self._calls = {name: _bind(name, config) for name, config in configs.items()}
+
+    def check_columns(self, prompt: Prompt, key: str) -> None:
+        """Whether every reward takes the columns of a prompt file.
+
+        Raises:
+            UserError: one does not, or has one of them fixed by its `args`; `key` is the setting that names the file.
+        """
+        for name, call in self._calls.items():
+            fixed = [column for column in prompt.columns if column in self.configs[name].args]
+            if fixed:
+                raise UserError(f"rewards.{name}.args: {fixed[0]!r} is a column of {key} as well; rename one of them")
+            try:
+                inspect.signature(call).bind([], [], **prompt.columns)
+            except TypeError as error:
+                raise UserError(
+                    f"rewards.{name}: the function cannot take the columns of {key} ({first_line(error)}); "
+                    "give it a **columns parameter"
+                ) from error
 
     @torch.no_grad()
     def score(self, videos: Videos, prompts: Sequence[Prompt], watched: bool) -> RewardTable:
@@ -42,11 +58,16 @@ class Rewards:
         threads = torch.get_num_threads()  # a setting of each thread; sums may be split by it
         with ThreadPoolExecutor(len(names), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
             futures = [pool.submit(_call, name, self._calls[name], videos, texts, columns) for name in names]
+            version = videos._version
             returned = [future.result() for future in futures]
+        if videos._version != version:
+            raise UserError("a reward changed the videos in place, which others read at the same time; work on a copy")
         components: list[tuple[str, Tensor, float]] = []
         for name, values in zip(names, returned, strict=True):
             config = self.configs[name]
             parts = values if isinstance(values, Mapping) else {"": values}
+            if not parts:
+                raise UserError(f"reward {name} returned an empty mapping for {len(texts)} videos")
             weight = 0.0 if config.watched else config.weight / len(parts)
             for part, numbers in parts.items():
                 label = f"{name}.{part}" if part else name
@@ -79,6 +100,18 @@ def load_reward(call: str, key: str) -> Reward:
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UserError(f"{key}: {module_name} has no function {function!r}; {suggest(function, public)}")
     return cast(Reward, found)
+
+
+def _bind(name: str, config: RewardConfig) -> Any:
+    """The callable with its fixed arguments, which have to be named parameters: `**columns` would swallow others."""
+    call = load_reward(config.call, f"rewards.{name}.call")
+    named = {p.name for p in inspect.signature(call).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    for argument in config.args:
+        if argument not in named:
+            raise UserError(
+                f"rewards.{name}.args: the function has no parameter {argument!r}; {suggest(argument, named)}"
+            )
+    return partial(call, **config.args)
 
 
 def _load_file(path: Path, key: str) -> Any:

@@ -37,6 +37,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     Raises:
         UserError: bad settings, files or rewards; the updates done until then are kept in a checkpoint.
     """
+    config = config.with_absolute_paths()
     run = Run(config, reporter or Reporter(quiet=not config.tracking.progress))
     settings, policy, clock = config.rollout, run.policy, Clock()
     with run, Interrupt() as interrupt:
@@ -58,17 +59,11 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
             with clock("update"):
                 metrics = describe_rewards(rewards, advantages, transitions, settings.group_size)
                 metrics |= policy_update(policy, run.optimizer, transitions, advantages, config.algorithm, config.optim)
-            evaluate_now = (update + 1) % config.evaluation.every == 0 or update + 1 == config.updates
+            run.log(metrics, clock.lap())
             with clock("evaluate"):
-                progress = run.evaluate(update + 1) if evaluate_now else replace(run.progress, update=update + 1)
-            run.log(
-                progress,
-                {**describe_rewards(rewards, advantages, transitions, settings.group_size), **metrics},
-                clock.lap(),
-            )
-            if evaluate_now or progress.update % config.checkpoint.every == 0:
-                with clock("checkpoint"):
-                    run.save()
+                run.evaluate_if_due()
+            with clock("checkpoint"):
+                run.save_if_due()
     return run.directory.path
 
 
@@ -79,11 +74,14 @@ class Run:
         self.config = config
         self.reporter = reporter
         self.progress = Progress()
+        self._evaluations: list[dict[str, Any]] = []
         self._saved = 0  # the update of the newest checkpoint that this process wrote or read
         self.directory = RunDirectory.for_training(config)
         self.prompts = read_prompts(config.prompts.train, "prompts.train")
         heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
         self.rewards = Rewards(config.rewards)
+        self.rewards.check_columns(self.prompts[0], "prompts.train")
+        self.rewards.check_columns(heldout[0], "prompts.heldout")
         use_threads(config.parallel.threads)
         device = default_device()
         model = load_model(config.model, device, config.seed, keep_reference=config.algorithm.kl_coef > 0)
@@ -93,35 +91,53 @@ class Run:
         self.optimizer = Optimizer(trained_parameters(model.network), config.optim)
         self.texts = TextCache(model)
         self.evaluator = Evaluator(model, config, heldout, self.rewards, self.texts)
-        self.directory.begin(config, device)
-        self._resume()
+        self.directory.begin(config, device, {"prompts.train": self.prompts, "prompts.heldout": heldout})
+
+    def __enter__(self) -> "Run":
+        try:
+            self._resume()
+            self.reporter.start(self.progress.update, self.config.updates)
+            self.evaluate_if_due()
+        except BaseException:
+            self._close()
+            raise
+        return self
 
     def _resume(self) -> None:
         """Score the base model once, then continue from the newest checkpoint that is whole."""
         saved = checkpoint.load_newest(self.directory.checkpoints, self.reporter.warn)
         self.directory.forget_after(saved[1].update if saved else 0)
-        if not self.directory.evaluations():
+        self._evaluations = self.directory.evaluations()
+        if not self._evaluations:
             self.reporter.say("scoring the base model on the held-out prompts")
-            self._log_evaluation(0)
+            self._evaluate(0)
         if saved:
             self.optimizer.load(saved[0])
             self.progress = saved[1]
             self._saved = self.progress.update
-            self.reporter.say(f"continuing {self.directory.path} after update {self.progress.update}")
-
-    def __enter__(self) -> "Run":
-        self.reporter.start(self.progress.update, self.config.updates)
-        return self
+            done = self.progress.update >= self.config.updates
+            self.reporter.say(
+                f"{self.directory.path} is complete; another run needs another folder"
+                if done
+                else f"continuing {self.directory.path} after update {self.progress.update}"
+            )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Whatever ended the loop, the updates that are done are kept."""
-        with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
-            self.save()
-        self.reporter.stop()
-        self.directory.close()
+        try:
+            with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
+                self.save()
+        finally:
+            self._close()
+        if self._saved < self.progress.update:
+            self.reporter.warn(f"updates after {self._saved} could not be saved and will be done again")
         if kind is None and self.progress.update < self.config.updates:
             reason = f"no new best in {self.progress.stale} evaluations" if self.is_stale else "interrupted"
             self.reporter.say(f"stopped after update {self.progress.update}: {reason}")
+
+    def _close(self) -> None:
+        self.reporter.stop()
+        self.directory.close()
 
     @property
     def is_stale(self) -> bool:
@@ -129,42 +145,53 @@ class Run:
         patience = self.config.evaluation.patience
         return patience is not None and self.progress.stale >= patience
 
-    def evaluate(self, update: int) -> Progress:
-        """Evaluate the averaged weights; returns the progress with this evaluation in it, and exports a new best."""
+    def log(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
+        """Append the update's line to metrics.jsonl; the update counts as done from here on."""
+        line = {"update": self.progress.update + 1, **metrics, "seconds": seconds}
+        self.directory.log_metrics(line)
+        self.progress = replace(self.progress, update=line["update"])
+        self.reporter.update(line)
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate the averaged weights after every so many updates and after the last, once; export a new best."""
+        update = self.progress.update
+        due = update % self.config.evaluation.every == 0 or update == self.config.updates
+        if not due or self._evaluations[-1]["update"] >= update:
+            return
         with weights_replaced(self.policy.model.network, self.optimizer.ema):
-            line = self._log_evaluation(update)
-        best = self.progress.best_reward
-        if best is not None and line["reward"] <= best:
-            return replace(self.progress, update=update, stale=self.progress.stale + 1)
+            line = self._evaluate(update)
+        if not line["best"]:
+            self.progress = replace(self.progress, stale=self.progress.stale + 1)
+            return
         if isinstance(self.config.model.train, Lora):
             with write_aside(self.directory.lora) as aside:
                 self.policy.model.save_lora(aside, self.optimizer.ema)
-        return Progress(update, best_update=update, best_reward=line["reward"], stale=0)
+        self.progress = replace(self.progress, best_update=update, stale=0)
 
-    def _log_evaluation(self, update: int) -> dict[str, Any]:
+    def _evaluate(self, update: int) -> dict[str, Any]:
         evaluation = self.evaluator()
-        earlier = self.directory.evaluations()
+        earlier = self._evaluations
         line = record(update, evaluation, earlier[0] if earlier else None, self.config.evaluation.samples_per_prompt)
-        line["best"] = update > 0 and line["reward"] > max((e["reward"] for e in earlier[1:]), default=float("-inf"))
-        if update == 0 or line["best"] or update == self.config.updates:
+        line["best"] = line["reward"] > max((e["reward"] for e in earlier), default=float("-inf"))
+        if line["best"] or update == self.config.updates:
             base = (earlier[0] if earlier else line)["samples"]
             for row, video in enumerate(write_videos(self.directory, update, evaluation, self.config.model.fps)):
                 line["samples"][row] |= {"video": video, "base_video": base[row].get("video", video)}
         self.directory.log_evaluation(line)
+        self._evaluations.append(line)
         self.reporter.evaluation(line)
         return line
 
-    def log(self, progress: Progress, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
-        """Append the update's line to metrics.jsonl; the update counts as done from here on."""
-        line = {"update": progress.update, **metrics, "seconds": seconds}
-        self.directory.log_metrics(line)
-        self.progress = progress
-        self.reporter.update(line)
+    def save_if_due(self) -> None:
+        """Write a checkpoint after every so many updates and after every evaluation."""
+        update = self.progress.update
+        if update % self.config.checkpoint.every == 0 or self._evaluations[-1]["update"] == update:
+            self.save()
 
     def save(self) -> None:
         """Write a checkpoint, unless there is one of this update or an update was broken off in the middle."""
         steps_per_update = self.config.optim.minibatches * self.config.optim.passes
-        whole = self.optimizer.steps == self.progress.update * steps_per_update
+        whole = self.optimizer.whole and self.optimizer.steps == self.progress.update * steps_per_update
         if whole and self.progress.update > self._saved:
             keep = self.config.checkpoint.keep
             checkpoint.save(self.directory.checkpoints, self.optimizer.state(), self.progress, keep)

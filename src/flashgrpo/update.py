@@ -36,30 +36,32 @@ def policy_update(
         UserError: a gradient is not finite.
     """
     candidates = algorithm.steps.candidates(policy.grid.num_steps)
-    weights = algorithm.weighting.weights(policy.table, candidates, transitions.k)
+    device = transitions.x.device
+    weights = algorithm.weighting.weights(policy.table, candidates, transitions.k).to(device)
+    advantages = advantages.to(device)
     metrics = UpdateMetrics(optimizer, algorithm, by_step=config.grad_norm_by_step)
     for _ in range(config.passes):
         for rows in torch.arange(len(transitions)).tensor_split(config.minibatches):
-            for k, part in micro_batches(transitions.k[rows].tolist(), config.micro_batch):
-                batch = transitions[rows[part]]
-                loss = replay(policy, batch, advantages[batch.sample], weights[rows[part]], algorithm, metrics)
-                (loss.sum() / len(rows)).backward()
-                metrics.add_gradient(k, share=len(batch) / len(rows))
+            for k, parts in micro_batches(transitions.k[rows].tolist(), config.micro_batch):
+                for part in parts:
+                    batch = transitions[rows[part]]
+                    loss = replay(policy, batch, advantages[batch.sample], weights[rows[part]], algorithm, metrics)
+                    (loss.sum() / len(rows)).backward()
+                metrics.add_gradient(k, share=sum(map(len, parts)) / len(rows))
             metrics.add_step(optimizer.lr, optimizer.step())
     return metrics.summary()
 
 
-def micro_batches(k: Sequence[int], size: int) -> Iterator[tuple[int, Tensor]]:
-    """Cut transitions into batches of at most `size` rows that share a step: (step, rows) with rising step.
+def micro_batches(k: Sequence[int], size: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Cut transitions by step, and those of a step into batches of at most `size` rows: (step, batches), step rising.
 
-    Example: k = [2, 0, 0, 2, 0], size 2 gives (0, [1, 2]), (0, [4]), (2, [0, 3]).
+    Example: k = [2, 0, 0, 2, 0], size 2 gives (0, [[1, 2], [4]]), (2, [[0, 3]]).
     """
     rows_of = defaultdict(list)
     for row, step in enumerate(k):
         rows_of[step].append(row)
     for step in sorted(rows_of):
-        for rows in torch.tensor(rows_of[step]).split(size):
-            yield step, rows
+        yield step, torch.tensor(rows_of[step]).split(size)
 
 
 def replay(
@@ -96,7 +98,7 @@ class UpdateMetrics:
         self._lr = 0.0
         self._by_step = by_step
         self._gradient_before: list[Tensor] | None = None
-        self._step_gradients: dict[int, list[float]] = defaultdict(list)
+        self._step_gradients: dict[int, list[Tensor]] = defaultdict(list)
 
     def add_batch(self, log_prob: Tensor, old_log_prob: Tensor, loss: Tensor, kl: Tensor | None) -> None:
         """Record a micro-batch, a value per transition."""
@@ -107,13 +109,13 @@ class UpdateMetrics:
             self._first_step_rows += len(loss)
 
     def add_gradient(self, k: int, share: float) -> None:
-        """Record what a micro-batch of step k, a `share` of the optimizer step's rows, has added to the gradient."""
+        """Record what the rows of step k, a `share` of the optimizer step's, have added to the gradient."""
         if not self._by_step:
             return
         now = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._optimizer.parameters.values()]
         before = self._gradient_before or [torch.zeros_like(gradient) for gradient in now]
         added = torch.stack([(new - old).square().sum() for new, old in zip(now, before, strict=True)]).sum().sqrt()
-        self._step_gradients[k].append(float(added) / share)
+        self._step_gradients[k].append(added / share)
         self._gradient_before = now
 
     def add_step(self, lr: float, grad_norm: float) -> None:
@@ -127,7 +129,7 @@ class UpdateMetrics:
 
         `drift` is the largest |ratio - 1| within the first optimizer step, where the policy has not changed yet: any
         deviation there is a difference between rollout and replay. `ratio_max_dev` is over all of them.
-        `grad_norm_by_step` is the norm of the mean gradient of a micro-batch, by denoising step.
+        `grad_norm_by_step` is the norm of the mean gradient of the transitions of a denoising step.
         """
         rows = {name: torch.cat(values) for name, values in self._rows.items()}
         ratios = ratio_metrics(rows["log_prob"], rows["old_log_prob"], self._algorithm.clip_range)
@@ -140,5 +142,5 @@ class UpdateMetrics:
             "lr": self._lr,
             "drift": float(drift["ratio_max_dev"]),
             "grad_norm": sum(self._grad_norms) / len(self._grad_norms),
-            "grad_norm_by_step": {str(k): sum(n) / len(n) for k, n in sorted(self._step_gradients.items())},
+            "grad_norm_by_step": {str(k): float(sum(n)) / len(n) for k, n in sorted(self._step_gradients.items())},
         }

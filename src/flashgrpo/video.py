@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -34,6 +35,15 @@ def write_mp4(path: Path, video: Video, fps: float) -> None:
             macro_block_size=1,
             output_params=["-crf", "18", "-movflags", "+faststart"],
         )
+        if not _is_whole(aside, len(even)):  # an ffmpeg that runs out of disk prints so and says nothing to its caller
+            raise UserError(f"cannot write {path}: ffmpeg could not finish the file; is the disk full?")
+
+
+def _is_whole(path: Path, frames: int) -> bool:
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(path)[0] == frames
+    except RuntimeError:
+        return False
 
 
 def read_mp4(path: Path) -> Video:

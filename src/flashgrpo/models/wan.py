@@ -34,6 +34,7 @@ class WanModel:
             self.network.enable_gradient_checkpointing()  # type: ignore[operator]
         pipeline.text_encoder.requires_grad_(False)
         pipeline.vae.requires_grad_(False)
+        self._negative = self._embed([config.negative_prompt])  # (1, L, D), the same for every sample
         self._base = (
             {name: parameter.detach().clone() for name, parameter in trained_parameters(self.network).items()}
             if keep_reference and not isinstance(config.train, Lora)
@@ -57,6 +58,8 @@ class WanModel:
         except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"model.path: {path} could not be loaded as a WanPipeline: {reason}") from error
+        if getattr(pipeline, "transformer_2", None) is not None or pipeline.config.expand_timesteps:
+            raise UserError(f"model.path: {path} is a Wan 2.2 pipeline; so far only Wan 2.1 text-to-video is supported")
         pipeline.to(device)
         return cls(pipeline, config, seed, keep_reference)
 
@@ -74,16 +77,19 @@ class WanModel:
         """The grid of the checkpoint's scheduler, with `config.shift` in place of its own where given."""
         return grid_from_scheduler(self.pipeline.scheduler, num_steps, self.config.shift)
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Condition:
-        """Text embeddings {"text", "negative"}, each (B, max_sequence_length, D)."""
-        text, negative = self.pipeline.encode_prompt(
+        """Text embeddings {"text": (B, max_sequence_length, D)}."""
+        return Condition({"text": self._embed(texts)})
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        text, _ = self.pipeline.encode_prompt(
             list(texts),
-            negative_prompt=self.config.negative_prompt,
+            do_classifier_free_guidance=False,
             max_sequence_length=self.config.max_sequence_length,
             device=self.device,
         )
-        return Condition({"text": text, "negative": negative})
+        return text
 
     def velocity(
         self, x: Latents, timestep: Shaped[Tensor, " batch"], condition: Condition, guidance_scale: float
@@ -92,9 +98,8 @@ class WanModel:
         text = condition.tensors["text"]
         if guidance_scale == 1:
             return self._forward(x, timestep, text)
-        both = self._forward(
-            torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([text, condition.tensors["negative"]])
-        )
+        negative = self._negative.expand_as(text)
+        both = self._forward(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([text, negative]))
         v_text, v_negative = both.chunk(2)
         return v_negative + guidance_scale * (v_text - v_negative)
 

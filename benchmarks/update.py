@@ -1,0 +1,57 @@
+"""Seconds of one update of the bundled run, by phase: `python benchmarks/update.py [--updates 7] [--json] [key=value]`.
+
+Trains a few updates of `recipes/tiny.yaml` (64 videos each) in a temporary folder, without evaluations or checkpoints,
+and prints the median of each phase over all updates but the first, which warms up.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flashgrpo import RunConfig, train
+from flashgrpo.run_directory import read_lines
+
+
+def measure(updates: int, overrides: list[str]) -> dict[str, object]:
+    """Median seconds by phase, and what they were measured on."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = ["tracking.progress=false", "evaluation.every=1000000", "checkpoint.every=1000000"]
+        config = RunConfig.load("tiny", [f"out={folder}/run", f"updates={updates + 1}", *quiet, *overrides])
+        lines = read_lines(train(config) / "metrics.jsonl")[1:]
+    del lines[-1:]  # the last update is followed by an evaluation
+    phases = {name: statistics.median(line["seconds"].get(name, 0.0) for line in lines) for name in lines[0]["seconds"]}
+    total = phases["total"]
+    inside = sum(phases[name] for name in ("rollout", "decode", "reward", "update"))
+    return {
+        "updates": len(lines),
+        "videos": lines[0]["samples"],
+        "threads": torch.get_num_threads(),
+        "seconds": {name: round(value, 3) for name, value in phases.items() if value},
+        "outside_phases": round(1 - inside / total, 4),
+        "slowest": max(line["seconds"]["total"] for line in lines),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    result = measure(arguments.updates + 1, arguments.overrides)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    table = Table("phase", "seconds", title=f"one update of {result['videos']} videos, {result['threads']} threads")
+    for name, seconds in result["seconds"].items():
+        table.add_row(name, f"{seconds:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

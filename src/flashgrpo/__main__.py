@@ -1,0 +1,5 @@
+"""`python -m flashgrpo` is the command line."""
+
+from flashgrpo.cli import main
+
+main()
