@@ -302,3 +302,23 @@ def test_clock_counts_phases_and_starts_over():
     assert first["total"] >= first["rollout"]
     assert clock.lap().keys() == {"total"}
     json.dumps(first)
+
+
+def test_training_raises_the_reward(make_run, tmp_path):
+    """Not a number that looks plausible but the thing itself: brighter videos are rewarded, and videos get brighter."""
+    (tmp_path / "mine.py").write_text("def bright(videos, prompts, **columns):\n    return videos.mean(dim=(1, 2, 3, 4))\n")
+    run = train(
+        make_run(
+            "updates=20",
+            "rollout.prompts=4",
+            "rollout.group_size=4",
+            "optim.lr=3e-3",
+            "evaluation.every=20",
+            "prompts.heldout=flashgrpo:tiny/prompts/heldout.jsonl",
+            "rewards.agreement.watched=true",
+            f"rewards.bright.call={tmp_path}/mine.py:bright",
+        )
+    )
+    last = read_lines(run / "evaluations.jsonl")[-1]
+    assert last["difference"] > 0.01
+    assert last["interval"][0] > 0
