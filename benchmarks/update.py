@@ -23,16 +23,15 @@ def measure(updates: int, overrides: list[str]) -> dict[str, object]:
         quiet = ["tracking.progress=false", "evaluation.every=1000000", "checkpoint.every=1000000"]
         config = RunConfig.load("tiny", [f"out={folder}/run", f"updates={updates + 1}", *quiet, *overrides])
         lines = read_lines(train(config) / "metrics.jsonl")[1:]
-    del lines[-1:]  # the last update is followed by an evaluation
     phases = {name: statistics.median(line["seconds"].get(name, 0.0) for line in lines) for name in lines[0]["seconds"]}
-    total = phases["total"]
-    inside = sum(phases[name] for name in ("rollout", "decode", "reward", "update"))
+    names = ("rollout", "decode", "reward", "update", "evaluate", "checkpoint")
+    outside = [1 - sum(line["seconds"].get(name, 0.0) for name in names) / line["seconds"]["total"] for line in lines]
     return {
         "updates": len(lines),
         "videos": lines[0]["samples"],
         "threads": torch.get_num_threads(),
         "seconds": {name: round(value, 3) for name, value in phases.items() if value},
-        "outside_phases": round(1 - inside / total, 4),
+        "outside_phases": round(statistics.median(outside), 4),
         "slowest": max(line["seconds"]["total"] for line in lines),
     }
 
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    result = measure(arguments.updates + 1, arguments.overrides)
+    result = measure(arguments.updates, arguments.overrides)
     if arguments.json:
         print(json.dumps(result))
         return

@@ -306,7 +306,9 @@ def test_clock_counts_phases_and_starts_over():
 
 def test_training_raises_the_reward(make_run, tmp_path):
     """Not a number that looks plausible but the thing itself: brighter videos are rewarded, and videos get brighter."""
-    (tmp_path / "mine.py").write_text("def bright(videos, prompts, **columns):\n    return videos.mean(dim=(1, 2, 3, 4))\n")
+    (tmp_path / "mine.py").write_text(
+        "def bright(videos, prompts, **columns):\n    return videos.mean(dim=(1, 2, 3, 4))\n"
+    )
     run = train(
         make_run(
             "updates=20",

@@ -159,7 +159,7 @@ class EvaluationConfig(Part):
     samples_per_prompt: int = Field(default=1, ge=1)
     seed: int = Field(default=1_000, ge=0)
     videos: int = Field(default=8, ge=0)
-    """The first so many samples of an evaluation are kept as mp4."""
+    """So many samples, spread evenly over the prompts, are kept as mp4 of the base and of each new best."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a new best."""
 

@@ -67,7 +67,7 @@ class Evaluation:
 
     prompts: Sequence[Prompt]
     table: RewardTable
-    videos: Sequence[Video]  # the first few
+    videos: Mapping[int, Video]  # of some samples, by their row
 
 
 class Evaluator:
@@ -88,18 +88,24 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self) -> Evaluation:
         """Sample and score every held-out prompt with the weights that the model has now."""
-        tables, kept = [], []
+        tables, kept = [], dict[int, Video]()
+        shown = self._shown_rows()
         rows = torch.arange(len(self._prompts)).split(self._config.rollout.micro_batch)
         for part in rows:
             prompts = [self._prompts[row] for row in part]
             condition = self._texts([prompt.text for prompt in prompts])
             videos = decode(self._policy.model, self._denoise(part, condition), self._config.rollout.decode_micro_batch)
             tables.append(self._rewards.score(videos, prompts, watched=True))
-            kept += [videos[i].cpu() for i, row in enumerate(part) if row < self._config.evaluation.videos]
+            kept |= {int(row): videos[i].cpu() for i, row in enumerate(part) if int(row) in shown}
         if any(table.names != tables[0].names for table in tables):
             raise UserError(f"a reward's components changed from {tables[0].names} during an evaluation")
         values = torch.cat([table.values for table in tables])
         return Evaluation(self._prompts, RewardTable(tables[0].names, values, tables[0].weights), kept)
+
+    def _shown_rows(self) -> set[int]:
+        """The samples whose videos are kept, spread evenly over the prompts: files often list like beside like."""
+        count, total = min(self._config.evaluation.videos, len(self._prompts)), len(self._prompts)
+        return {i * total // count for i in range(count)}
 
     def _denoise(self, rows: Tensor, condition: Any) -> Tensor:
         settings, model = self._config.evaluation, self._policy.model
@@ -154,11 +160,11 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> list[flo
     return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
 
 
-def write_videos(run: RunDirectory, update: int, evaluation: Evaluation, fps: float) -> list[str]:
-    """Write the kept videos of an evaluation; their paths relative to the run directory."""
-    paths = [f"videos/{update:06d}/{row:03d}.mp4" for row in range(len(evaluation.videos))]
-    for path, video in zip(paths, evaluation.videos, strict=True):
-        write_mp4(run.path / path, video, fps)
+def write_videos(run: RunDirectory, update: int, evaluation: Evaluation, fps: float) -> dict[int, str]:
+    """Write the kept videos of an evaluation: row -> path relative to the run directory."""
+    paths = {row: f"videos/{update:06d}/{row:03d}.mp4" for row in evaluation.videos}
+    for row, path in paths.items():
+        write_mp4(run.path / path, evaluation.videos[row], fps)
     return paths
 
 

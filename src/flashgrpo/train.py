@@ -39,8 +39,9 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     """
     config = config.with_absolute_paths()
     run = Run(config, reporter or Reporter(quiet=not config.tracking.progress))
-    settings, policy, clock = config.rollout, run.policy, Clock()
+    settings, policy = config.rollout, run.policy
     with run, Interrupt() as interrupt:
+        clock = Clock()
         for update in range(run.progress.update, config.updates):
             if run.is_stale or interrupt.requested:
                 break
@@ -175,7 +176,7 @@ class Run:
         line["best"] = line["reward"] > max((e["reward"] for e in earlier), default=float("-inf"))
         if line["best"] or update == self.config.updates:
             base = (earlier[0] if earlier else line)["samples"]
-            for row, video in enumerate(write_videos(self.directory, update, evaluation, self.config.model.fps)):
+            for row, video in write_videos(self.directory, update, evaluation, self.config.model.fps).items():
                 line["samples"][row] |= {"video": video, "base_video": base[row].get("video", video)}
         self.directory.log_evaluation(line)
         self._evaluations.append(line)

@@ -107,7 +107,7 @@ class _Measurement:
 def _measure(videos: Tensor) -> _Measurement:
     if videos.ndim != 5 or videos.shape[2] != 3:
         raise ValueError(f"videos must have shape (B, F, 3, H, W), got {tuple(videos.shape)}.")
-    videos = torch.nan_to_num(videos.detach().float()).clamp(0, 1)
+    videos = torch.nan_to_num(videos.detach().float().cpu()).clamp(0, 1)
     clips, frames, _, height, width = videos.shape
     edges = (videos[..., :2, :], videos[..., -2:, :], videos[..., :2], videos[..., -2:])
     border = torch.cat([edge.flatten(3) for edge in edges], dim=3)  # (B, F, 3, border pixels)

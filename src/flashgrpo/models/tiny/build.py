@@ -7,7 +7,7 @@ model draws crisp clips but follows its prompt imperfectly, which leaves alignme
 the agreement on held-out captions is about 0.59.
 
 On one thread of a busy two-core machine the stages took 19 minutes (autoencoder), 14 (its decoder alone),
-2 (encoding) and 17 (flow); two threads are hardly faster, as the operations are small.
+2 (encoding, estimated) and 17 (flow). docs/log.md tells how the shipped weights came about.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashgrpo.files import write_aside
 from flashgrpo.models.tiny.architecture import FLOW_SHIFT, LATENT_CHANNELS, TEXT_LENGTH, make_pipeline
 from flashgrpo.models.tiny.muon import Muon
 from flashgrpo.models.tiny.world import FRAMES, Combination, caption, render, train_combinations
@@ -232,15 +232,15 @@ class Progress:
 
 
 def save(pipe: Component, out: Path) -> None:
-    """Save as fp16 safetensors, written aside and renamed, so that the folder is never half a pipeline."""
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(aside, safe_serialization=True)
-    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):  # transformers 5 writes a name that 4 lacks
-        config = aside / name
-        config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
+    """Save as fp16 safetensors."""
+    with write_aside(out) as aside:
+        pipe.to(torch.float16).save_pretrained(aside, safe_serialization=True)
+        for name in (
+            "model_index.json",
+            "tokenizer/tokenizer_config.json",
+        ):  # transformers 5 writes a name that 4 lacks
+            config = aside / name
+            config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
 def build(out: Path = WEIGHTS, seed: int = 0, recipe: Recipe | None = None) -> Component:
