@@ -43,10 +43,12 @@ def test_published_presets():
 def test_a_preset_with_changes(make_run):
     config = make_run("algorithm.kl_coef=0.01", "algorithm.noise.kind=flow")
     assert config.algorithm.kl_coef == 0.01
+    assert config.algorithm.steps.draw == "stratified"  # the recipe's own change stays
     assert config.algorithm.noise == FlowSde()  # another kind starts from its own defaults
     assert config.algorithm.weighting == presets.FLASH_GRPO.weighting
     changed = make_run("algorithm={preset: flow-grpo, steps: {fraction: 0.5}}")
     assert changed.algorithm.steps == AllSteps(fraction=0.5)
+    assert changed.algorithm.noise == presets.FLOW_GRPO.noise  # another preset drops the recipe's changes
 
 
 def test_overrides_read_numbers_as_yaml(make_run):
@@ -77,7 +79,7 @@ def test_overrides_read_numbers_as_yaml(make_run):
         (["algorithm.steps.window=[0.5,0.2]"], "algorithm.steps: window of OneStep is a pair of fractions"),
         (["algorithm.steps.window=[0.9,1.0]"], "algorithm.steps with rollout.num_steps 4: the window (0.9, 1.0)"),
         (["algorithm.steps={kind: window, stop: 99}"], "stop of Window is 99, but there are only 4 steps"),
-        (["algorithm.noise.eta=0"], "algorithm.noise: eta of the noise 'linear' has to be above 0"),
+        (["algorithm.noise.eta=0"], "algorithm.noise: eta of the noise 'cps' has to be above 0 and at most 1"),
         (["algorithm.noise.kind=lineal"], "algorithm.noise: input tag 'lineal' found using 'kind' does not match"),
         (["optim.betas=[2,2]"], "optim.betas.0: input should be less than 1, not 2"),
         (["algorithm.clip_range=.inf"], "algorithm: clip_range must be greater than 0 and finite"),

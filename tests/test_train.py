@@ -59,7 +59,6 @@ def test_a_run_directory_holds_what_the_design_says(finished):
         "metrics.jsonl",
         "evaluations.jsonl",
         "checkpoints",
-        "lora",
         "videos",
     } <= {path.name for path in run.iterdir()}
     assert RunConfig.load(run / "config.yaml") == config.with_absolute_paths()
@@ -324,3 +323,4 @@ def test_training_raises_the_reward(make_run, tmp_path):
     last = read_lines(run / "evaluations.jsonl")[-1]
     assert last["difference"] > 0.01
     assert last["interval"][0] > 0
+    assert [path.name for path in (run / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]

@@ -27,7 +27,7 @@ def write_aside(path: Path) -> Iterator[Path]:
             yield aside
             for file in [*sorted(aside.rglob("*")), aside]:
                 _flush_to_disk(file)
-            if path.is_dir():  # a folder cannot be renamed over another
+            if path.is_dir() and aside.is_dir():  # a folder cannot be renamed over another
                 remove(path)
             os.replace(aside, path)
             _flush_to_disk(path.parent)

@@ -46,7 +46,7 @@ def parse_override(override: str) -> dict[Any, Any]:
 
 
 def merge_choices(old: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Merge nested settings; a change of `kind` drops the settings of the kind before.
+    """Merge nested settings; a change of `kind` or `preset` drops the settings of the one before.
 
     A change below a name merges with that name's preset: {"algorithm": "flash-grpo"} and {"algorithm": {"kl_coef": 1}}.
     """
@@ -55,7 +55,11 @@ def merge_choices(old: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[An
         before = merged.get(key)
         if isinstance(before, str) and isinstance(new, Mapping):
             before = {"preset": before}
-        if isinstance(before, dict) and isinstance(new, Mapping) and new.get("kind") in (None, before.get("kind")):
+        if (
+            isinstance(before, Mapping)
+            and isinstance(new, Mapping)
+            and all(new.get(name) in (None, before.get(name)) for name in ("kind", "preset"))
+        ):
             new = merge_choices(before, new)
         merged[key] = new
     return merged

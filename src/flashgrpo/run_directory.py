@@ -96,10 +96,10 @@ class RunDirectory:
             raise UserError(f"out: another process is training into {self.path}") from error
         environment = {**_environment(device), "prompts": {key: _digest(file) for key, file in prompts.items()}}
         self._check_prompts(environment["prompts"])
+        with write_aside(self.config_file) as aside:  # first, for it is what marks the folder as a run
+            aside.write_text(config.to_yaml(), encoding="utf-8")
         with write_aside(self.path / "environment.json") as aside:
             aside.write_text(json.dumps(environment, indent=2) + "\n")
-        with write_aside(self.config_file) as aside:
-            aside.write_text(config.to_yaml(), encoding="utf-8")
 
     def _check_prompts(self, now: Mapping[str, str]) -> None:
         file = self.path / "environment.json"
