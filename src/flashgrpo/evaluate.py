@@ -77,9 +77,7 @@ class Evaluator:
         self, model: VideoModel, config: RunConfig, prompts: Sequence[Prompt], rewards: Rewards, texts: TextCache
     ) -> None:
         settings = config.evaluation
-        grid = model.grid(settings.num_steps)
-        guidance = settings.guidance_scale or config.rollout.guidance_scale
-        self._policy = Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
+        self._policy = deterministic_policy(model, config, settings.num_steps)
         self._config = config
         self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         self._rewards = rewards
@@ -112,6 +110,13 @@ class Evaluator:
         names = [divmod(int(row), settings.samples_per_prompt) for row in rows]
         noise = [normal(model.latent_shape, settings.seed, "evaluation", *name) for name in names]
         return denoise(self._policy, torch.stack(noise).to(model.device), condition, Euler())
+
+
+def deterministic_policy(model: VideoModel, config: RunConfig, num_steps: int) -> Policy:
+    """The model on a grid of its own step count, without noise, with the guidance of evaluations."""
+    grid = model.grid(num_steps)
+    guidance = config.evaluation.guidance_scale or config.rollout.guidance_scale
+    return Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
 
 
 def decode(model: VideoModel, latents: Tensor, micro_batch: int) -> Tensor:

@@ -7,10 +7,9 @@ import torch
 from flashgrpo import checkpoint
 from flashgrpo.distributed import default_device, use_threads
 from flashgrpo.errors import UserError
+from flashgrpo.evaluate import deterministic_policy
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import weights_replaced
-from flashgrpo.noise import Ode
-from flashgrpo.policy import Policy
 from flashgrpo.progress import Reporter
 from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
@@ -33,9 +32,7 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0, num_steps: int | No
     tensors, _ = checkpoint.load_best(directory.checkpoints, None, Reporter().warn)
     use_threads(config.parallel.threads)
     model = load_model(config.model, default_device(), config.seed)
-    grid = model.grid(num_steps or config.evaluation.num_steps)
-    guidance = config.evaluation.guidance_scale or config.rollout.guidance_scale
-    policy = Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
+    policy = deterministic_policy(model, config, num_steps or config.evaluation.num_steps)
     condition = model.encode([prompt])
     noise = normal(model.latent_shape, seed, "sample")[None].to(model.device)
 

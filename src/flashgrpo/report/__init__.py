@@ -67,7 +67,7 @@ def render(run: Run) -> str:
     return environment.get_template("template.html.j2").render(
         name=run.path.resolve().name,
         date=findings.date(run.environment.get("started")),
-        version=run.environment.get("flashgrpo") or run.environment.get("flash-grpo") or "",
+        version=run.environment.get("flashgrpo", ""),
         notes=run.notes,
         result=findings.result(shown, run.evaluations, form) if shown else None,
         tiles=findings.tiles(run, shown, form),
