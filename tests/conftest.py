@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed import alone
 from flashgrpo.models.wan import WanModel
+from tests.processes import Nursery
 
 torch.set_num_threads(1)  # many short operations: two threads mostly wait for each other, far longer on a busy machine
 
@@ -43,6 +45,14 @@ def small_run(out: Path, *overrides: str) -> RunConfig:
     )
 
 
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """Starts jobs in processes of their own."""
+    nursery = Nursery(tmp_path_factory.mktemp("jobs"))
+    yield nursery
+    nursery.close()
+
+
 @pytest.fixture
 def make_run(tmp_path: Path):
     """Settings of a very small run in `tmp_path/run`, with overrides."""
@@ -56,7 +66,7 @@ def make_model(make_run):
     def make(*overrides: str) -> WanModel:
         config = make_run(*overrides)
         keep = config.algorithm.kl_coef > 0
-        return WanModel.load(str(WEIGHTS), config.model, torch.device("cpu"), config.seed, keep_reference=keep)
+        return WanModel.load(str(WEIGHTS), config.model, alone(), config.seed, keep_reference=keep)
 
     return make
 

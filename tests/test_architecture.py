@@ -42,8 +42,10 @@ def test_devices_are_named_in_one_place():
 
 
 def test_nothing_is_unpickled():
+    """But for the index of a checkpoint, which `_IndexUnpickler` reads (tests/test_checkpoint.py)."""
     for file in FILES:
-        assert not re.search(r"\bpickle\b|torch\.load\(", file.read_text()), file
+        found = set(re.findall(r"\bpickle\.\w+|torch\.load\(|all_gather_object|broadcast_object", file.read_text()))
+        assert found <= ({"pickle.Unpickler", "pickle.UnpicklingError"} if file.name == "checkpoint.py" else set())
 
 
 def test_what_others_import():

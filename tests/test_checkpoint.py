@@ -2,13 +2,16 @@
 
 import errno
 import os
+import pickle
 import resource
+import threading
 
 import pytest
 import torch
 
 from flashgrpo import checkpoint
 from flashgrpo.checkpoint import Progress
+from flashgrpo.distributed import alone
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, write_aside
 from flashgrpo.run_directory import read_lines
@@ -17,13 +20,13 @@ TENSORS = {"policy": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)
 
 
 def save(folder, update, best=0, keep=2):
-    return checkpoint.save(folder, TENSORS, Progress(update, best, 1), keep)
+    return checkpoint.save(folder, TENSORS, Progress(update, best, 1), keep, alone())
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path):
     save(tmp_path, 3)
-    tensors, progress = checkpoint.load(tmp_path, 3)
-    assert progress == Progress(3, 0, 1)
+    tensors = checkpoint.load(tmp_path, 3)
+    assert checkpoint.read_progress(tmp_path, 3) == Progress(3, 0, 1)
     for kind, named in TENSORS.items():
         for name, tensor in named.items():
             assert torch.equal(tensors[kind][name], tensor)
@@ -35,7 +38,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoint.updates(tmp_path) == [2, 5, 6, 7]
 
 
-@pytest.mark.parametrize("file", ["policy.safetensors", "ema.safetensors", "state.json"])
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "empty"])
 def test_damage_is_recognised_and_the_one_before_is_used(tmp_path, file, damage):
     save(tmp_path, 1)
@@ -47,8 +50,7 @@ def test_damage_is_recognised_and_the_one_before_is_used(tmp_path, file, damage)
         changed = bytes([content[-5] ^ 1])
         path.write_bytes({"cut": content[:-3], "changed": content[:-5] + changed + content[-4:], "empty": b""}[damage])
     said = []
-    _, progress = checkpoint.load_newest(tmp_path, said.append)
-    assert progress.update == 1
+    assert checkpoint.newest_whole(tmp_path, said.append) == 1
     assert len(said) == 1
     assert "000002" in said[0]
     assert "trying the one before" in said[0]
@@ -60,28 +62,77 @@ def test_damaged_newer_checkpoints_do_not_crowd_out_whole_ones(tmp_path, keep):
         save(tmp_path, update, keep=9)
     for update in (20, 30):
         (tmp_path / f"{update:06d}/state.json").write_text("{")
-    assert checkpoint.load_newest(tmp_path, lambda _: None)[1].update == 10
+    assert checkpoint.newest_whole(tmp_path, lambda _: None) == 10
     save(tmp_path, 12, keep=keep)
     assert checkpoint.updates(tmp_path) == [10, 12][-keep:]
-    assert checkpoint.load_newest(tmp_path, print)[1].update == 12
+    assert checkpoint.newest_whole(tmp_path, print) == 12
 
 
 def test_no_checkpoint_and_no_whole_checkpoint(tmp_path):
-    assert checkpoint.load_newest(tmp_path, print) is None
+    assert checkpoint.newest_whole(tmp_path, print) is None
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        checkpoint.load_best(tmp_path, None, print)
+        checkpoint.choose(tmp_path, None, print)
     (save(tmp_path, 1) / "state.json").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
-        checkpoint.load_newest(tmp_path, lambda _: None)
+        checkpoint.newest_whole(tmp_path, lambda _: None)
 
 
 def test_the_best_is_loaded_unless_another_is_named(tmp_path):
     for update in (1, 2, 3):
         save(tmp_path, update, best=1)
-    assert checkpoint.load_best(tmp_path, None, print)[1].update == 1
-    assert checkpoint.load_best(tmp_path, 3, print)[1].update == 3
+    assert checkpoint.choose(tmp_path, None, print) == 1
+    assert checkpoint.choose(tmp_path, 3, print) == 3
     with pytest.raises(UserError, match="no checkpoint of update 9; there are 1, 2, 3"):
-        checkpoint.load_best(tmp_path, 9, print)
+        checkpoint.choose(tmp_path, 9, print)
+
+
+def test_tensors_are_read_into_those_that_are_there(tmp_path):
+    save(tmp_path, 1)
+    there = {"ema": {"a": torch.zeros(3, 2)}}
+    address = there["ema"]["a"].data_ptr()
+    checkpoint.read_into(tmp_path, 1, there, alone())
+    assert torch.equal(there["ema"]["a"], TENSORS["ema"]["a"])
+    assert there["ema"]["a"].data_ptr() == address
+    for other in (
+        {"a": torch.zeros(3, 3)},
+        {"b": torch.zeros(2, 3)},
+        {"a": torch.zeros(2, 3), "b": torch.zeros(1)},
+        {},
+    ):
+        with pytest.raises(UserError, match="of another model or adapter"):
+            checkpoint.read_into(tmp_path, 1, {"ema": other}, alone())
+
+
+def test_a_save_does_not_see_what_training_changes_meanwhile(tmp_path, monkeypatch):
+    weights, gate, real = torch.zeros(4), threading.Event(), checkpoint.dcp.save
+
+    def slow(*arguments, **options):
+        gate.wait(10)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", slow)
+    writer = checkpoint.Writer(tmp_path, 2, alone())
+    writer.save({"policy": {"w": weights}}, Progress(1))
+    assert checkpoint.updates(tmp_path) == []  # not whole yet, and training is not held up
+    weights += 1
+    gate.set()
+    writer.wait()
+    assert torch.equal(checkpoint.load(tmp_path, 1)["policy"]["w"], torch.zeros(4))
+
+
+def test_an_index_with_anything_but_an_index_in_it_is_refused(tmp_path):
+    """The index of DCP is a pickle; one that was made to run a command must not."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    path = save(tmp_path, 1)
+    for evil in (Evil(), print, checkpoint.dcp.save, torch.load):
+        (path / ".metadata").write_bytes(pickle.dumps(evil))
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoint.load(tmp_path, 1)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_disk_that_fills_up_leaves_the_older_checkpoint(tmp_path, monkeypatch):
@@ -94,7 +145,7 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"cannot write .*000002: no space left on device"):
         save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["000001"]
-    assert checkpoint.load_newest(tmp_path, print)[1].update == 1
+    assert checkpoint.newest_whole(tmp_path, print) == 1
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

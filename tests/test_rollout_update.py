@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
 from flashgrpo.config import OptimConfig
+from flashgrpo.distributed import alone
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.noise import Ode
 from flashgrpo.optim import Optimizer
@@ -16,9 +17,10 @@ from flashgrpo.policy import Policy
 from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, Algorithm
 from flashgrpo.rollout import denoise, rollout
 from flashgrpo.schedule import Euler
-from flashgrpo.types import Prompt, PromptGroup
+from flashgrpo.types import Prompt, PromptGroup, Sample
 from flashgrpo.update import UpdateMetrics, micro_batches, policy_update, replay
 
+TEAM = alone()
 PROMPTS = [
     "a red circle moving left slowly",
     "a blue square moving up quickly",
@@ -31,9 +33,16 @@ def draw(model, algorithm: Algorithm, steps=6, groups=3, size=2, micro_batch=64,
     grid = model.grid(steps)
     policy = Policy(model, grid, algorithm.noise(grid.sigmas), guidance_scale=2.0, micro_batch=exact)
     prompt_groups = [PromptGroup(update, g, Prompt(PROMPTS[g], {}), size) for g in range(groups)]
-    condition = model.encode(PROMPTS[:groups])
-    latents, transitions = rollout(policy, prompt_groups, condition, algorithm, Euler(), seed, micro_batch)
+    samples = [Sample(group, member) for group in prompt_groups for member in range(size)]
+    condition = model.encode(PROMPTS[:groups])[torch.arange(groups).repeat_interleave(size)]
+    latents, transitions = rollout(policy, samples, condition, algorithm, Euler(), seed, micro_batch, TEAM)
     return policy, latents, transitions
+
+
+def batches(transitions, size: int) -> list[Tensor]:
+    """The micro-batches of a process alone."""
+    cut = micro_batches(transitions.k, torch.zeros_like(transitions.k), 0, size)
+    return [rows for _, parts, _ in cut for rows in parts]
 
 
 def perturb(model) -> None:
@@ -51,7 +60,7 @@ def test_the_first_ratio_is_one_bit_for_bit(make_model, algorithm, micro_batch, 
     policy, _, transitions = draw(model, algorithm, micro_batch=micro_batch, exact=exact)
     condition = transitions.condition
     replayed = torch.empty(len(transitions))
-    for rows in (rows for _, parts in micro_batches(transitions.k.tolist(), exact) for rows in parts):
+    for rows in batches(transitions, exact):
         batch = transitions[rows]
         v = policy.exact_velocity(batch.k, batch.x, condition[batch.sample])
         assert v.requires_grad
@@ -103,16 +112,15 @@ def test_members_share_initial_noise_only_when_asked(make_model):
 def gradient(model, policy, transitions, advantages, algorithm, micro_batch: int) -> dict[str, Tensor]:
     """The gradient of one optimizer step, read before the optimizer clears it."""
     config = OptimConfig(micro_batch=micro_batch, max_grad_norm=1e9)
-    optimizer = Optimizer(trained_parameters(model.network), config)
+    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
     seen: dict[str, Tensor] = {}
 
     def read() -> float:
-        seen.update({name: p.grad.clone() for name, p in optimizer.parameters.items()})
-        optimizer._adamw.zero_grad()
+        seen.update(zip(optimizer.parameters, optimizer._gradients, strict=True))
         return 0.0
 
     optimizer.step = read
-    policy_update(policy, optimizer, transitions, advantages, algorithm, config)
+    policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
     return seen
 
 
@@ -155,7 +163,13 @@ def test_gradient_norms_by_step_are_those_of_the_step_alone(make_model):
     advantages = torch.tensor([1.0, -1.0])
     config = OptimConfig(micro_batch=2, max_grad_norm=1e9, lr=1e-12)
     metrics = policy_update(
-        policy, Optimizer(trained_parameters(model.network), config), transitions, advantages, FLOW_GRPO, config
+        policy,
+        Optimizer(trained_parameters(model.network), config, TEAM),
+        transitions,
+        advantages,
+        FLOW_GRPO,
+        config,
+        TEAM,
     )
     for k in (0, 1):
         alone = gradient(model, policy, transitions[(transitions.k == k).nonzero().flatten()], advantages, FLOW_GRPO, 2)
@@ -168,12 +182,12 @@ def test_an_update_makes_rewarded_samples_likelier(make_model):
     policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=4)
     advantages = torch.tensor([1.0, -1.0] * 4)
     config = OptimConfig(micro_batch=4, lr=1e-3)
-    optimizer = Optimizer(trained_parameters(model.network), config)
-    metrics = policy_update(policy, optimizer, transitions, advantages, FLASH_GRPO, config)
+    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
+    metrics = policy_update(policy, optimizer, transitions, advantages, FLASH_GRPO, config, TEAM)
     assert (metrics["drift"], metrics["ratio_max_dev"], metrics["clip_fraction"]) == (0, 0, 0)
-    collected = UpdateMetrics(optimizer, FLASH_GRPO, by_step=False)
+    collected = UpdateMetrics(FLASH_GRPO)
     change = []
-    for rows in (rows for _, parts in micro_batches(transitions.k.tolist(), 4) for rows in parts):
+    for rows in batches(transitions, 4):
         batch = transitions[rows]
         replay(policy, batch, advantages[batch.sample], torch.ones(len(rows)), FLASH_GRPO, collected)
         change.append((collected._rows["log_prob"][-1] - batch.log_prob) * advantages[batch.sample])
@@ -186,7 +200,7 @@ def test_optimizer_steps_and_average_per_update(make_model, settings):
     model = make_model()
     policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=4)
     config = OptimConfig(micro_batch=2, minibatches=minibatches, passes=passes, ema={"decay": 0.5, "every": 1})
-    optimizer = Optimizer(trained_parameters(model.network), config)
+    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
     averages = []
     step = optimizer.step
 
@@ -197,7 +211,7 @@ def test_optimizer_steps_and_average_per_update(make_model, settings):
 
     optimizer.step = spy
     start = {name: value.clone() for name, value in optimizer.ema.items()}
-    policy_update(policy, optimizer, transitions, torch.linspace(-1, 1, 8), FLASH_GRPO, config)
+    policy_update(policy, optimizer, transitions, torch.linspace(-1, 1, 8), FLASH_GRPO, config, TEAM)
     assert optimizer.steps == len(averages) == minibatches * passes
     if len(averages) == 1:
         for name, weight in optimizer.weights().items():
@@ -211,10 +225,10 @@ def test_kl_to_the_base_is_zero_at_the_start_and_positive_later(make_model, trai
     policy, _, transitions = draw(model, algorithm, groups=2, size=2)
     config = OptimConfig(micro_batch=2, lr=1e-3)
     names = set(trained_parameters(model.network))
-    optimizer = Optimizer(trained_parameters(model.network), config)
+    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    first = policy_update(policy, optimizer, transitions, advantages, algorithm, config)
-    second = policy_update(policy, optimizer, transitions, advantages, algorithm, config)
+    first = policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
+    second = policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
     assert first["kl"] == 0
     assert second["kl"] > 0
     assert set(trained_parameters(model.network)) == names  # switching adapters off and on froze nothing
@@ -228,7 +242,7 @@ def test_deterministic_sampling_equals_the_pipeline(make_model):
     grid = model.grid(5)
     policy = Policy(model, grid, Ode()(grid.sigmas), guidance_scale=2.0, micro_batch=1)
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(3))
-    ours = denoise(policy, noise, model.encode(PROMPTS[:2]), Euler())
+    ours = denoise(policy, noise, model.encode(PROMPTS[:2]), Euler(), 2, TEAM)
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": 48, "width": 48, "num_frames": 9, "max_sequence_length": 16}
     call = {**size, "num_inference_steps": 5, "guidance_scale": 2.0}

@@ -14,6 +14,7 @@ import torch
 
 from flashgrpo import checkpoint
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed import alone
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import Evaluator, evaluate
 from flashgrpo.progress import Clock, Interrupt
@@ -30,7 +31,7 @@ EVALUATION = {"update", "reward", "base_reward", "difference", "interval", "rewa
 
 
 def weights(run: Path, update: int) -> dict[str, torch.Tensor]:
-    tensors, _ = checkpoint.load(run / "checkpoints", update)
+    tensors = checkpoint.load(run / "checkpoints", update)
     return {f"{kind}/{name}": tensor for kind, named in tensors.items() for name, tensor in named.items()}
 
 
@@ -88,7 +89,7 @@ def test_a_run_directory_holds_what_the_design_says(finished):
 
 def test_old_checkpoints_go_but_not_the_newest_or_the_best(finished):
     _, run = finished
-    _, progress = checkpoint.load(run / "checkpoints", 6)
+    progress = checkpoint.read_progress(run / "checkpoints", 6)
     assert set(checkpoint.updates(run / "checkpoints")) == {5, 6, progress.best_update} - {0}
     rewards = {line["update"]: line["reward"] for line in read_lines(run / "evaluations.jsonl")}
     assert rewards[progress.best_update] == max(rewards.values())
@@ -112,13 +113,13 @@ def test_a_run_made_longer_equals_a_long_one(finished, make_run):
 def test_resume_after_damage_uses_the_checkpoint_before_and_says_so(finished, make_run, capsys):
     _, uninterrupted = finished
     run = train(make_run("updates=4"))
-    newest = run / "checkpoints/000004/ema.safetensors"
+    newest = run / "checkpoints/000004/__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:-10])
     train(make_run("updates=6"))
     said = " ".join(capsys.readouterr().err.split())
     assert "000004 is damaged" in said
     assert "continuing" not in said  # quiet shows warnings only
-    assert checkpoint.load(run / "checkpoints", 6)[1].update == 6
+    assert checkpoint.read_progress(run / "checkpoints", 6).update == 6
     assert same(weights(run, 6), weights(uninterrupted, 6))
     assert without_seconds(run / "metrics.jsonl") == without_seconds(uninterrupted / "metrics.jsonl")
 
@@ -160,7 +161,7 @@ def test_killed_at_any_moment_the_run_ends_with_the_same_weights(finished, make_
     for write in (3, 8, 14, 19, 21, 24):
         assert start(recipe, crash_at_write=write).wait() == 9
         for update in checkpoint.updates(run / "checkpoints"):
-            checkpoint.load(run / "checkpoints", update)  # whatever has its name is whole
+            checkpoint.read_progress(run / "checkpoints", update)  # whatever has its name is whole
     for _ in range(2):
         process = start(recipe)
         time.sleep(moments.uniform(2.0, 6.0))
@@ -278,8 +279,8 @@ def test_sample_writes_base_beside_tuned(finished, tmp_path):
 
 def test_a_second_process_is_kept_out(make_run):
     config = make_run()
-    directory = RunDirectory.for_training(config)
-    directory.begin(config, torch.device("cpu"), {})
+    directory = RunDirectory(Path(config.out))
+    directory.begin(config, alone(), {})
     with pytest.raises(UserError, match="another process is training"):
         train(config)
     directory.close()

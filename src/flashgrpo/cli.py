@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed import speaks
 from flashgrpo.errors import UserError
 from flashgrpo.progress import Reporter, describe
 
@@ -44,7 +45,9 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train a recipe; a run directory that has a checkpoint goes on from it."""
     from flashgrpo.train import train as run_training
 
-    print(run_training(RunConfig.load(recipe, overrides or [])))
+    run = run_training(RunConfig.load(recipe, overrides or []))
+    if speaks():
+        print(run)
 
 
 @app.command()
@@ -58,6 +61,8 @@ def evaluate(
     from flashgrpo.evaluate import evaluate as run_evaluation
 
     record = run_evaluation(target, overrides or [], checkpoint)
+    if not speaks():
+        return
     if as_json:
         print(json.dumps(record))
         return
@@ -110,5 +115,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"flashgrpo: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"flashgrpo: {error}", file=sys.stderr)
         sys.exit(2)

@@ -69,6 +69,9 @@ class ModelConfig(Part):
     """Overrides the flow shift of the checkpoint's scheduler."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights; adapters, latents and densities are always float32."""
+    compute_dtype: Literal["bfloat16"] | None = None
+    """Casts weights and activations for each computation and reduces gradients in float32 (FSDP2's mixed precision);
+    as `dtype` when not given."""
     train: Annotated[Lora | Full, Field(discriminator="kind")] = Lora()
     gradient_checkpointing: bool = False
 
@@ -173,10 +176,23 @@ class CheckpointConfig(Part):
 
 
 class ParallelConfig(Part):
-    """Use of the machine."""
+    """Use of the machine, and of many: what torchrun started is cut into replicate x shard x context."""
 
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the tensor library; its own choice when not given."""
+    shard: int = Field(default=1, ge=1)
+    """Processes that hold one copy of the network between them (FSDP2); the rest of the processes are copies."""
+    context: int = Field(default=1, ge=1)
+    """Processes that compute one sample together, each a part of its tokens."""
+    context_kind: Literal["ulysses", "ring"] = "ulysses"
+    """Ulysses needs heads and tokens that divide by `context`; ring needs an attention back end that returns its
+    log-sum-exp, which the CPU's does not."""
+    shares: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """How much of an update's samples each data rank takes, in any unit; equal parts when not given."""
+    dead_after: float = Field(default=60, gt=2)
+    """Seconds without a sign of life after which a process counts as dead, and all end."""
+    timeout: float = Field(default=1800, gt=0)
+    """Seconds that a process waits for the others, for instance until their rewards are there."""
 
 
 class TrackingConfig(Part):

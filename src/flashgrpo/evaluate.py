@@ -12,10 +12,10 @@ from torch import Tensor
 
 from flashgrpo import checkpoint
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import default_device, use_threads
+from flashgrpo.distributed import Team, joined, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.models import load_model
-from flashgrpo.models.lora import weights_replaced
+from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.noise import Ode
 from flashgrpo.policy import Policy
 from flashgrpo.progress import Reporter
@@ -23,7 +23,7 @@ from flashgrpo.prompts import TextCache, read_prompts
 from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
 from flashgrpo.schedule import Euler
-from flashgrpo.scoring import Rewards
+from flashgrpo.scoring import Rewards, score_all
 from flashgrpo.seeds import normal
 from flashgrpo.types import Prompt, RewardTable, VideoModel
 from flashgrpo.video import Video, write_mp4
@@ -50,15 +50,17 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     use_threads(config.parallel.threads)
     rewards = Rewards(config.rewards)
     prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
-    saved = checkpoint.load_best(run.checkpoints, checkpoint_update, Reporter().warn) if run else None
-    model = load_model(config.model, default_device(), config.seed)
-    evaluator = Evaluator(model, config, prompts, rewards, TextCache(model))
-    base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
-    if saved is None:
-        return base
-    tensors, progress = saved
-    with weights_replaced(model.network, tensors["ema"]):
-        return record(progress.update, evaluator(), base, config.evaluation.samples_per_prompt)
+    update = checkpoint.choose(run.checkpoints, checkpoint_update, Reporter().warn) if run else None
+    with joined(config) as team:
+        model = load_model(config.model, team, config.seed)
+        evaluator = Evaluator(model, config, prompts, rewards, TextCache(model), team)
+        base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
+        if run is None or update is None:
+            return base
+        averaged = {name: tensor.detach().clone() for name, tensor in trained_parameters(model.network).items()}
+        checkpoint.read_into(run.checkpoints, update, {"ema": averaged}, team)
+        with weights_replaced(model.network, averaged):
+            return record(update, evaluator(), base, config.evaluation.samples_per_prompt)
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,21 @@ class Evaluation:
 
     prompts: Sequence[Prompt]
     table: RewardTable
-    videos: Mapping[int, Video]  # of some samples, by their row
+    shown: Sequence[int]  # rows whose videos are kept
+    videos: Mapping[int, Video]  # those of them that this process made
 
 
 class Evaluator:
     """Scores a model's current weights, always on the same prompts and noise."""
 
     def __init__(
-        self, model: VideoModel, config: RunConfig, prompts: Sequence[Prompt], rewards: Rewards, texts: TextCache
+        self,
+        model: VideoModel,
+        config: RunConfig,
+        prompts: Sequence[Prompt],
+        rewards: Rewards,
+        texts: TextCache,
+        team: Team,
     ) -> None:
         settings = config.evaluation
         self._policy = deterministic_policy(model, config, settings.num_steps)
@@ -82,34 +91,32 @@ class Evaluator:
         self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         self._rewards = rewards
         self._texts = texts
+        self._team = team
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:
-        """Sample and score every held-out prompt with the weights that the model has now."""
-        tables, kept = [], dict[int, Video]()
+        """Sample and score every held-out prompt with the weights that the model has now, each rank its share."""
+        rows, settings = self._team.share(len(self._prompts)), self._config.rollout
+        prompts = [self._prompts[row] for row in rows]
+        condition = self._texts([prompt.text for prompt in prompts or self._prompts[:1]])
+        latents = denoise(self._policy, self._noise(rows), condition, Euler(), settings.micro_batch, self._team)
+        videos = decode(self._policy.model, latents, settings.decode_micro_batch)
+        table = score_all(self._team, self._rewards, videos, prompts, watched=True)
         shown = self._shown_rows()
-        rows = torch.arange(len(self._prompts)).split(self._config.rollout.micro_batch)
-        for part in rows:
-            prompts = [self._prompts[row] for row in part]
-            condition = self._texts([prompt.text for prompt in prompts])
-            videos = decode(self._policy.model, self._denoise(part, condition), self._config.rollout.decode_micro_batch)
-            tables.append(self._rewards.score(videos, prompts, watched=True))
-            kept |= {int(row): videos[i].cpu() for i, row in enumerate(part) if int(row) in shown}
-        if any(table.names != tables[0].names for table in tables):
-            raise UserError(f"a reward's components changed from {tables[0].names} during an evaluation")
-        values = torch.cat([table.values for table in tables])
-        return Evaluation(self._prompts, RewardTable(tables[0].names, values, tables[0].weights), kept)
+        kept = {row: videos[i].cpu() for i, row in enumerate(rows) if row in shown}
+        return Evaluation(self._prompts, table, shown, kept)
 
-    def _shown_rows(self) -> set[int]:
+    def _shown_rows(self) -> list[int]:
         """The samples whose videos are kept, spread evenly over the prompts: files often list like beside like."""
         count, total = min(self._config.evaluation.videos, len(self._prompts)), len(self._prompts)
-        return {i * total // count for i in range(count)}
+        return [i * total // count for i in range(count)]
 
-    def _denoise(self, rows: Tensor, condition: Any) -> Tensor:
+    def _noise(self, rows: range) -> Tensor:
+        """x_0 of each row, from the evaluation's own seed and purpose."""
         settings, model = self._config.evaluation, self._policy.model
-        names = [divmod(int(row), settings.samples_per_prompt) for row in rows]
+        names = [divmod(row, settings.samples_per_prompt) for row in rows]
         noise = [normal(model.latent_shape, settings.seed, "evaluation", *name) for name in names]
-        return denoise(self._policy, torch.stack(noise).to(model.device), condition, Euler())
+        return torch.stack(noise or [torch.empty(0)]).reshape(-1, *model.latent_shape).to(model.device)
 
 
 def deterministic_policy(model: VideoModel, config: RunConfig, num_steps: int) -> Policy:
@@ -120,7 +127,9 @@ def deterministic_policy(model: VideoModel, config: RunConfig, num_steps: int) -
 
 
 def decode(model: VideoModel, latents: Tensor, micro_batch: int) -> Tensor:
-    """Videos (B, F, 3, H, W) of latents, `micro_batch` at a time."""
+    """Videos (B, F, 3, H, W) of latents, `micro_batch` at a time; of no latents, an empty tensor."""
+    if not len(latents):
+        return torch.empty(0, 1, 3, 1, 1)
     return torch.cat([model.decode(part) for part in latents.split(micro_batch)])
 
 
@@ -166,10 +175,10 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> list[flo
 
 
 def write_videos(run: RunDirectory, update: int, evaluation: Evaluation, fps: float) -> dict[int, str]:
-    """Write the kept videos of an evaluation: row -> path relative to the run directory."""
-    paths = {row: f"videos/{update:06d}/{row:03d}.mp4" for row in evaluation.videos}
-    for row, path in paths.items():
-        write_mp4(run.path / path, evaluation.videos[row], fps)
+    """Write the kept videos that this process made; row -> path relative to the run directory, of all kept ones."""
+    paths = {row: f"videos/{update:06d}/{row:03d}.mp4" for row in evaluation.shown}
+    for row, video in evaluation.videos.items():
+        write_mp4(run.path / paths[row], video, fps)
     return paths
 
 

@@ -19,22 +19,41 @@ def write_aside(path: Path) -> Iterator[Path]:
     neither), and at worst a hidden `.partial-NAME` beside it, which the next write removes. A full disk becomes a
     `UserError` and leaves `path` as it was.
     """
+    aside = make_room_aside(path)
+    try:
+        with explain_os_errors(path):
+            yield aside
+        publish(path)
+    except BaseException:
+        discard_aside(path)
+        raise
+
+
+def make_room_aside(path: Path) -> Path:
+    """The name to write `path` under until it is whole, with nothing there any more."""
     aside = path.with_name(f".partial-{path.name}")  # the ending stays: encoders go by it
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _delete(aside)
-        try:
-            yield aside
-            for file in [*sorted(aside.rglob("*")), aside]:
-                _flush_to_disk(file)
-            if path.is_dir() and aside.is_dir():  # a folder cannot be renamed over another
-                remove(path)
-            os.replace(aside, path)
-            _flush_to_disk(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                _delete(aside)
-            raise
+    return aside
+
+
+def discard_aside(path: Path) -> None:
+    """Remove what was written aside of `path`, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        _delete(path.with_name(f".partial-{path.name}"))
+
+
+def publish(path: Path) -> None:
+    """Flush to disk what was written aside of `path`, and give it its name."""
+    aside = path.with_name(f".partial-{path.name}")
+    with explain_os_errors(path):
+        for file in [*sorted(aside.rglob("*")), aside]:
+            _flush_to_disk(file)
+        if path.is_dir() and aside.is_dir():  # a folder cannot be renamed over another
+            remove(path)
+        os.replace(aside, path)
+        _flush_to_disk(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -1,16 +1,20 @@
 """The optimizer step: AdamW, linear warm-up, clipping by global norm, and a moving average of the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from flashgrpo.config import OptimConfig
-from flashgrpo.errors import UserError
+from flashgrpo.distributed import Team, local, whole
+from flashgrpo.errors import SharedError
 
 
 class Optimizer:
     """AdamW over named parameters, with an exponential moving average that is updated once per optimizer step.
+
+    Parameters may be whole or sharded; in either case gradients are added to `accumulate` by parts and `step` sees
+    their sum over all ranks.
 
     Attributes:
         ema: name -> average, float32; what evaluation and export use.
@@ -18,12 +22,14 @@ class Optimizer:
         whole: False only while a step is under way, and for good where one was broken off.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, team: Team) -> None:
         self.parameters = dict(parameters)
         self.config = config
         self.steps = 0
         self.whole = True
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._team = team
+        self._gradients: list[Tensor] | None = None
         self._adamw = torch.optim.AdamW(
             self.parameters.values(),
             lr=config.lr,
@@ -32,24 +38,49 @@ class Optimizer:
             weight_decay=config.weight_decay,
             foreach=True,
         )
+        for parameter in self.parameters.values():  # at once, as a checkpoint is read into what is there
+            self._adamw.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
         return self.config.lr * min(1.0, (self.steps + 1) / (self.config.warmup + 1))
 
+    def collect(self) -> Tensor:
+        """Take what backward has left, added up over all ranks, into the gradient of the next step; returns its norm.
+
+        All ranks call this together. Parameters without a gradient count as zero.
+        """
+        parts = [_gradient(parameter) for parameter in self.parameters.values()]
+        self._team.add_up(parts)
+        self._adamw.zero_grad()
+        if self._gradients is None:
+            self._gradients = parts
+        else:
+            torch._foreach_add_([local(g) for g in self._gradients], [local(part) for part in parts])
+        return _norm(parts)
+
     def step(self) -> float:
-        """Clip the gradients, step, average the weights, clear the gradients; returns the norm before clipping.
+        """Clip what was collected, step, average the weights; returns the norm before clipping.
 
         Raises:
-            UserError: a gradient is not finite; the weights are as they were before.
+            SharedError: a gradient is not finite; the weights are as they were before.
         """
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
+        assert self._gradients is not None, "collect() comes before step()"
+        gradients, self._gradients = self._gradients, None
+        norm = float(_norm(gradients))
         if not norm < float("inf"):
-            self._adamw.zero_grad()
-            raise UserError(
+            raise SharedError(
                 f"the gradient of optimizer step {self.steps + 1} is {norm}; lower optim.lr or check rewards"
             )
+        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
         for group in self._adamw.param_groups:
             group["lr"] = self.lr
         self.whole = False
@@ -58,7 +89,7 @@ class Optimizer:
         self.steps += 1
         if self.steps % self.config.ema.every == 0:
             for name, parameter in self.parameters.items():
-                self.ema[name].lerp_(parameter.detach(), 1 - self.config.ema.decay)
+                local(self.ema[name]).lerp_(local(parameter), 1 - self.config.ema.decay)
         self.whole = True
         return norm
 
@@ -67,7 +98,10 @@ class Optimizer:
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that the next step depends on, as tensors: weights, average, moments and step counts."""
+        """Everything that the next step depends on, as the very tensors in use: reading into them restores a state.
+
+        Only the number of steps is a copy; `restored` takes it over.
+        """
         moments = {
             f"{key}:{name}": value
             for name, parameter in self.parameters.items()
@@ -75,21 +109,15 @@ class Optimizer:
         }
         return {"policy": self.weights(), "ema": self.ema, "optimizer": {**moments, "steps": torch.tensor(self.steps)}}
 
-    def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Continue from what `state` returned; parameters keep their identity.
-
-        Raises:
-            UserError: the names or shapes are those of another network or adapter.
-        """
-        for name, parameter in self.parameters.items():
-            saved = state["policy"].get(name)
-            if saved is None or saved.shape != parameter.shape or len(state["policy"]) != len(self.parameters):
-                raise UserError(f"the checkpoint is of another model or adapter: {name} is missing or of another shape")
-            parameter.data.copy_(saved)
-            self.ema[name].copy_(state["ema"][name])
+    def restored(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Continue from `state`, whose tensors have been read into."""
         self.steps = int(state["optimizer"]["steps"])
-        for key, value in state["optimizer"].items():
-            kind, colon, name = key.partition(":")
-            if colon:
-                at = value if kind == "step" else value.to(self.parameters[name].device)
-                self._adamw.state[self.parameters[name]][kind] = at.clone()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all tensors together, of sharded ones over all shards."""
+    return whole(nn.utils.get_total_norm(tensors))

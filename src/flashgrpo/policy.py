@@ -54,6 +54,10 @@ class Policy:
             parts.append(self.velocity(k[rows], x[rows], condition[rows])[:count])
         return torch.cat(parts)
 
+    def calls(self, rows: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+        """How many times `exact_velocity` of so many rows runs the network."""
+        return -(-rows // self.micro_batch)
+
     def act(self, k: Steps, x: Latents, condition: Condition, noise: Latents) -> tuple[Latents, LogProb]:
         """Take the stochastic step k with the given standard normal `noise`: x_{k+1} and its log-density."""
         v = self.exact_velocity(k, x, condition)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, explain_os_errors, write_aside
 from flashgrpo.types import Prompt
@@ -48,36 +49,33 @@ class RunDirectory:
             raise UserError(f"{path} is no run directory, for it has no config.yaml")
         return run, RunConfig.load(run.config_file).model_copy(update={"out": str(path)})
 
-    @classmethod
-    def for_training(cls, config: RunConfig) -> "RunDirectory":
-        """A new or empty folder, or a run that has the same settings and goes on.
+    def check(self, config: RunConfig) -> None:
+        """Whether this is a new or empty folder, or a run that has the same settings and goes on.
 
         Raises:
             UserError: the folder holds something else, or a run with other settings.
         """
-        run = cls(Path(config.out))
-        with explain_os_errors(run.path):
-            entries = [entry.name for entry in run.path.iterdir()] if run.path.exists() else []
-            nearest = next(parent for parent in (run.path, *run.path.absolute().parents) if parent.exists())
+        with explain_os_errors(self.path):
+            entries = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
+            nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
             if not nearest.is_dir() or not os.access(nearest, os.W_OK):
                 raise PermissionError(errno.EACCES, "not a folder that this user may write into")
-        if not run.config_file.is_file():
+        if not self.config_file.is_file():
             foreign = [name for name in entries if not name.startswith(".")]
             if foreign:
-                raise UserError(f"out: {run.path} holds {foreign[0]!r} and is no run; choose a new or empty folder")
-            return run
-        if not run.evaluations() and not any(run.checkpoints.glob("*")):
-            return run  # nothing was done yet that other settings could contradict
-        before, now = RunConfig.load(run.config_file).model_dump(mode="json"), config.model_dump(mode="json")
+                raise UserError(f"out: {self.path} holds {foreign[0]!r} and is no run; choose a new or empty folder")
+            return
+        if not self.evaluations() and not any(self.checkpoints.glob("*")):
+            return  # nothing was done yet that other settings could contradict
+        before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
         changed = [key for key in _differences(before, now) if key.split(".")[0] not in FREE_TO_CHANGE]
         if changed:
             raise UserError(
-                f"out: {run.path} is a run with another {', '.join(changed[:3])}; "
+                f"out: {self.path} is a run with another {', '.join(changed[:3])}; "
                 "take its settings to continue it, or choose another folder"
             )
-        return run
 
-    def begin(self, config: RunConfig, device: torch.device, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    def begin(self, config: RunConfig, team: Team, prompts: Mapping[str, Sequence[Prompt]]) -> None:
         """Create the folder, take its lock, write settings and environment.
 
         Args:
@@ -94,7 +92,7 @@ class RunDirectory:
         except BlockingIOError as error:
             self.close()
             raise UserError(f"out: another process is training into {self.path}") from error
-        environment = {**_environment(device), "prompts": {key: _digest(file) for key, file in prompts.items()}}
+        environment = {**_environment(team), "prompts": {key: _digest(file) for key, file in prompts.items()}}
         self._check_prompts(environment["prompts"])
         with write_aside(self.config_file) as aside:  # first, for it is what marks the folder as a run
             aside.write_text(config.to_yaml(), encoding="utf-8")
@@ -165,14 +163,15 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def _environment(team: Team) -> dict[str, Any]:
     packages = ("torch", "diffusers", "transformers", "peft", "numpy")
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": team.device_name,
+        "processes": team.size,
         "threads": torch.get_num_threads(),
         "flashgrpo": metadata.version("flash-grpo"),
         **{name: metadata.version(name) for name in packages},

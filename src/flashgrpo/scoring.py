@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flashgrpo.config import RewardConfig
-from flashgrpo.errors import UserError
+from flashgrpo.distributed import Team
+from flashgrpo.errors import SharedError, UserError
 from flashgrpo.explain import first_line, suggest
 from flashgrpo.prompts import columns_of
 from flashgrpo.types import Prompt, Reward, RewardTable, Videos
@@ -77,6 +78,29 @@ class Rewards:
             values=torch.stack([column for _, column, _ in components], dim=1),
             weights=torch.tensor([weight for _, _, weight in components], dtype=torch.float64),
         )
+
+
+def score_all(team: Team, rewards: Rewards, videos: Videos, prompts: Sequence[Prompt], watched: bool) -> RewardTable:
+    """The table of all ranks' videos in the order of the samples, the same on every rank.
+
+    Raises:
+        SharedError: as `Rewards.score`, on every rank.
+    """
+
+    def score() -> dict[str, Any] | None:
+        if not prompts:
+            return None
+        table = rewards.score(videos, prompts, watched)
+        return {"names": table.names, "values": table.values.tolist(), "weights": table.weights.tolist()}
+
+    tables = [table for table in team.together(score) if table]
+    if any(tuple(table["names"]) != tuple(tables[0]["names"]) for table in tables):
+        raise SharedError(f"a reward's components differ from one process to another: {tables[0]['names']}")
+    return RewardTable(
+        names=tuple(tables[0]["names"]),
+        values=torch.tensor([row for table in tables for row in table["values"]], dtype=torch.float64),
+        weights=torch.tensor(tables[0]["weights"], dtype=torch.float64),
+    )
 
 
 def load_reward(call: str, key: str) -> Reward:

@@ -1,19 +1,19 @@
 """The main loop: roll out, score, compare within groups, update."""
 
-import contextlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
+from rich.console import Console
 from torch import Tensor
 
 from flashgrpo import checkpoint
 from flashgrpo.advantage import combine_advantages
 from flashgrpo.checkpoint import Progress
 from flashgrpo.config import Lora, RunConfig
-from flashgrpo.distributed import default_device, use_threads
-from flashgrpo.errors import UserError
+from flashgrpo.distributed import Team, joined, use_threads, whole
+from flashgrpo.errors import SharedError, UserError
 from flashgrpo.evaluate import Evaluator, decode, record, write_videos
 from flashgrpo.files import write_aside
 from flashgrpo.models import load_model
@@ -24,75 +24,87 @@ from flashgrpo.progress import Clock, Interrupt, Reporter
 from flashgrpo.prompts import TextCache, prompt_groups, read_prompts
 from flashgrpo.rollout import rollout
 from flashgrpo.run_directory import RunDirectory
-from flashgrpo.scoring import Rewards
-from flashgrpo.types import RewardTable, Transitions
+from flashgrpo.scoring import Rewards, score_all
+from flashgrpo.types import RewardTable, Sample
 from flashgrpo.update import policy_update
 
 
 def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     """Train from where the run directory stands, or from the start where it is new; returns the directory.
 
-    An interrupt (SIGINT, SIGTERM) ends the run after the update that it is in, with a checkpoint.
+    Under torchrun every process calls this. An interrupt (SIGINT, SIGTERM) of any of them ends the run after the update
+    that it is in, with a checkpoint.
 
     Raises:
         UserError: bad settings, files or rewards; the updates done until then are kept in a checkpoint.
     """
     config = config.with_absolute_paths()
-    run = Run(config, reporter or Reporter(quiet=not config.tracking.progress))
-    settings, policy = config.rollout, run.policy
-    with run, Interrupt() as interrupt:
-        clock = Clock()
-        for update in range(run.progress.update, config.updates):
-            if run.is_stale or interrupt.requested:
-                break
-            groups = prompt_groups(run.prompts, config.seed, update, settings.prompts, settings.group_size)
-            prompts = [group.prompt for group in groups for _ in range(group.size)]
-            with clock("rollout"):
-                condition = run.texts([group.prompt.text for group in groups])
-                latents, transitions = rollout(
-                    policy, groups, condition, config.algorithm, settings.solver, config.seed, settings.micro_batch
-                )
-            with clock("decode"):
-                videos = decode(policy.model, latents, settings.decode_micro_batch)
-            with clock("reward"):
-                rewards = run.rewards.score(videos, prompts, watched=False)
-                advantages = advantages_of(rewards, config)
-            with clock("update"):
-                metrics = describe_rewards(rewards, advantages, transitions, settings.group_size)
-                metrics |= policy_update(policy, run.optimizer, transitions, advantages, config.algorithm, config.optim)
-            run.log(metrics, clock.lap())
-            with clock("evaluate"):
-                run.evaluate_if_due()
-            with clock("checkpoint"):
-                run.save_if_due()
-    return run.directory.path
+    with joined(config) as team:
+        reporter = reporter or Reporter(quiet=not config.tracking.progress)
+        run = Run(config, reporter if team.leads else Reporter(Console(quiet=True)), team)
+        with run, Interrupt() as interrupt:
+            _train(run, interrupt)
+        return run.directory.path
+
+
+def _train(run: "Run", interrupt: Interrupt) -> None:
+    config, team, policy = run.config, run.team, run.policy
+    settings, clock = config.rollout, Clock()
+    for update in range(run.progress.update, config.updates):
+        if run.is_stale or team.any(interrupt.requested):
+            break
+        groups = prompt_groups(run.prompts, config.seed, update, settings.prompts, settings.group_size)
+        samples = [Sample(group, member) for group in groups for member in range(group.size)]
+        mine = samples[team.slice(len(samples))]
+        with clock("rollout"):
+            condition = run.texts([sample.group.prompt.text for sample in mine or samples[:1]])
+            latents, transitions = rollout(
+                policy, mine, condition, config.algorithm, settings.solver, config.seed, settings.micro_batch, team
+            )
+        with clock("decode"):
+            videos = decode(policy.model, latents, settings.decode_micro_batch)
+        with clock("reward"):
+            rewards = score_all(team, run.rewards, videos, [sample.group.prompt for sample in mine], watched=False)
+            advantages = advantages_of(rewards, config)
+        with clock("update"):
+            metrics = describe_rewards(rewards, advantages, settings.group_size)
+            own = advantages[team.slice(len(samples))]
+            metrics |= policy_update(policy, run.optimizer, transitions, own, config.algorithm, config.optim, team)
+        run.log(metrics, clock.lap())
+        with clock("evaluate"):
+            run.evaluate_if_due()
+        with clock("checkpoint"):
+            run.save_if_due()
 
 
 class Run:
     """A run in progress: its directory, model, optimizer and how far it has come. Opening it resumes it."""
 
-    def __init__(self, config: RunConfig, reporter: Reporter) -> None:
+    def __init__(self, config: RunConfig, reporter: Reporter, team: Team) -> None:
         self.config = config
         self.reporter = reporter
+        self.team = team
         self.progress = Progress()
         self._evaluations: list[dict[str, Any]] = []
-        self._saved = 0  # the update of the newest checkpoint that this process wrote or read
-        self.directory = RunDirectory.for_training(config)
+        self._saved = self._begun = 0  # the newest checkpoint on disk, and the one that is being written
+        self.directory = RunDirectory(Path(config.out))
+        team.lead(lambda: self.directory.check(config))
         self.prompts = read_prompts(config.prompts.train, "prompts.train")
         heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
         self.rewards = Rewards(config.rewards)
         self.rewards.check_columns(self.prompts[0], "prompts.train")
         self.rewards.check_columns(heldout[0], "prompts.heldout")
         use_threads(config.parallel.threads)
-        device = default_device()
-        model = load_model(config.model, device, config.seed, keep_reference=config.algorithm.kl_coef > 0)
+        model = load_model(config.model, team, config.seed, keep_reference=config.algorithm.kl_coef > 0)
         grid = model.grid(config.rollout.num_steps)
         table = config.algorithm.noise(grid.sigmas)
         self.policy = Policy(model, grid, table, config.rollout.guidance_scale, config.optim.micro_batch)
-        self.optimizer = Optimizer(trained_parameters(model.network), config.optim)
+        self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
         self.texts = TextCache(model)
-        self.evaluator = Evaluator(model, config, heldout, self.rewards, self.texts)
-        self.directory.begin(config, device, {"prompts.train": self.prompts, "prompts.heldout": heldout})
+        self.evaluator = Evaluator(model, config, heldout, self.rewards, self.texts, team)
+        self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, team)
+        prompts = {"prompts.train": self.prompts, "prompts.heldout": heldout}
+        team.lead(lambda: self.directory.begin(config, team, prompts))
 
     def __enter__(self) -> "Run":
         try:
@@ -106,28 +118,42 @@ class Run:
 
     def _resume(self) -> None:
         """Score the base model once, then continue from the newest checkpoint that is whole."""
-        saved = checkpoint.load_newest(self.directory.checkpoints, self.reporter.warn)
-        self.directory.forget_after(saved[1].update if saved else 0)
-        self._evaluations = self.directory.evaluations()
+        saved, self._evaluations = self.team.lead(self._find_checkpoint)
         if not self._evaluations:
             self.reporter.say("scoring the base model on the held-out prompts")
             self._evaluate(0)
         if saved:
-            self.optimizer.load(saved[0])
-            self.progress = saved[1]
-            self._saved = self.progress.update
+            state = self.optimizer.state()
+            self.progress = Progress(**saved)
+            checkpoint.read_into(self.directory.checkpoints, self.progress.update, state, self.team)
+            self.optimizer.restored(state)
+            self._saved = self._begun = self.progress.update
             done = self.progress.update >= self.config.updates
             self.reporter.say(
                 f"{self.directory.path} is complete; another run needs another folder"
                 if done
                 else f"continuing {self.directory.path} after update {self.progress.update}"
             )
+        self.team.check_replicas(self.optimizer.weights())
+
+    def _find_checkpoint(self) -> tuple[dict[str, int] | None, list[dict[str, Any]]]:
+        update = checkpoint.newest_whole(self.directory.checkpoints, self.reporter.warn)
+        self.directory.forget_after(update or 0)
+        progress = checkpoint.read_progress(self.directory.checkpoints, update) if update else None
+        return asdict(progress) if progress else None, self.directory.evaluations()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Whatever ended the loop, the updates that are done are kept."""
+        """Whatever ended the loop, the updates that are done are kept - unless the ranks no longer go together."""
         try:
-            with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
+            if kind is None:
                 self.save()
+                self._finish_writing()
+            elif self.team.size == 1 or issubclass(kind, SharedError):
+                try:
+                    self.save()
+                    self._finish_writing()
+                except UserError as error:
+                    self.reporter.warn(str(error))
         finally:
             self._close()
         if self._saved < self.progress.update:
@@ -149,7 +175,7 @@ class Run:
     def log(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
         """Append the update's line to metrics.jsonl; the update counts as done from here on."""
         line = {"update": self.progress.update + 1, **metrics, "seconds": seconds}
-        self.directory.log_metrics(line)
+        self.team.lead(lambda: self.directory.log_metrics(line))
         self.progress = replace(self.progress, update=line["update"])
         self.reporter.update(line)
 
@@ -165,9 +191,13 @@ class Run:
             self.progress = replace(self.progress, stale=self.progress.stale + 1)
             return
         if isinstance(self.config.model.train, Lora):
-            with write_aside(self.directory.lora) as aside:
-                self.policy.model.save_lora(aside, self.optimizer.ema)
+            averaged = {name: whole(tensor) for name, tensor in self.optimizer.ema.items()}
+            self.team.lead(lambda: self._export(averaged))
         self.progress = replace(self.progress, best_update=update, stale=0)
+
+    def _export(self, tensors: dict[str, Tensor]) -> None:
+        with write_aside(self.directory.lora) as aside:
+            self.policy.model.save_lora(aside, tensors)
 
     def _evaluate(self, update: int) -> dict[str, Any]:
         evaluation = self.evaluator()
@@ -176,9 +206,10 @@ class Run:
         line["best"] = line["reward"] > max((e["reward"] for e in earlier), default=float("-inf"))
         if line["best"] or update == self.config.updates:
             base = (earlier[0] if earlier else line)["samples"]
-            for row, video in write_videos(self.directory, update, evaluation, self.config.model.fps).items():
-                line["samples"][row] |= {"video": video, "base_video": base[row].get("video", video)}
-        self.directory.log_evaluation(line)
+            fps = self.config.model.fps
+            for row, video in self.team.agree(lambda: write_videos(self.directory, update, evaluation, fps))[0].items():
+                line["samples"][int(row)] |= {"video": video, "base_video": base[int(row)].get("video", video)}
+        self.team.lead(lambda: self.directory.log_evaluation(line))
         self._evaluations.append(line)
         self.reporter.evaluation(line)
         return line
@@ -190,13 +221,19 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint, unless there is one of this update or an update was broken off in the middle."""
+        """Begin a checkpoint, unless there is one of this update or an update was broken off in the middle."""
         steps_per_update = self.config.optim.minibatches * self.config.optim.passes
-        whole = self.optimizer.whole and self.optimizer.steps == self.progress.update * steps_per_update
-        if whole and self.progress.update > self._saved:
-            keep = self.config.checkpoint.keep
-            checkpoint.save(self.directory.checkpoints, self.optimizer.state(), self.progress, keep)
-            self._saved = self.progress.update
+        whole_update = self.optimizer.whole and self.optimizer.steps == self.progress.update * steps_per_update
+        if whole_update and self.progress.update > self._begun:
+            self._finish_writing()
+            self.team.check_replicas(self.optimizer.weights())
+            self.writer.save(self.optimizer.state(), self.progress)
+            self._begun = self.progress.update
+
+    def _finish_writing(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self.writer.wait()
+        self._saved = self._begun
 
 
 def advantages_of(rewards: RewardTable, config: RunConfig) -> Float[Tensor, " batch"]:
@@ -209,11 +246,9 @@ def advantages_of(rewards: RewardTable, config: RunConfig) -> Float[Tensor, " ba
     ).flatten()
 
 
-def describe_rewards(
-    rewards: RewardTable, advantages: Float[Tensor, " batch"], transitions: Transitions, group_size: int
-) -> dict[str, Any]:
-    """The part of a metrics line that tells of rewards and draws; stds are over all samples of the update."""
-    total, by_step = rewards.total, transitions.k.bincount().tolist()
+def describe_rewards(rewards: RewardTable, advantages: Float[Tensor, " batch"], group_size: int) -> dict[str, Any]:
+    """The part of a metrics line that tells of rewards; stds are over all samples of the update."""
+    total = rewards.total
     spread = dict(zip(rewards.names, rewards.values.std(dim=0, correction=0).tolist(), strict=True))
     return {
         "reward": float(total.mean()),
@@ -225,5 +260,4 @@ def describe_rewards(
         "advantage_max": float(advantages.abs().max()),
         "zero_spread_groups": int((advantages.unflatten(0, (-1, group_size)) == 0).all(dim=1).sum()),
         "samples": len(total),
-        "transitions_by_step": {str(step): count for step, count in enumerate(by_step) if count},
     }

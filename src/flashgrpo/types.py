@@ -49,6 +49,19 @@ class PromptGroup:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One video to draw: a member of a prompt group. Its name (update, group, member) keys its noise and its step."""
+
+    group: PromptGroup
+    member: int
+
+    @property
+    def name(self) -> tuple[int, int, int]:
+        """(update, group, member)."""
+        return self.group.update, self.group.group, self.member
+
+
+@dataclass(frozen=True)
 class Condition:
     """What a model is conditioned on, as named tensors with one row per sample: {"text": (B, L, D), ...}."""
 
@@ -160,6 +173,10 @@ class VideoModel(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside this context `velocity` is the base model's, before any training."""
+        ...
+
+    def idle(self) -> Tensor:
+        """Run the network once on nothing, for the sake of the collectives in it; differentiable."""
         ...
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,13 +1,15 @@
 """One policy update from transitions and advantages: replay the stochastic steps, step the optimizer."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from flashgrpo.config import OptimConfig
+from flashgrpo.distributed import Team
 from flashgrpo.loss import policy_losses, ratio_metrics
 from flashgrpo.optim import Optimizer
 from flashgrpo.policy import Policy
@@ -22,46 +24,75 @@ def policy_update(
     advantages: Float[Tensor, " batch"],
     algorithm: Algorithm,
     config: OptimConfig,
+    team: Team,
 ) -> dict[str, float | dict[str, float]]:
-    """`config.passes` times `config.minibatches` optimizer steps on one rollout; returns the metrics.
+    """`config.passes` times `config.minibatches` optimizer steps on one rollout; returns the metrics of all ranks.
 
     The loss of an optimizer step is the mean over its transitions of the clipped surrogate, each weighted as
     `algorithm.weighting` says (Flash-GRPO, arXiv 2605.15980), plus `kl_coef` times the KL to the base model.
 
     Args:
-        transitions: T recorded steps of B samples.
+        transitions: T recorded steps of this rank's B samples.
         advantages: of the samples, (B,).
 
     Raises:
         UserError: a gradient is not finite.
     """
-    candidates = algorithm.steps.candidates(policy.grid.num_steps)
+    ranks = team.gather(transitions.k.tolist())  # of the whole update, by rank
+    k = torch.tensor([step for own in ranks for step in own])
+    owner = torch.tensor([rank for rank, own in enumerate(ranks) for _ in own])
+    mine = (owner == team.data_rank).nonzero().flatten()
     device = transitions.x.device
-    weights = algorithm.weighting.weights(policy.table, candidates, transitions.k).to(device)
+    candidates = algorithm.steps.candidates(policy.grid.num_steps)
+    weights = algorithm.weighting.weights(policy.table, candidates, k)[mine].to(device)
     advantages = advantages.to(device)
-    metrics = UpdateMetrics(optimizer, algorithm, by_step=config.grad_norm_by_step)
+    metrics = UpdateMetrics(algorithm)
     for _ in range(config.passes):
-        for rows in torch.arange(len(transitions)).tensor_split(config.minibatches):
-            for k, parts in micro_batches(transitions.k[rows].tolist(), config.micro_batch):
+        for rows in torch.arange(len(k)).tensor_split(config.minibatches):
+            for step, parts, idle in micro_batches(k[rows], owner[rows], team.data_rank, config.micro_batch):
                 for part in parts:
-                    batch = transitions[rows[part]]
-                    loss = replay(policy, batch, advantages[batch.sample], weights[rows[part]], algorithm, metrics)
-                    (loss.sum() / len(rows)).backward()
-                metrics.add_gradient(k, share=sum(map(len, parts)) / len(rows))
+                    local = rows[part] - mine[0]
+                    batch = transitions[local]
+                    loss = replay(policy, batch, advantages[batch.sample], weights[local], algorithm, metrics)
+                    (loss.sum() * (team.loss_scale / len(rows))).backward()
+                for _ in range(idle if team.wraps else 0):
+                    idle_replay(policy, algorithm)
+                if config.grad_norm_by_step:
+                    metrics.add_gradient(step, optimizer.collect() * (len(rows) / int((k[rows] == step).sum())))
+            if not config.grad_norm_by_step:
+                optimizer.collect()
             metrics.add_step(optimizer.lr, optimizer.step())
-    return metrics.summary()
+    counts = k.bincount().tolist()
+    by_step = {str(step): count for step, count in enumerate(counts) if count}
+    return {**metrics.summary(team), "transitions_by_step": by_step}
 
 
-def micro_batches(k: Sequence[int], size: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
-    """Cut transitions by step, and those of a step into batches of at most `size` rows: (step, batches), step rising.
+def micro_batches(
+    k: Int64[Tensor, " rows"], owner: Int64[Tensor, " rows"], rank: int, size: int
+) -> Iterator[tuple[int, Sequence[Tensor], int]]:
+    """Cut transitions by step, and this rank's of a step into batches of at most `size` rows.
 
-    Example: k = [2, 0, 0, 2, 0], size 2 gives (0, [[1, 2], [4]]), (2, [[0, 3]]).
+    Yields (step, batches, idle), step rising: every step that any rank has, and how many more batches the rank with the
+    most of them has than this one.
+
+    Example for rank 0: k = [2, 0, 0, 2, 0, 1], owner = [0, 0, 0, 0, 0, 1], size 2 gives (0, [[1, 2], [4]], 0),
+    (1, [], 1), (2, [[0, 3]], 0).
     """
-    rows_of = defaultdict(list)
-    for row, step in enumerate(k):
-        rows_of[step].append(row)
-    for step in sorted(rows_of):
-        yield step, torch.tensor(rows_of[step]).split(size)
+    for step in sorted(set(k.tolist())):
+        rows = (k == step).nonzero().flatten()
+        most = -(-int(owner[rows].bincount().max()) // size)
+        own = rows[owner[rows] == rank]
+        parts = own.split(size) if len(own) else ()
+        yield step, parts, most - len(parts)
+
+
+def idle_replay(policy: Policy, algorithm: Algorithm) -> None:
+    """Take part in the collectives of a replay without a gradient of one's own."""
+    v = policy.model.idle()
+    if algorithm.kl_coef:
+        with torch.no_grad(), policy.model.reference():
+            policy.model.idle()
+    (v.sum() * 0).backward()
 
 
 def replay(
@@ -90,54 +121,50 @@ def replay(
 class UpdateMetrics:
     """Collects what an update shows, without waiting for the device before its end."""
 
-    def __init__(self, optimizer: Optimizer, algorithm: Algorithm, by_step: bool) -> None:
-        self._optimizer, self._algorithm = optimizer, algorithm
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._algorithm = algorithm
         self._rows: dict[str, list[Tensor]] = defaultdict(list)
-        self._first_step_rows = 0
         self._grad_norms: list[float] = []
         self._lr = 0.0
-        self._by_step = by_step
-        self._gradient_before: list[Tensor] | None = None
         self._step_gradients: dict[int, list[Tensor]] = defaultdict(list)
 
     def add_batch(self, log_prob: Tensor, old_log_prob: Tensor, loss: Tensor, kl: Tensor | None) -> None:
         """Record a micro-batch, a value per transition."""
         rows = {"log_prob": log_prob, "old_log_prob": old_log_prob, "loss": loss, **({} if kl is None else {"kl": kl})}
+        if not self._grad_norms:
+            rows |= {"first_log_prob": log_prob, "first_old_log_prob": old_log_prob}
         for name, values in rows.items():
             self._rows[name].append(values.detach())
-        if not self._grad_norms:
-            self._first_step_rows += len(loss)
 
-    def add_gradient(self, k: int, share: float) -> None:
-        """Record what the rows of step k, a `share` of the optimizer step's, have added to the gradient."""
-        if not self._by_step:
-            return
-        now = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._optimizer.parameters.values()]
-        before = self._gradient_before or [torch.zeros_like(gradient) for gradient in now]
-        added = torch.stack([(new - old).square().sum() for new, old in zip(now, before, strict=True)]).sum().sqrt()
-        self._step_gradients[k].append(added / share)
-        self._gradient_before = now
+    def add_gradient(self, k: int, norm: Tensor) -> None:
+        """Record the norm of the mean gradient of the rows of step k."""
+        self._step_gradients[k].append(norm)
 
     def add_step(self, lr: float, grad_norm: float) -> None:
         """Record an optimizer step."""
         self._lr = lr
         self._grad_norms.append(grad_norm)
-        self._gradient_before = None
 
-    def summary(self) -> dict[str, float | dict[str, float]]:
-        """The metrics of the update; means over its transitions and its optimizer steps.
+    def summary(self, team: Team) -> dict[str, float | dict[str, float]]:
+        """The metrics of the update; means over the transitions of all ranks and over its optimizer steps.
 
         `drift` is the largest |ratio - 1| within the first optimizer step, where the policy has not changed yet: any
         deviation there is a difference between rollout and replay. `ratio_max_dev` is over all of them.
         `grad_norm_by_step` is the norm of the mean gradient of the transitions of a denoising step.
         """
-        rows = {name: torch.cat(values) for name, values in self._rows.items()}
-        ratios = ratio_metrics(rows["log_prob"], rows["old_log_prob"], self._algorithm.clip_range)
-        first = slice(self._first_step_rows)
-        drift = ratio_metrics(rows["log_prob"][first], rows["old_log_prob"][first], self._algorithm.clip_range)
+        own = {name: torch.cat(values).tolist() for name, values in self._rows.items()}
+        rows = defaultdict[str, list[float]](list)
+        for theirs in team.gather(own):
+            for name, values in theirs.items():
+                rows[name] += values
+        log_prob, old_log_prob, first, old_first = (
+            torch.tensor(rows[name]) for name in ("log_prob", "old_log_prob", "first_log_prob", "first_old_log_prob")
+        )
+        ratios = ratio_metrics(log_prob, old_log_prob, self._algorithm.clip_range)
+        drift = ratio_metrics(first, old_first, self._algorithm.clip_range)
         return {
-            "loss": float(rows["loss"].mean()),
-            "kl": float(rows["kl"].mean()) if "kl" in rows else 0.0,
+            "loss": statistics.fmean(rows["loss"]),
+            "kl": statistics.fmean(rows["kl"]) if "kl" in rows else 0.0,
             **{name: float(value) for name, value in ratios.items()},
             "lr": self._lr,
             "drift": float(drift["ratio_max_dev"]),

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import torch
-
 from flashgrpo.config import ModelConfig
+from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
 from flashgrpo.recipe import resolve_path
 from flashgrpo.types import VideoModel
@@ -13,10 +12,11 @@ from flashgrpo.types import VideoModel
 FAMILIES = ("WanPipeline",)
 
 
-def load_model(config: ModelConfig, device: torch.device, seed: int, keep_reference: bool = False) -> VideoModel:
+def load_model(config: ModelConfig, team: Team, seed: int, keep_reference: bool = False) -> VideoModel:
     """Load the pipeline at `config.path` and prepare its network for training as `config.train` says.
 
     Args:
+        team: the processes that the network is placed on.
         seed: of the adapters' initial weights.
         keep_reference: keep a copy of the base weights for `reference()` where adapters cannot be switched off.
 
@@ -28,7 +28,7 @@ def load_model(config: ModelConfig, device: torch.device, seed: int, keep_refere
     if family == "WanPipeline":
         from flashgrpo.models.wan import WanModel  # loads diffusers' models, which takes seconds
 
-        return WanModel.load(path, config, device, seed, keep_reference)
+        return WanModel.load(path, config, team, seed, keep_reference)
     raise UserError(f"model.path: {path} is a {family}, which is not supported; supported are {', '.join(FAMILIES)}")
 
 

@@ -1,12 +1,13 @@
 """What is trained of a network: low-rank adapters (through peft) or every parameter."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from flashgrpo.config import Full, Lora
+from flashgrpo.distributed import local
 from flashgrpo.errors import UserError
 from flashgrpo.seeds import generator
 
@@ -47,13 +48,21 @@ def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextlib.contextmanager
 def weights_replaced(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Compute with other values of the trained parameters inside this context (the average, the base)."""
-    parameters = trained_parameters(network)
-    kept = {name: parameter.data for name, parameter in parameters.items()}
+    """Compute with other values of the trained parameters inside this context (the average, the base).
+
+    `tensors` holds the parameters' own values meanwhile, so that nothing is copied.
+    """
+    pairs = [(local(parameter), local(tensors[name])) for name, parameter in trained_parameters(network).items()]
     try:
-        for name, parameter in parameters.items():
-            parameter.data = tensors[name].to(parameter.device, parameter.dtype)
+        _exchange(pairs)
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = kept[name]
+        _exchange(pairs)
+
+
+def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Swap values in place: nothing is copied twice, and FSDP2 gathers a sharded parameter from where it lies."""
+    for parameter, other in pairs:
+        before = parameter.clone()
+        parameter.data.copy_(other)  # .data: autograd is not to see it, as the old values are back before backward
+        other.copy_(before)

@@ -16,24 +16,34 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from flashgrpo.config import Lora, ModelConfig
+from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
 from flashgrpo.models.lora import prepare, trained_parameters, weights_replaced
 from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
+from flashgrpo.sharding import place
 from flashgrpo.types import Condition, Latents, Videos
 
 
 class WanModel:
     """A `WanPipeline` as a `VideoModel`. The denoising loop is not the pipeline's; its parts are."""
 
-    def __init__(self, pipeline: WanPipeline, config: ModelConfig, seed: int, keep_reference: bool = False) -> None:
+    def __init__(
+        self, pipeline: WanPipeline, config: ModelConfig, team: Team, seed: int, keep_reference: bool = False
+    ) -> None:
         self.pipeline = pipeline
         self.config = config
         self.latent_shape = self._latent_shape()
+        if (tokens := self._tokens()) % team.context:
+            raise UserError(
+                f"parallel.context: the {tokens} tokens of such a video cannot be split over {team.context} processes"
+            )
         prepare(self.network, config.train, seed)
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()  # type: ignore[operator]
-        pipeline.text_encoder.requires_grad_(False)
-        pipeline.vae.requires_grad_(False)
+        self._dtype = getattr(torch, config.compute_dtype) if config.compute_dtype else pipeline.transformer.dtype
+        place(self.network, team, self._dtype if config.compute_dtype else None)
+        pipeline.text_encoder.requires_grad_(False).to(team.device)
+        pipeline.vae.requires_grad_(False).to(team.device)
         self._negative = self._embed([config.negative_prompt])  # (1, L, D), the same for every sample
         self._base = (
             {name: parameter.detach().clone() for name, parameter in trained_parameters(self.network).items()}
@@ -42,9 +52,7 @@ class WanModel:
         )
 
     @classmethod
-    def load(
-        cls, path: str, config: ModelConfig, device: torch.device, seed: int, keep_reference: bool = False
-    ) -> "WanModel":
+    def load(cls, path: str, config: ModelConfig, team: Team, seed: int, keep_reference: bool = False) -> "WanModel":
         """Load with `WanPipeline.from_pretrained`, the VAE in float32 and the rest in `config.dtype`.
 
         Raises:
@@ -60,8 +68,7 @@ class WanModel:
             raise UserError(f"model.path: {path} could not be loaded as a WanPipeline: {reason}") from error
         if getattr(pipeline, "transformer_2", None) is not None or pipeline.config.expand_timesteps:
             raise UserError(f"model.path: {path} is a Wan 2.2 pipeline; so far only Wan 2.1 text-to-video is supported")
-        pipeline.to(device)
-        return cls(pipeline, config, seed, keep_reference)
+        return cls(pipeline, config, team, seed, keep_reference)
 
     @property
     def network(self) -> nn.Module:
@@ -104,8 +111,12 @@ class WanModel:
         return v_negative + guidance_scale * (v_text - v_negative)
 
     def _forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        dtype = self.pipeline.transformer.dtype
-        return self.network(x.to(dtype), timestep, text.to(dtype), return_dict=False)[0].float()
+        return self.network(x.to(self._dtype), timestep, text.to(self._dtype), return_dict=False)[0].float()
+
+    def idle(self) -> Tensor:
+        """One forward of one row of zeros."""
+        x = torch.zeros(1, *self.latent_shape, device=self.device)
+        return self._forward(x, torch.zeros(1, device=self.device), self._negative)
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Videos:
@@ -135,12 +146,16 @@ class WanModel:
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write `folder/pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights` reads."""
-        with weights_replaced(self.network, tensors):
-            layers = get_peft_model_state_dict(self.network, adapter_name="default")
-            metadata = copy.copy(self.network.peft_config["default"].to_dict())  # type: ignore[union-attr,index]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+        layers = get_peft_model_state_dict(self.network, state_dict=dict(tensors), adapter_name="default")
+        metadata = copy.copy(self.network.peft_config["default"].to_dict())  # type: ignore[union-attr,index]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+
+    def _tokens(self) -> int:
+        patch_frames, patch_height, patch_width = self.pipeline.transformer.config.patch_size
+        _, frames, height, width = self.latent_shape
+        return (frames // patch_frames) * (height // patch_height) * (width // patch_width)
 
     def _latent_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) for the configured video size.
