@@ -22,7 +22,7 @@ def small_run(out: Path, *overrides: str) -> RunConfig:
     folder.mkdir(exist_ok=True)
     heldout = folder / "heldout.jsonl"
     heldout.write_text(
-        '{"prompt": "a red circle moving left slowly"}\n{"prompt": "a blue square moving up quickly"}\n', "utf-8"
+        '{"prompt": "a red square moving left slowly"}\n{"prompt": "a cyan circle moving right quickly"}\n', "utf-8"
     )
     return RunConfig.load(
         "tiny",

@@ -1,5 +1,6 @@
 """What the processes of `tests/processes.py` do. Arguments and results are JSON."""
 
+import os
 import sys
 import time
 import traceback
@@ -9,19 +10,17 @@ import diffusers  # noqa: F401  (the nursery imports once what every child needs
 import torch
 from safetensors.torch import save_file
 
+import flashgrpo.doctor
 import flashgrpo.models.wan
 import flashgrpo.report
 from flashgrpo import train as training
+from flashgrpo.assembly import Assembly, experience
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import joined, local, whole
 from flashgrpo.errors import UserError
-from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.optim import Optimizer
-from flashgrpo.policy import Policy
-from flashgrpo.prompts import TextCache, prompt_groups, read_prompts
-from flashgrpo.rollout import rollout
-from flashgrpo.types import Sample
+from flashgrpo.progress import Clock
+from flashgrpo.prompts import prompt_groups
 from flashgrpo.update import policy_update
 
 torch.set_num_threads(1)
@@ -44,6 +43,23 @@ def train(recipe: str, *overrides: str) -> str:
     return str(training(RunConfig.load(recipe, overrides)))
 
 
+def train_and_die(recipe: str, write: int) -> str:
+    """A run that dies without a word at its so-manieth flush or rename, before that reaches the disk."""
+    left = [write]
+
+    def crashing(function):
+        def call(*arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+            return function(*arguments)
+
+        return call
+
+    os.fsync, os.replace = crashing(os.fsync), crashing(os.replace)
+    return train(recipe)
+
+
 def slow_train(recipe: str, seconds: float, *overrides: str) -> str:
     """A run whose updates take at least so long, so that there is time to kill it in one."""
     real = policy_update
@@ -57,53 +73,37 @@ def slow_train(recipe: str, seconds: float, *overrides: str) -> str:
 
 
 def one_update(recipe: str, out: str, *overrides: str) -> dict:
-    """A rollout and its gradient, written by every rank: what each drew, and the whole gradient of the update."""
+    """A rollout and its gradient, written to files: what each rank drew, and the whole gradient of the update."""
     config = RunConfig.load(recipe, overrides)
     with joined(config) as team:
-        settings = config.rollout
-        model = load_model(config.model, team, config.seed, keep_reference=config.algorithm.kl_coef > 0)
-        perturb(model.network)
-        grid = model.grid(settings.num_steps)
-        table = config.algorithm.noise(grid.sigmas)
-        policy = Policy(model, grid, table, settings.guidance_scale, config.optim.micro_batch)
-        prompts = read_prompts(config.prompts.train, "prompts.train")
-        groups = prompt_groups(prompts, config.seed, 3, settings.prompts, settings.group_size)
-        samples = [Sample(group, member) for group in groups for member in range(group.size)]
-        mine = samples[team.slice(len(samples))]
-        condition = TextCache(model)([sample.group.prompt.text for sample in mine or samples[:1]])
-        latents, transitions = rollout(
-            policy, mine, condition, config.algorithm, settings.solver, config.seed, settings.micro_batch, team
-        )
-        optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
-        gradients = {}
+        parts = Assembly(config, team)
+        perturb(parts.policy.model.network)
+        settings, optimizer = config.rollout, parts.optimizer
+        groups = prompt_groups(parts.prompts, config.seed, 3, settings.prompts, settings.group_size)
+        drawn = experience(parts, groups, Clock())
+        named = {}
         step = optimizer.step
 
         def spy() -> float:
-            gradients.update(
-                {
-                    name: whole(gradient).clone()
-                    for name, gradient in zip(optimizer.parameters, optimizer._gradients, strict=True)
-                }
-            )
+            gradients = zip(optimizer.parameters, optimizer._gradients, strict=True)
+            named.update({f"gradient/{name}": whole(gradient).clone() for name, gradient in gradients})
             return step()
 
         optimizer.step = spy
-        advantages = torch.linspace(-1, 1, len(samples))[team.slice(len(samples))]
-        metrics = policy_update(policy, optimizer, transitions, advantages, config.algorithm, config.optim, team)
-        weights = {f"weight/{name}": whole(weight).clone() for name, weight in optimizer.weights().items()}
-        drawn = {
-            "latents": latents,
-            "k": transitions.k,
-            "x": transitions.x,
-            "x_next": transitions.x_next,
-            "log_prob": transitions.log_prob,
-        }
-        save_file({name: tensor.contiguous() for name, tensor in drawn.items()}, f"{out}/drawn{team.rank}.safetensors")
+        advantages = torch.linspace(-1, 1, settings.prompts * settings.group_size)[drawn.mine]
+        metrics = policy_update(
+            parts.policy, optimizer, drawn.transitions, advantages, config.algorithm, config.optim, team
+        )
+        named |= {f"weight/{name}": whole(weight).clone() for name, weight in optimizer.weights().items()}
+        tensors = {name: getattr(drawn.transitions, name) for name in ("k", "x", "x_next", "log_prob")}
+        tensors |= {"latents": drawn.latents, "rewards": drawn.rewards.values}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, f"{out}/drawn{team.rank}.safetensors"
+        )
         if team.leads:
-            named = {**{f"gradient/{name}": gradient for name, gradient in gradients.items()}, **weights}
             save_file({name: tensor.contiguous() for name, tensor in named.items()}, f"{out}/update.safetensors")
-        names = [[sample.group.prompt.text, *sample.name] for sample in mine]
-        return {"names": team.gather(names), "metrics": metrics, "held": held(model.network)}
+        names = [[group.prompt.text, group.group, member] for group in groups for member in range(group.size)]
+        return {"names": team.gather(names[drawn.mine]), "metrics": metrics, "held": held(parts.policy.model.network)}
 
 
 def perturb(network: torch.nn.Module) -> None:
@@ -128,7 +128,6 @@ def replicas_that_differ(recipe: str, *overrides: str) -> None:
     real = flashgrpo.models.wan.prepare
 
     def other(network, train, seed):
-        import os
 
         real(network, train, seed + int(os.environ["RANK"]))
 
@@ -138,7 +137,6 @@ def replicas_that_differ(recipe: str, *overrides: str) -> None:
 
 def fail_on_rank_1(recipe: str, *overrides: str) -> None:
     """A bug on one rank only."""
-    import os
 
     module, real = sys.modules["flashgrpo.train"], policy_update
 
@@ -149,3 +147,15 @@ def fail_on_rank_1(recipe: str, *overrides: str) -> None:
 
     module.policy_update = buggy
     train(recipe, *overrides)
+
+
+def examine(recipe: str, *overrides: str) -> dict:
+    """The doctor."""
+    return flashgrpo.doctor.examine(recipe, overrides).as_json()
+
+
+def examine_with_other_replica(recipe: str) -> dict:
+    """The doctor, of a run of which rank 1 has other weights."""
+    real = flashgrpo.models.wan.prepare
+    flashgrpo.models.wan.prepare = lambda network, train, seed: real(network, train, seed + int(os.environ["RANK"]))
+    return examine(recipe)

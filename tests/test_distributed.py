@@ -65,9 +65,9 @@ def test_any_number_of_processes_draws_and_learns_the_same(update, train, size, 
         torch.testing.assert_close(joined_rows(ranks, name), drawn[name], rtol=1e-3, atol=2e-4)
     for name, value in expected.items():
         scale = float(value.abs().max())
-        torch.testing.assert_close(
-            found[name], value, rtol=2e-3, atol=2e-3 * scale + 1e-12, msg=lambda m, n=name: n + m
-        )
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-3 * scale + 1e-12)
+    for rank in ranks:  # rewards of all samples, on every rank
+        torch.testing.assert_close(rank["rewards"], drawn["rewards"], rtol=0, atol=2e-3)
     assert several["metrics"]["drift"] == 0
     for name in ("grad_norm", "loss", "approx_kl"):
         assert several["metrics"][name] == pytest.approx(alone["metrics"][name], rel=2e-3, abs=1e-6)
@@ -92,6 +92,17 @@ def test_where_micro_batches_have_the_same_shape_videos_are_the_same_bit_for_bit
         _, ranks, _ = update(size, *shape, *parallel)
         for name in ("latents", "x", "x_next", "log_prob"):
             assert torch.equal(joined_rows(ranks, name), drawn[name])
+        assert all(torch.equal(rank["rewards"], drawn["rewards"]) for rank in ranks)
+
+
+@pytest.mark.parametrize(
+    "parallel", [["reward_ranks=[2]", "shares=[1,1,0]"], ["reward_ranks=[0,2]"], ["reward_ranks=[1]", "shard=3"]]
+)
+def test_rewards_may_be_computed_on_ranks_of_their_own(update, parallel):
+    _, [drawn], _ = update(1)
+    _, ranks, _ = update(3, *(f"parallel.{setting}" for setting in parallel))
+    for rank in ranks:
+        torch.testing.assert_close(rank["rewards"], drawn["rewards"], rtol=0, atol=2e-3)
 
 
 def test_a_sharded_process_holds_its_part_only(update):
@@ -145,6 +156,7 @@ def test_mixed_precision_computes_in_bf16_and_learns_in_fp32(update):
     [
         (["parallel.shard=3"], "2 processes cannot be cut into shard 3 x context 1"),
         (["parallel.shares=[1]"], "1 shares for 2 data ranks"),
+        (["parallel.reward_ranks=[2]"], "[2] with 2 processes, numbered from 0"),
         (["parallel.context=2"], "the 27 tokens of such a video cannot be split over 2 processes"),
         (["parallel.context=2", "model.num_frames=13", "parallel.context_kind=ring"], "use ulysses"),
     ],

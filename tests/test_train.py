@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -124,66 +122,67 @@ def test_resume_after_damage_uses_the_checkpoint_before_and_says_so(finished, ma
     assert without_seconds(run / "metrics.jsonl") == without_seconds(uninterrupted / "metrics.jsonl")
 
 
-RUNNER = """
-import os, sys, torch
-torch.set_num_threads(1)
-from flashgrpo import RunConfig, train
+@pytest.fixture
+def recipe(make_run, tmp_path):
+    """Writes settings of the very small run to a file."""
 
-countdown = int(sys.argv[2])
-def crashing(function):
-    def call(*arguments):
-        global countdown
-        countdown -= 1
-        if countdown == 0:
-            os._exit(9)  # before the write reaches the disk, as kill -9 would
-        return function(*arguments)
-    return call
-if countdown:
-    os.fsync, os.replace = crashing(os.fsync), crashing(os.replace)
-train(RunConfig.load(sys.argv[1]))
-"""
+    def write(*overrides: str) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(make_run(*overrides).to_yaml(), "utf-8")
+        return file
+
+    return write
 
 
-def start(recipe: Path, crash_at_write: int = 0) -> subprocess.Popen:
-    """Train in a process of its own; it dies without a word at its `crash_at_write`-th flush or rename."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUNNER, str(recipe), str(crash_at_write)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-
-
-def test_killed_at_any_moment_the_run_ends_with_the_same_weights(finished, make_run, tmp_path):
-    """Eight deaths in a row: six at chosen writes, two by SIGKILL at a random moment of an update."""
-    _, uninterrupted = finished
-    recipe = tmp_path / "recipe.yaml"
-    config = make_run("updates=6")
-    recipe.write_text(config.to_yaml(), "utf-8")
-    run, moments = Path(config.out), random.Random(0)
-    for write in (3, 8, 14, 19, 21, 24):
-        assert start(recipe, crash_at_write=write).wait() == 9
-        for update in checkpoint.updates(run / "checkpoints"):
-            checkpoint.read_progress(run / "checkpoints", update)  # whatever has its name is whole
-    for _ in range(2):
-        process = start(recipe)
-        time.sleep(moments.uniform(2.0, 6.0))
-        process.kill()
-        process.wait()
-    assert start(recipe).wait() == 0
-    assert same(weights(run, 6), weights(uninterrupted, 6))
+def assert_same_run(run: Path, expected: Path, update: int) -> None:
+    assert same(weights(run, update), weights(expected, update))
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        assert without_seconds(run / name) == without_seconds(uninterrupted / name)
+        assert without_seconds(run / name) == without_seconds(expected / name)
     assert not list(run.rglob(".partial*"))
 
 
-def test_an_interrupt_ends_with_a_checkpoint_and_exit_code_0(make_run, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    config = make_run("updates=1000", "checkpoint.every=1000", "evaluation.every=1000")
-    recipe.write_text(config.to_yaml(), "utf-8")
-    process, run = start(recipe), Path(config.out)
+def test_killed_at_any_write_the_run_ends_with_the_same_weights(finished, recipe, tmp_path, nursery):
+    """Ten deaths in a row, at chosen flushes and renames, as kill -9 would have it."""
+    _, uninterrupted = finished
+    settings, run = recipe("updates=6"), tmp_path / "run"
+    for write in (3, 8, 14, 19, 21, 24, 27, 31, 33, 40):
+        nursery.start("train_and_die", settings, write).wait()
+        for update in checkpoint.updates(run / "checkpoints"):
+            checkpoint.read_progress(run / "checkpoints", update)  # whatever has its name is whole
+    nursery.run("train", settings)
+    assert_same_run(run, uninterrupted, 6)
+
+
+@pytest.mark.parametrize(("size", "kills"), [(1, 30), (2, 4)])
+def test_killed_at_random_moments_the_run_ends_with_the_same_weights(recipe, tmp_path, nursery, size, kills):
+    """SIGKILL again and again, also while a checkpoint is being written; of two processes, one of them is killed."""
+    shard = [f"parallel.shard={size}", "parallel.dead_after=3", "updates=16"]
+    settings = recipe(*shard)
+    expected = Path(nursery.run("train", settings, f"out={tmp_path}/whole", size=size))
+    moments, killed, runs = random.Random(size), 0, 0
+    while killed < kills:
+        ranks = nursery.start("train", settings, f"out={tmp_path}/run{runs}", size=size)
+        time.sleep(moments.uniform(0.3, 2.0) * (1 if size == 1 else 2))
+        if ranks.code(0) is None:
+            ranks.kill(moments.randrange(size))
+            killed += 1
+        ranks.wait()
+        if checkpoint.updates(tmp_path / f"run{runs}/checkpoints")[-1:] == [16]:  # it lived long enough; begin another
+            nursery.run("train", settings, f"out={tmp_path}/run{runs}", size=size)
+            assert_same_run(tmp_path / f"run{runs}", expected, 16)
+            runs += 1
+    nursery.run("train", settings, f"out={tmp_path}/run{runs}", size=size)
+    assert_same_run(tmp_path / f"run{runs}", expected, 16)
+
+
+def test_an_interrupt_ends_with_a_checkpoint_and_exit_code_0(recipe, tmp_path, nursery):
+    settings, run = recipe("updates=1000", "checkpoint.every=1000", "evaluation.every=1000"), tmp_path / "run"
+    process = nursery.start("train", settings)
     while len(read_lines(run / "metrics.jsonl")) < 2:
-        assert process.poll() is None
+        assert process.code(0) is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
+    os.kill(process.pids[0], signal.SIGINT)
+    assert process.wait() == [0]
     done = len(read_lines(run / "metrics.jsonl"))
     assert checkpoint.updates(run / "checkpoints") == [done]
 

@@ -41,11 +41,17 @@ def demo(
 
 
 @app.command()
-def train(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Train a recipe; a run directory that has a checkpoint goes on from it."""
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ray_workers: Annotated[int, typer.Option(min=0, help="Start so many workers through Ray Train.")] = 0,
+) -> None:
+    """Train a recipe; a run directory that has a checkpoint goes on from it. Under torchrun, with all its processes."""
+    from flashgrpo.ray_launcher import train_on_ray
     from flashgrpo.train import train as run_training
 
-    run = run_training(RunConfig.load(recipe, overrides or []))
+    config = RunConfig.load(recipe, overrides or [])
+    run = train_on_ray(config, ray_workers) if ray_workers else run_training(config)
     if speaks():
         print(run)
 
@@ -87,6 +93,24 @@ def sample(
     from flashgrpo.sample import sample as run_sample
 
     print(run_sample(run, prompt, out, seed, steps))
+
+
+@app.command()
+def doctor(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure whether a run of a recipe would be sound, and what it would cost; exit code 0 only when it would be."""
+    from flashgrpo.doctor import examine
+
+    diagnosis = examine(recipe, overrides or [])
+    if speaks() and as_json:
+        print(json.dumps(diagnosis.as_json()))
+    elif speaks():
+        table = Table("", "check", "finding", show_header=False, box=None)
+        colors = {"sound": "green", "warning": "yellow", "unsound": "red"}
+        for finding in diagnosis.findings:
+            table.add_row(f"[{colors[finding.level]}]{finding.level}[/]", finding.check, finding.sentence)
+        Console().print(table)
+        print("a run would be sound" if diagnosis.sound else "a run would not be sound")
+    raise typer.Exit(0 if diagnosis.sound else 1)
 
 
 @app.command()

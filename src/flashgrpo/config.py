@@ -189,6 +189,8 @@ class ParallelConfig(Part):
     log-sum-exp, which the CPU's does not."""
     shares: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """How much of an update's samples each data rank takes, in any unit; equal parts when not given."""
+    reward_ranks: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """The processes that compute the rewards of all videos; when none is given, each scores what it has drawn."""
     dead_after: float = Field(default=60, gt=2)
     """Seconds without a sign of life after which a process counts as dead, and all end."""
     timeout: float = Field(default=1800, gt=0)
@@ -199,6 +201,8 @@ class TrackingConfig(Part):
     """What is shown while a run goes on."""
 
     progress: bool = True
+    preflight: Literal["refuse", "warn", "skip"] = "refuse"
+    """What `train` does where the doctor's quick checks, before the first update, find the run unsound."""
 
 
 def algorithm_from(value: Any) -> Any:

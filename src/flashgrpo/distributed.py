@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from flashgrpo.config import ParallelConfig, RunConfig
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.heartbeat import connect
+from flashgrpo.shares import cut, overlap
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ class Team:
     Args:
         device: where this one computes.
         shares: how much of each update's samples a data rank takes, in any unit; equal parts where None.
+        reward_ranks: the ranks that compute rewards; where there is none, each scores what it has drawn.
         wraps: whether FSDP2 wraps the network, so that network calls are collectives and gradients come reduced.
         talk: the group that the processes talk over; on the CPU whatever the device.
     """
@@ -47,6 +49,7 @@ class Team:
     context: int = 1
     context_kind: Literal["ulysses", "ring"] = "ulysses"
     shares: Sequence[float] | None = None
+    reward_ranks: Sequence[int] = ()
     wraps: bool = False
     talk: Any = None
 
@@ -76,25 +79,53 @@ class Team:
         return slice(own.start, own.stop)
 
     def share(self, total: int) -> range:
-        """The numbers of `total` samples that are this rank's; all ranks together have each once."""
-        weights = self.shares or [1.0] * self.data_size
-        low, high = (round(total * sum(weights[:n]) / sum(weights)) for n in (self.data_rank, self.data_rank + 1))
-        return range(low, high)
+        """The numbers of `total` samples that are this rank's; all data ranks together have each once."""
+        return cut(total, self.shares or [1.0] * self.data_size, self.data_rank)
+
+    def scored_by(self, total: int, rank: int) -> range:
+        """The numbers of `total` samples whose rewards a rank computes: its own, unless some ranks do so for all."""
+        if self.reward_ranks:
+            weights = [float(other in self.reward_ranks) for other in range(self.size)]
+            return cut(total, weights, rank)
+        if rank % self.context:
+            return range(0)
+        return cut(total, self.shares or [1.0] * self.data_size, rank // self.context)
+
+    def hand_over(self, rows: Tensor, total: int) -> Tensor:
+        """From the rows of this rank's share of `total` samples, to those that it has to score; (B, ...) on the CPU."""
+        if not self.reward_ranks:
+            return rows
+        shape = next(shape for shape in self._exchange(list(rows.shape[1:]) if len(rows) else None) if shape)
+        wanted, have = self.scored_by(total, self.rank), self.share(total)
+        received = torch.empty(len(wanted), *shape)
+        transfers = []
+        for other in range(self.size):
+            place = other // self.context
+            theirs = cut(total, self.shares or [1.0] * self.data_size, place)
+            if other % self.context == 0 and (both := overlap(theirs, wanted)):
+                into = received[both.start - wanted.start : both.stop - wanted.start]
+                if other == self.rank:
+                    into.copy_(rows[both.start - have.start : both.stop - have.start])
+                else:
+                    transfers.append(dist.irecv(into, other, self.talk))
+            both = overlap(have, self.scored_by(total, other))
+            if both and self.rank % self.context == 0 and other != self.rank:
+                part = rows[both.start - have.start : both.stop - have.start].float().cpu().contiguous()
+                transfers.append(dist.isend(part, other, self.talk))
+        for transfer in filter(None, transfers):
+            transfer.wait()
+        return received
 
     def gather(self, value: T) -> list[T]:
         """The JSON values of all data ranks, in the order of their samples."""
         return self._exchange(value)[:: self.context]
 
-    def together(self, compute: Callable[[], T]) -> list[T]:
-        """Compute on the first rank of each context; returns the JSON values of all data ranks.
+    def agree(self, compute: Callable[[], T]) -> list[T]:
+        """Compute on every rank; returns the JSON values of all of them.
 
         Raises:
             SharedError: on every rank, where `compute` raised a `UserError` on one of them.
         """
-        return self._all_or_none(compute, self.rank % self.context == 0)[:: self.context]
-
-    def agree(self, compute: Callable[[], T]) -> list[T]:
-        """Compute on every rank; as `together`, with the values of all ranks."""
         return self._all_or_none(compute, True)
 
     def lead(self, compute: Callable[[], T]) -> T:
@@ -229,7 +260,16 @@ def joined(config: RunConfig) -> Iterator[Team]:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     talk = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
     team = Team(
-        device, rank, size, settings.shard, settings.context, settings.context_kind, settings.shares, wraps, talk
+        device,
+        rank,
+        size,
+        settings.shard,
+        settings.context,
+        settings.context_kind,
+        settings.shares,
+        settings.reward_ranks,
+        wraps,
+        talk,
     )
     heartbeat = connect(rank, size, settings.dead_after) if size > 1 else None
     try:
@@ -257,3 +297,5 @@ def _check_mesh(settings: ParallelConfig, size: int) -> None:
         raise UserError(f"parallel: {size} processes cannot be cut into shard {shard} x context {context}")
     if shares is not None and (len(shares) != size // context or not sum(shares)):
         raise UserError(f"parallel.shares: {len(shares)} shares for {size // context} data ranks; give each one")
+    if any(rank >= size for rank in settings.reward_ranks):
+        raise UserError(f"parallel.reward_ranks: {list(settings.reward_ranks)} with {size} processes, numbered from 0")

@@ -86,7 +86,7 @@ class Evaluator:
         team: Team,
     ) -> None:
         settings = config.evaluation
-        self._policy = deterministic_policy(model, config, settings.num_steps)
+        self.policy = deterministic_policy(model, config, settings.num_steps)
         self._config = config
         self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         self._rewards = rewards
@@ -94,17 +94,23 @@ class Evaluator:
         self._team = team
 
     @torch.no_grad()
-    def __call__(self) -> Evaluation:
-        """Sample and score every held-out prompt with the weights that the model has now, each rank its share."""
-        rows, settings = self._team.share(len(self._prompts)), self._config.rollout
-        prompts = [self._prompts[row] for row in rows]
+    def __call__(self, limit: int | None = None) -> Evaluation:
+        """Sample and score every held-out prompt with the weights that the model has now, each rank its share.
+
+        Args:
+            limit: take the first so many prompts only.
+        """
+        count = None if limit is None else limit * self._config.evaluation.samples_per_prompt
+        every, settings = self._prompts[:count], self._config.rollout
+        rows = self._team.share(len(every))
+        prompts = [every[row] for row in rows]
         condition = self._texts([prompt.text for prompt in prompts or self._prompts[:1]])
-        latents = denoise(self._policy, self._noise(rows), condition, Euler(), settings.micro_batch, self._team)
-        videos = decode(self._policy.model, latents, settings.decode_micro_batch)
-        table = score_all(self._team, self._rewards, videos, prompts, watched=True)
+        latents = denoise(self.policy, self._noise(rows), condition, Euler(), settings.micro_batch, self._team)
+        videos = decode(self.policy.model, latents, settings.decode_micro_batch)
+        table = score_all(self._team, self._rewards, videos, every, watched=True)
         shown = self._shown_rows()
         kept = {row: videos[i].cpu() for i, row in enumerate(rows) if row in shown}
-        return Evaluation(self._prompts, table, shown, kept)
+        return Evaluation(every, table, shown, kept)
 
     def _shown_rows(self) -> list[int]:
         """The samples whose videos are kept, spread evenly over the prompts: files often list like beside like."""
@@ -113,7 +119,7 @@ class Evaluator:
 
     def _noise(self, rows: range) -> Tensor:
         """x_0 of each row, from the evaluation's own seed and purpose."""
-        settings, model = self._config.evaluation, self._policy.model
+        settings, model = self._config.evaluation, self.policy.model
         names = [divmod(row, settings.samples_per_prompt) for row in rows]
         noise = [normal(model.latent_shape, settings.seed, "evaluation", *name) for name in names]
         return torch.stack(noise or [torch.empty(0)]).reshape(-1, *model.latent_shape).to(model.device)

@@ -17,7 +17,7 @@ from flashgrpo.distributed import Team
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.explain import first_line, suggest
 from flashgrpo.prompts import columns_of
-from flashgrpo.types import Prompt, Reward, RewardTable, Videos
+from flashgrpo.types import PlantedPair, Prompt, Reward, RewardTable, Videos
 
 
 class Rewards:
@@ -45,8 +45,13 @@ class Rewards:
                     "give it a **columns parameter"
                 ) from error
 
+    def planted_pairs(self) -> dict[str, PlantedPair]:
+        """Reward -> the pair of videos that its function declares in an attribute `planted_pair`, where it does."""
+        declared = {name: getattr(call.func, "planted_pair", None) for name, call in self._calls.items()}
+        return {name: pair() if callable(pair) else pair for name, pair in declared.items() if pair is not None}
+
     @torch.no_grad()
-    def score(self, videos: Videos, prompts: Sequence[Prompt], watched: bool) -> RewardTable:
+    def score(self, videos: Videos, prompts: Sequence[Prompt], watched: bool, only: str | None = None) -> RewardTable:
         """Score videos (B, F, 3, H, W) against B prompts; watched rewards only where asked for.
 
         A reward that returns a mapping becomes several components `reward.component`, which share its weight.
@@ -54,7 +59,7 @@ class Rewards:
         Raises:
             UserError: a reward returned the wrong number of values or one that is not finite, or raised ValueError.
         """
-        names = [name for name, config in self.configs.items() if watched or not config.watched]
+        names = [only] if only else [name for name, config in self.configs.items() if watched or not config.watched]
         texts, columns = [prompt.text for prompt in prompts], columns_of(prompts)
         threads = torch.get_num_threads()  # a setting of each thread; sums may be split by it
         with ThreadPoolExecutor(len(names), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
@@ -83,17 +88,23 @@ class Rewards:
 def score_all(team: Team, rewards: Rewards, videos: Videos, prompts: Sequence[Prompt], watched: bool) -> RewardTable:
     """The table of all ranks' videos in the order of the samples, the same on every rank.
 
+    Args:
+        videos: those of this rank's share of the samples.
+        prompts: of all samples.
+
     Raises:
         SharedError: as `Rewards.score`, on every rank.
     """
+    rows = team.scored_by(len(prompts), team.rank)
+    videos = team.hand_over(videos, len(prompts))
 
     def score() -> dict[str, Any] | None:
-        if not prompts:
+        if not rows:
             return None
-        table = rewards.score(videos, prompts, watched)
+        table = rewards.score(videos, prompts[rows.start : rows.stop], watched)
         return {"names": table.names, "values": table.values.tolist(), "weights": table.weights.tolist()}
 
-    tables = [table for table in team.together(score) if table]
+    tables = [table for table in team.agree(score) if table]
     if any(tuple(table["names"]) != tuple(tables[0]["names"]) for table in tables):
         raise SharedError(f"a reward's components differ from one process to another: {tables[0]['names']}")
     return RewardTable(

@@ -4,28 +4,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
 from flashgrpo import checkpoint
-from flashgrpo.advantage import combine_advantages
+from flashgrpo.assembly import Assembly, Experience, experience
 from flashgrpo.checkpoint import Progress
 from flashgrpo.config import Lora, RunConfig
-from flashgrpo.distributed import Team, joined, use_threads, whole
+from flashgrpo.distributed import Team, joined, whole
+from flashgrpo.doctor import refuse_unsound
 from flashgrpo.errors import SharedError, UserError
-from flashgrpo.evaluate import Evaluator, decode, record, write_videos
+from flashgrpo.evaluate import record, write_videos
 from flashgrpo.files import write_aside
-from flashgrpo.models import load_model
-from flashgrpo.models.lora import trained_parameters, weights_replaced
-from flashgrpo.optim import Optimizer
-from flashgrpo.policy import Policy
+from flashgrpo.models.lora import weights_replaced
 from flashgrpo.progress import Clock, Interrupt, Reporter
-from flashgrpo.prompts import TextCache, prompt_groups, read_prompts
-from flashgrpo.rollout import rollout
+from flashgrpo.prompts import prompt_groups
 from flashgrpo.run_directory import RunDirectory
-from flashgrpo.scoring import Rewards, score_all
-from flashgrpo.types import RewardTable, Sample
 from flashgrpo.update import policy_update
 
 
@@ -48,28 +42,18 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
 
 
 def _train(run: "Run", interrupt: Interrupt) -> None:
-    config, team, policy = run.config, run.team, run.policy
-    settings, clock = config.rollout, Clock()
+    config, parts, clock = run.config, run.parts, Clock()
     for update in range(run.progress.update, config.updates):
-        if run.is_stale or team.any(interrupt.requested):
+        if run.is_stale or run.team.any(interrupt.requested):
             break
-        groups = prompt_groups(run.prompts, config.seed, update, settings.prompts, settings.group_size)
-        samples = [Sample(group, member) for group in groups for member in range(group.size)]
-        mine = samples[team.slice(len(samples))]
-        with clock("rollout"):
-            condition = run.texts([sample.group.prompt.text for sample in mine or samples[:1]])
-            latents, transitions = rollout(
-                policy, mine, condition, config.algorithm, settings.solver, config.seed, settings.micro_batch, team
-            )
-        with clock("decode"):
-            videos = decode(policy.model, latents, settings.decode_micro_batch)
-        with clock("reward"):
-            rewards = score_all(team, run.rewards, videos, [sample.group.prompt for sample in mine], watched=False)
-            advantages = advantages_of(rewards, config)
+        groups = prompt_groups(parts.prompts, config.seed, update, config.rollout.prompts, config.rollout.group_size)
+        drawn = experience(parts, groups, clock)
         with clock("update"):
-            metrics = describe_rewards(rewards, advantages, settings.group_size)
-            own = advantages[team.slice(len(samples))]
-            metrics |= policy_update(policy, run.optimizer, transitions, own, config.algorithm, config.optim, team)
+            own = drawn.advantages[drawn.mine]
+            metrics = describe_rewards(drawn, config.rollout.group_size)
+            metrics |= policy_update(
+                parts.policy, parts.optimizer, drawn.transitions, own, config.algorithm, config.optim, run.team
+            )
         run.log(metrics, clock.lap())
         with clock("evaluate"):
             run.evaluate_if_due()
@@ -89,21 +73,10 @@ class Run:
         self._saved = self._begun = 0  # the newest checkpoint on disk, and the one that is being written
         self.directory = RunDirectory(Path(config.out))
         team.lead(lambda: self.directory.check(config))
-        self.prompts = read_prompts(config.prompts.train, "prompts.train")
-        heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
-        self.rewards = Rewards(config.rewards)
-        self.rewards.check_columns(self.prompts[0], "prompts.train")
-        self.rewards.check_columns(heldout[0], "prompts.heldout")
-        use_threads(config.parallel.threads)
-        model = load_model(config.model, team, config.seed, keep_reference=config.algorithm.kl_coef > 0)
-        grid = model.grid(config.rollout.num_steps)
-        table = config.algorithm.noise(grid.sigmas)
-        self.policy = Policy(model, grid, table, config.rollout.guidance_scale, config.optim.micro_batch)
-        self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
-        self.texts = TextCache(model)
-        self.evaluator = Evaluator(model, config, heldout, self.rewards, self.texts, team)
+        self.parts = Assembly(config, team)
+        self.optimizer = self.parts.optimizer
         self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, team)
-        prompts = {"prompts.train": self.prompts, "prompts.heldout": heldout}
+        prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}
         team.lead(lambda: self.directory.begin(config, team, prompts))
 
     def __enter__(self) -> "Run":
@@ -117,8 +90,10 @@ class Run:
         return self
 
     def _resume(self) -> None:
-        """Score the base model once, then continue from the newest checkpoint that is whole."""
+        """Examine a new run and score its base model; continue another from its newest checkpoint that is whole."""
         saved, self._evaluations = self.team.lead(self._find_checkpoint)
+        if not saved:
+            refuse_unsound(self.parts, self.reporter.warn)
         if not self._evaluations:
             self.reporter.say("scoring the base model on the held-out prompts")
             self._evaluate(0)
@@ -185,7 +160,7 @@ class Run:
         due = update % self.config.evaluation.every == 0 or update == self.config.updates
         if not due or self._evaluations[-1]["update"] >= update:
             return
-        with weights_replaced(self.policy.model.network, self.optimizer.ema):
+        with weights_replaced(self.parts.policy.model.network, self.optimizer.ema):
             line = self._evaluate(update)
         if not line["best"]:
             self.progress = replace(self.progress, stale=self.progress.stale + 1)
@@ -197,10 +172,10 @@ class Run:
 
     def _export(self, tensors: dict[str, Tensor]) -> None:
         with write_aside(self.directory.lora) as aside:
-            self.policy.model.save_lora(aside, tensors)
+            self.parts.policy.model.save_lora(aside, tensors)
 
     def _evaluate(self, update: int) -> dict[str, Any]:
-        evaluation = self.evaluator()
+        evaluation = self.parts.evaluator()
         earlier = self._evaluations
         line = record(update, evaluation, earlier[0] if earlier else None, self.config.evaluation.samples_per_prompt)
         line["best"] = line["reward"] > max((e["reward"] for e in earlier), default=float("-inf"))
@@ -236,19 +211,9 @@ class Run:
         self._saved = self._begun
 
 
-def advantages_of(rewards: RewardTable, config: RunConfig) -> Float[Tensor, " batch"]:
-    """The advantage of each sample, (B,), from the trained components."""
-    columns = list(rewards.trained)
-    by_group = rewards.values[:, columns].unflatten(0, (config.rollout.prompts, config.rollout.group_size))
-    grouping = config.algorithm.grouping
-    return combine_advantages(
-        by_group, rewards.weights[columns], grouping.std, config.algorithm.adv_clip, grouping.combine
-    ).flatten()
-
-
-def describe_rewards(rewards: RewardTable, advantages: Float[Tensor, " batch"], group_size: int) -> dict[str, Any]:
+def describe_rewards(drawn: Experience, group_size: int) -> dict[str, Any]:
     """The part of a metrics line that tells of rewards; stds are over all samples of the update."""
-    total = rewards.total
+    rewards, advantages, total = drawn.rewards, drawn.advantages, drawn.rewards.total
     spread = dict(zip(rewards.names, rewards.values.std(dim=0, correction=0).tolist(), strict=True))
     return {
         "reward": float(total.mean()),

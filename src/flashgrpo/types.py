@@ -108,6 +108,19 @@ class Transitions:
 
 
 @dataclass(frozen=True)
+class PlantedPair:
+    """Two videos (F, 3, H, W) of which a reward should prefer the second, for a prompt with the columns it needs.
+
+    A reward function may declare one, or a function that makes one, as its attribute `planted_pair`; the doctor then
+    checks that the reward runs, and runs the right way round.
+    """
+
+    prompt: Prompt
+    worse: Float[Tensor, "frames 3 height width"]
+    better: Float[Tensor, "frames 3 height width"]
+
+
+@dataclass(frozen=True)
 class RewardTable:
     """The rewards of B videos by component: `values[b, r]` is component `names[r]` of video b, `weights[r]` its weight.
 
@@ -159,6 +172,10 @@ class VideoModel(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Condition:
         """Condition of each text; one row per text, on `device`."""
+        ...
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text before any are cut off."""
         ...
 
     def velocity(

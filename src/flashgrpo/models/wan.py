@@ -88,6 +88,10 @@ class WanModel:
         """Text embeddings {"text": (B, max_sequence_length, D)}."""
         return Condition({"text": self._embed(texts)})
 
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, with the pipeline's own cleaning left out."""
+        return [len(ids) for ids in self.pipeline.tokenizer(list(texts)).input_ids]
+
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Tensor:
         text, _ = self.pipeline.encode_prompt(

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashgrpo.types import PlantedPair, Prompt
+
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.15, 0.15),
     "yellow": (0.95, 0.85, 0.15),
@@ -234,3 +236,21 @@ def background(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str])
     error = (videos - seen.background[:, None, :, None, None]).abs().mean(dim=2)
     mean_error = (error * seen.outside).sum(dim=(1, 2, 3)) / seen.outside.sum(dim=(1, 2, 3)).clamp_min(1)
     return torch.exp(-mean_error / 0.05)
+
+
+def _planted_pair() -> PlantedPair:
+    """A red circle that moves left slowly, against a blue one that moves right."""
+    words = dict(zip(ATTRIBUTES, ("red", "circle", "left", "slowly"), strict=True))
+    prompt = Prompt("a red circle moving left slowly", words)
+
+    def clip(color: str, direction: str) -> Tensor:
+        path = torch.linspace(-4.0, 4.0, 9)[:, None] * torch.tensor(DIRECTIONS[direction], dtype=torch.float32)
+        covered = coverage(
+            "circle", REFERENCE_WIDTH / 2 + path, torch.full((9,), 169.0), REFERENCE_WIDTH, REFERENCE_WIDTH
+        )
+        return torch.lerp(torch.tensor(0.35), torch.tensor(COLORS[color])[:, None, None], covered[:, None])
+
+    return PlantedPair(prompt, worse=clip("blue", "right"), better=clip("red", "left"))
+
+
+agreement.planted_pair = _planted_pair  # type: ignore[attr-defined]

@@ -1,0 +1,81 @@
+"""The parts of a run put together, and one rollout batch brought as far as its advantages."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from flashgrpo.advantage import combine_advantages
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed import Team, use_threads
+from flashgrpo.evaluate import Evaluator, decode
+from flashgrpo.models import load_model
+from flashgrpo.models.lora import trained_parameters
+from flashgrpo.optim import Optimizer
+from flashgrpo.policy import Policy
+from flashgrpo.prompts import TextCache, read_prompts
+from flashgrpo.rollout import rollout
+from flashgrpo.scoring import Rewards, score_all
+from flashgrpo.types import Latents, PromptGroup, RewardTable, Sample, Transitions, Videos
+
+Phases = Callable[[str], AbstractContextManager[None]]  # a clock: `with clock("rollout"): ...`
+
+
+class Assembly:
+    """Everything that a run computes with; nothing here knows of files that are written, or of how far a run is."""
+
+    def __init__(self, config: RunConfig, team: Team) -> None:
+        self.config = config
+        self.team = team
+        self.prompts = read_prompts(config.prompts.train, "prompts.train")
+        self.heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
+        self.rewards = Rewards(config.rewards)
+        self.rewards.check_columns(self.prompts[0], "prompts.train")
+        self.rewards.check_columns(self.heldout[0], "prompts.heldout")
+        use_threads(config.parallel.threads)
+        model = load_model(config.model, team, config.seed, keep_reference=config.algorithm.kl_coef > 0)
+        grid = model.grid(config.rollout.num_steps)
+        table = config.algorithm.noise(grid.sigmas)
+        self.policy = Policy(model, grid, table, config.rollout.guidance_scale, config.optim.micro_batch)
+        self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
+        self.texts = TextCache(model)
+        self.evaluator = Evaluator(model, config, self.heldout, self.rewards, self.texts, team)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One rollout batch of B samples in all, of which this rank has drawn `mine`.
+
+    `latents`, `videos` and `transitions` are this rank's; `rewards` and `advantages` (B,) are those of all samples.
+    """
+
+    mine: slice
+    latents: Latents
+    transitions: Transitions
+    videos: Videos
+    rewards: RewardTable
+    advantages: Float[Tensor, " batch"]
+
+
+def experience(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) -> Experience:
+    """Draw the samples of the groups, decode and score them, compare them within their groups."""
+    config, team, policy, settings = parts.config, parts.team, parts.policy, parts.config.rollout
+    samples = [Sample(group, member) for group in groups for member in range(group.size)]
+    share = team.slice(len(samples))
+    mine = samples[share]
+    with clock("rollout"):
+        condition = parts.texts([sample.group.prompt.text for sample in mine or samples[:1]])
+        latents, transitions = rollout(
+            policy, mine, condition, config.algorithm, settings.solver, config.seed, settings.micro_batch, team
+        )
+    with clock("decode"):
+        videos = decode(policy.model, latents, settings.decode_micro_batch)
+    with clock("reward"):
+        rewards = score_all(team, parts.rewards, videos, [sample.group.prompt for sample in samples], watched=False)
+        columns, grouping = list(rewards.trained), config.algorithm.grouping
+        by_group = rewards.values[:, columns].unflatten(0, (len(groups), -1))
+        weights = rewards.weights[columns]
+        advantages = combine_advantages(by_group, weights, grouping.std, config.algorithm.adv_clip, grouping.combine)
+    return Experience(share, latents, transitions, videos, rewards, advantages.flatten())

@@ -1,0 +1,76 @@
+"""Preflight: measure what a run would do before it costs anything, explain in one line each, refuse what is unsound.
+
+`flashgrpo doctor RECIPE` runs every check on a trial of a few prompt groups; `train` runs the quick ones on one group
+before its first update. Each check is a function from what was measured to a `Finding`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flashgrpo.assembly import Assembly
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed import joined
+from flashgrpo.doctor.checks import QUICK, THOROUGH, Finding
+from flashgrpo.doctor.costs import COSTS
+from flashgrpo.doctor.trial import try_out
+from flashgrpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings of one examination."""
+
+    findings: Sequence[Finding]
+
+    @property
+    def sound(self) -> bool:
+        """Whether a run may start."""
+        return all(finding.level != "unsound" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {"sound": self.sound, "checks": [asdict(finding) for finding in self.findings]}
+
+
+def examine(recipe: str, overrides: Sequence[str] = ()) -> Diagnosis:
+    """Every check, on four prompt groups (or as many as an update has).
+
+    Raises:
+        UserError: the recipe is bad, or a reward or the model refuses its input.
+    """
+    config = RunConfig.load(recipe, overrides)
+    with joined(config) as team:
+        parts = Assembly(config, team)
+        trial = try_out(parts, min(4, config.rollout.prompts), config.rollout.group_size, thorough=True)
+        return Diagnosis(_shared(parts, [check(parts, trial) for check in (*QUICK, *THOROUGH, *COSTS)]))
+
+
+def refuse_unsound(parts: Assembly, warn: Callable[[str], None]) -> None:
+    """The quick checks, on one prompt group.
+
+    Raises:
+        UserError: a run would be unsound; `tracking.preflight` says whether that only warns.
+    """
+    if parts.config.tracking.preflight == "skip":
+        return
+    trial = try_out(parts, 1, parts.config.rollout.group_size, thorough=False)
+    findings = _shared(parts, [check(parts, trial) for check in QUICK])
+    unsound = [finding for finding in findings if finding.level == "unsound"]
+    if unsound and parts.config.tracking.preflight == "refuse":
+        raise UserError(
+            f"this run would be unsound: {unsound[0].sentence}; `flashgrpo doctor` tells more, and "
+            "tracking.preflight=warn trains in spite of it"
+        )
+    for finding in unsound:
+        warn(finding.sentence)
+
+
+def _shared(parts: Assembly, findings: Sequence[Finding]) -> list[Finding]:
+    """For each check the worst that any rank has found."""
+    order = ("sound", "warning", "unsound")
+    everyone = parts.team.gather([asdict(finding) for finding in findings])
+    return [
+        Finding(**max(of_all_ranks, key=lambda finding: order.index(finding["level"])))
+        for of_all_ranks in zip(*everyone, strict=True)
+    ]

@@ -1,0 +1,90 @@
+"""What a run will cost: memory at the highest, hours, disk. Measured on the trial, scaled to the recipe's sizes."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from flashgrpo import memory
+from flashgrpo.assembly import Assembly
+from flashgrpo.doctor.checks import Finding
+from flashgrpo.doctor.trial import Trial
+
+MP4_BITS = 1.0  # bits per pixel and frame of the videos that evaluations keep; crf 18 rarely needs more
+
+
+def memory_needed(parts: Assembly, trial: Trial) -> Finding:
+    """The highest use of each phase, with what all samples of an update hold, against what the device has."""
+    settings = parts.config.rollout
+    tried = max(1, len(trial.drawn.latents))
+    own = math.ceil(settings.prompts * settings.group_size / parts.team.data_size)
+    held = max(0, own - tried) * _bytes_per_sample(trial)
+    needed = {}
+    for phase, highest in trial.memory.items():
+        batch = {"rollout": settings.micro_batch, "decode": settings.decode_micro_batch}.get(phase)
+        larger = min(batch, own) / min(batch, tried) if batch else 1.0
+        needed[phase] = int(trial.memory_before + (highest - trial.memory_before) * max(1.0, larger) + held)
+    phase = max(needed, key=lambda name: needed[name])
+    there = memory.total(parts.team.device)
+    numbers = {"measured": trial.memory, "estimate": needed, "device": there}
+    words = f"about {in_words(needed[phase])} of {in_words(there)}, at the highest in {phase}"
+    if needed[phase] > there:
+        cure = {"rollout": "rollout.micro_batch", "decode": "rollout.decode_micro_batch"}.get(
+            phase, "optim.micro_batch"
+        )
+        return Finding("memory", "unsound", f"a process would need {words}; lower {cure}", numbers)
+    return Finding("memory", "warning" if needed[phase] > 0.9 * there else "sound", f"a process needs {words}", numbers)
+
+
+def hours_needed(parts: Assembly, trial: Trial) -> Finding:
+    """The wall clock to the last update, from the measured seconds of each phase."""
+    config, settings = parts.config, parts.config.rollout
+    larger = settings.prompts * settings.group_size / (trial.groups * trial.group_size)
+    seconds = {name: spent * larger for name, spent in trial.seconds.items() if name in PHASES}
+    update = sum(seconds.values())
+    samples = len(parts.heldout) * config.evaluation.samples_per_prompt
+    evaluation = trial.seconds.get("evaluate", 0.0) * samples / max(1, trial.evaluated)
+    evaluations = 1 + math.ceil(config.updates / config.evaluation.every)
+    total = config.updates * update + evaluations * evaluation
+    numbers = {"seconds_per_update": update, "seconds_per_evaluation": evaluation, "hours": total / 3600}
+    duration = f"{total / 3600:.1f} h" if total > 5400 else f"{total / 60:.0f} min"
+    parts_of_it = f"{config.updates} updates of {update:.3g} s and {evaluations} evaluations of {evaluation:.3g} s"
+    return Finding("time", "sound", f"about {duration}: {parts_of_it}", {**numbers, "seconds": seconds})
+
+
+def disk_needed(parts: Assembly, trial: Trial) -> Finding:
+    """Checkpoints that are kept, one that is being written, and the videos of evaluations."""
+    config, model = parts.config, parts.config.model
+    state = parts.optimizer.state()
+    checkpoint = sum(tensor.numel() * tensor.element_size() for named in state.values() for tensor in named.values())
+    evaluations = 1 + math.ceil(config.updates / config.evaluation.every)
+    pixels = model.num_frames * model.height * model.width
+    videos = evaluations * config.evaluation.videos * pixels * MP4_BITS / 8
+    needed = int(checkpoint * (config.checkpoint.keep + 2) + videos)
+    out = Path(config.out).absolute()
+    free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
+    numbers = {"needed": needed, "free": free, "checkpoint": checkpoint}
+    words = f"{in_words(needed)} at most ({in_words(checkpoint)} a checkpoint), and {in_words(free)} are free"
+    if needed > free:
+        return Finding(
+            "disk", "unsound", f"the run needs {words}; lower checkpoint.keep or choose another out", numbers
+        )
+    return Finding("disk", "sound", f"the run needs {words}", numbers)
+
+
+PHASES = ("rollout", "decode", "reward", "update")
+COSTS: tuple[Callable[[Assembly, Trial], Finding], ...] = (memory_needed, hours_needed, disk_needed)
+
+
+def in_words(size: int) -> str:
+    """Bytes as a person says them: '1.3 GiB'."""
+    unit = 2**30 if size >= 2**30 else 2**20
+    return f"{size / unit:.3g} {'GiB' if unit == 2**30 else 'MiB'}"
+
+
+def _bytes_per_sample(trial: Trial) -> int:
+    """What a sample keeps from its rollout to the end of its update."""
+    drawn, samples = trial.drawn, max(1, len(trial.drawn.latents))
+    kept = [drawn.latents, drawn.videos, drawn.transitions.x, drawn.transitions.x_next]
+    kept += drawn.transitions.condition.tensors.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept) // samples

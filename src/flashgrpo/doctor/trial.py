@@ -1,0 +1,175 @@
+"""A trial of a recipe on a few prompt groups, measured: what the doctor looks at. Weights end as they began."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashgrpo import memory
+from flashgrpo.assembly import Assembly, Experience, experience
+from flashgrpo.distributed import local
+from flashgrpo.errors import SharedError
+from flashgrpo.optim import Optimizer
+from flashgrpo.policy import Policy
+from flashgrpo.progress import Clock
+from flashgrpo.prompts import prompt_groups
+from flashgrpo.schedule import Euler
+from flashgrpo.scoring import score_all
+from flashgrpo.types import Transitions
+from flashgrpo.update import policy_update
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was drawn, learnt and spent.
+
+    Args:
+        groups, group_size: the samples, of all ranks together.
+        again: the rewards of the same videos, scored a second time: (B, R).
+        received: trained parameter -> norm of its gradient.
+        metrics: of the update; drift is there.
+        replicas: a sentence where copies of the network differ after an optimizer step.
+        finish: largest distance between the rollout's latents and a noiseless finish of their last recorded step,
+            relative to the latents' size; None where no sample can be followed.
+        noise_floor: the largest |ratio - 1| if a replay were not cut into the rollout's batches; None: not measured.
+        evaluated: samples that the short evaluation drew, on all ranks.
+        seconds, memory: by phase; bytes at the highest.
+        memory_before: bytes in use before the trial.
+    """
+
+    groups: int
+    group_size: int
+    drawn: Experience
+    again: Tensor
+    received: dict[str, float]
+    metrics: dict[str, Any]
+    replicas: str | None
+    finish: float | None
+    noise_floor: float | None
+    evaluated: int
+    seconds: dict[str, float]
+    memory: dict[str, int]
+    memory_before: int
+
+
+class Meter:
+    """A clock that also notes the highest memory use of each phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clock = Clock()
+        self.memory: dict[str, int] = {}
+        self._device = device
+        self.before = memory.peak(device, reset=True)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time and the memory inside for `phase`."""
+        memory.peak(self._device, reset=True)
+        with self.clock(phase):
+            yield
+        self.memory[phase] = max(self.memory.get(phase, 0), memory.peak(self._device))
+
+
+def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Trial:
+    """Draw, score, replay and learn from the first groups of the run, then undo what was learnt.
+
+    Args:
+        thorough: also take an optimizer step, evaluate a few prompts, and measure numeric noise.
+    """
+    config, team, meter = parts.config, parts.team, Meter(parts.team.device)
+    first = prompt_groups(parts.prompts, config.seed, 0, groups, group_size)
+    drawn = experience(parts, first, meter)
+    prompts = [group.prompt for group in first for _ in range(group_size)]
+    again = score_all(team, parts.rewards, drawn.videos, prompts, watched=False).values
+    recorder = _Recorder(parts, steps=thorough)
+    before = {name: local(weight).clone() for name, weight in recorder.parameters.items()}
+    advantages = drawn.advantages[drawn.mine]
+    try:
+        with meter("update"):
+            algorithm, optim = config.algorithm, config.optim
+            metrics = policy_update(parts.policy, recorder, drawn.transitions, advantages, algorithm, optim, team)
+        replicas = _difference(recorder)
+    finally:
+        for name, weight in recorder.parameters.items():
+            local(weight).copy_(before[name])
+    evaluated = 0
+    if thorough:
+        with meter("evaluate"):
+            evaluated = len(parts.evaluator(limit=team.data_size).prompts)
+    return Trial(
+        groups,
+        group_size,
+        drawn,
+        again,
+        recorder.received,
+        metrics,
+        replicas,
+        _distance_to_finish(parts, drawn),
+        _noise_floor(parts.policy, drawn.transitions) if thorough and not team.wraps and len(drawn.latents) else None,
+        evaluated,
+        meter.clock.lap(),
+        meter.memory,
+        meter.before,
+    )
+
+
+class _Recorder(Optimizer):
+    """An optimizer for the trial alone, which notes what gradient each parameter receives."""
+
+    def __init__(self, parts: Assembly, steps: bool) -> None:
+        super().__init__(parts.optimizer.parameters, parts.config.optim, parts.team)
+        self.team = parts.team
+        self.received: dict[str, float] = defaultdict(float)
+        self._takes_steps = steps
+
+    def step(self) -> float:
+        assert self._gradients is not None
+        for name, gradient in zip(self.parameters, self._gradients, strict=True):
+            self.received[name] += float(torch.linalg.vector_norm(local(gradient)))
+        if self._takes_steps:
+            return super().step()
+        self._gradients = None
+        return 0.0
+
+
+def _difference(recorder: _Recorder) -> str | None:
+    try:
+        recorder.team.check_replicas(recorder.weights())
+    except SharedError as error:
+        return str(error)
+    return None
+
+
+@torch.no_grad()
+def _distance_to_finish(parts: Assembly, drawn: Experience) -> float | None:
+    policy, transitions, steps = parts.policy, drawn.transitions, parts.config.algorithm.steps
+    if parts.team.wraps or not len(transitions):
+        return None  # calls of a network that is held between ranks have to be made by all of them
+    last = {int(sample): row for row, sample in enumerate(transitions.sample)}  # sorted by sample, then by step
+    batch = transitions[torch.tensor(list(last.values())[: policy.micro_batch])]
+    if getattr(steps, "fraction", 1.0) < 1 and int(batch.k.min()) < max(steps.candidates(policy.grid.num_steps)):
+        return None  # a step that is stochastic and not trained is not recorded
+    x, condition = batch.x_next, batch.condition[batch.sample]
+    for step in range(int(batch.k.min()) + 1, policy.grid.num_steps):
+        rows = (batch.k < step).nonzero().flatten()
+        k = torch.full_like(rows, step)
+        v = policy.velocity(k, x[rows], condition[rows])
+        x = x.index_copy(0, rows.to(x.device), Euler().step(policy.grid.sigmas, k, x[rows], v))
+    latents = drawn.latents[batch.sample]
+    return float((x - latents).abs().max() / latents.abs().max())
+
+
+@torch.no_grad()
+def _noise_floor(policy: Policy, transitions: Transitions) -> float:
+    """The largest |ratio - 1| between forwards of one row each and one forward of all rows."""
+    batch = transitions[torch.arange(min(len(transitions), policy.micro_batch))]
+    condition = batch.condition[batch.sample]
+    rows = torch.arange(len(batch)).split(1)
+    together = policy.velocity(batch.k, batch.x, condition)
+    singly = torch.cat([policy.velocity(batch.k[row], batch.x[row], condition[row]) for row in rows])
+    a, b = (policy.table.log_prob(batch.k, batch.x_next, batch.x, v) for v in (together, singly))
+    return float(torch.expm1(a - b).abs().max())

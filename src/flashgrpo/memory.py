@@ -1,0 +1,30 @@
+"""Memory of the device that a process computes on: the highest use of a phase, and what there is."""
+
+import os
+import resource
+
+import torch
+
+
+def peak(device: torch.device, reset: bool = False) -> int:
+    """Bytes at the highest since the last reset: allocated on a GPU, resident in this process on the CPU."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:  # Linux keeps the mark of a process
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets the high-water mark below
+        with open("/proc/self/status") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def total(device: torch.device) -> int:
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
