@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(BIN)/flashgrpo demo
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: lint types layers test
 

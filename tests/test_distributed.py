@@ -41,19 +41,19 @@ def joined_rows(drawn: list[dict], name: str) -> torch.Tensor:
     return torch.cat([rank[name] for rank in drawn])
 
 
-@pytest.mark.parametrize("train", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize(
-    ("size", "parallel"),
+    ("size", "parallel", "train"),
     [
-        (2, []),
-        (3, []),
-        (2, ["parallel.shard=2"]),
-        (3, ["parallel.shard=3"]),
-        (3, ["parallel.shares=[0,1,3]"]),
-        (3, ["parallel.shares=[0,1,3]", "parallel.shard=3"]),
-        (4, ["parallel.shard=2"]),
+        (2, [], LORA),
+        (2, [], FULL),
+        (3, [], LORA),
+        (2, ["parallel.shard=2"], FULL),
+        (3, ["parallel.shard=3"], LORA),
+        (3, ["parallel.shares=[0,1,3]"], LORA),
+        (3, ["parallel.shares=[0,1,3]", "parallel.shard=3"], FULL),
+        (4, ["parallel.shard=2"], LORA),
+        (4, ["parallel.shard=2"], FULL),
     ],
-    ids=["replicate2", "replicate3", "shard2", "shard3", "unequal3", "unequal-shard3", "replicate2-shard2"],
 )
 def test_any_number_of_processes_draws_and_learns_the_same(update, train, size, parallel):
     """Nine samples: neither groups nor samples divide by the number of processes."""
@@ -110,23 +110,26 @@ def test_a_sharded_process_holds_its_part_only(update):
     assert half == pytest.approx(whole / 2, rel=0.05)
 
 
-@pytest.mark.parametrize("kl", [[], ["algorithm.kl_coef=0.1"]])
-@pytest.mark.parametrize("settings", [["optim.minibatches=2"], ["optim.passes=2", "optim.grad_norm_by_step=false"]])
-def test_several_optimizer_steps_learn_the_same(update, settings, kl):
-    _, _, expected = update(1, *FULL, *settings, *kl, "optim.lr=1e-5")
+@pytest.mark.parametrize(
+    "settings",
+    [["optim.minibatches=2", "algorithm.kl_coef=0.1"], ["optim.passes=2", "optim.grad_norm_by_step=false"]],
+)
+def test_several_optimizer_steps_learn_the_same(update, settings):
+    _, _, expected = update(1, *FULL, *settings, "optim.lr=1e-5")
     for size, parallel in ((2, []), (2, ["parallel.shard=2"])):
-        _, _, found = update(size, *FULL, *settings, *kl, "optim.lr=1e-5", *parallel)
+        _, _, found = update(size, *FULL, *settings, "optim.lr=1e-5", *parallel)
         for name, value in expected.items():
             scale = float(value.abs().max())
             torch.testing.assert_close(found[name], value, rtol=5e-3, atol=5e-3 * scale + 1e-12)
 
 
-@pytest.mark.parametrize("train", [LORA, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("parallel", [[], ["parallel.shard=1"], ["parallel.shard=2"]], ids=["2", "2x2", "shard2x2"])
-def test_ranks_that_share_a_sample_by_its_tokens(update, train, parallel):
+@pytest.mark.parametrize(
+    ("size", "parallel", "train"),
+    [(2, [], FULL), (4, [], LORA), (4, ["parallel.shard=2"], LORA), (4, ["parallel.shard=2"], FULL)],
+)
+def test_ranks_that_share_a_sample_by_its_tokens(update, size, parallel, train):
     """Ulysses attention: 13 frames make 36 tokens, which 2 ranks can halve."""
     frames = ["model.num_frames=13"]
-    size = 2 if not parallel else 4
     alone, [drawn], expected = update(1, *train, *frames)
     several, ranks, found = update(size, *train, *frames, "parallel.context=2", *parallel)
     assert [name for names in several["names"] for name in names] == alone["names"][0]
@@ -206,21 +209,21 @@ def test_a_run_on_two_processes_writes_one_run_directory(nursery, recipe, tmp_pa
 @pytest.mark.parametrize("train", [LORA, ["model.train={kind: full}", "optim.lr=1e-5"]], ids=["lora", "full"])
 def test_a_sharded_checkpoint_resumes_on_any_number_of_processes(nursery, recipe, tmp_path, train):
     """Saved by two processes that hold the network between them; read by two, by one and by three."""
-    train = [*train, "evaluation.every=100", "updates=4"]
+    train = [*train, "evaluation.every=100", "updates=3"]
     shard = [*train, "parallel.shard=2"]
-    run = Path(nursery.run("train", recipe, f"out={tmp_path}/two", *shard, "updates=2", size=2))
-    files = [path.name for path in (run / "checkpoints/000002").iterdir() if path.suffix == ".distcp"]
+    run = Path(nursery.run("train", recipe, f"out={tmp_path}/two", *shard, "updates=1", size=2))
+    files = [path.name for path in (run / "checkpoints/000001").iterdir() if path.suffix == ".distcp"]
     assert len(files) == 2
     expected = Path(nursery.run("train", recipe, f"out={tmp_path}/whole", *shard, size=2))
     for size, parallel in ((2, "parallel.shard=2"), (1, "parallel.shard=1"), (3, "parallel.shard=3")):
         out = tmp_path / f"on{size}"
         shutil.copytree(run, out)
         resumed = Path(nursery.run("train", recipe, f"out={out}", *train, parallel, size=size))
-        assert [line["update"] for line in read_lines(resumed / "metrics.jsonl")] == [1, 2, 3, 4]
-        found = trained(resumed, 4)
+        assert [line["update"] for line in read_lines(resumed / "metrics.jsonl")] == [1, 2, 3]
+        found = trained(resumed, 3)
         if size == 2:
-            assert all(torch.equal(found[name], value) for name, value in trained(expected, 4).items())
-        assert_close(found, trained(expected, 4))
+            assert all(torch.equal(found[name], value) for name, value in trained(expected, 3).items())
+        assert_close(found, trained(expected, 3))
 
 
 @pytest.mark.parametrize("parallel", [[], ["parallel.shard=2"]], ids=["replicate", "shard"])
@@ -275,7 +278,9 @@ def test_a_bad_reward_on_one_rank_is_one_sentence_and_keeps_what_was_done(nurser
         "    return [float('nan') if calls > 3 and os.environ['RANK'] == '1' else 0.5 + calls % 2] * len(videos)\n"
     )
     call = f"rewards={{bad: {{call: '{tmp_path}/mine.py:bad'}}}}"
-    ranks = nursery.start("train", recipe, f"out={tmp_path}/run", call, "checkpoint.every=100", size=2)
+    ranks = nursery.start(
+        "train", recipe, f"out={tmp_path}/run", call, "checkpoint.every=100", "tracking.preflight=skip", size=2
+    )
     assert ranks.wait() == [2, 2]
     [sentence] = [line for line in ranks.said().splitlines() if line.startswith("flashgrpo:")]
     assert "reward bad returned nan" in sentence

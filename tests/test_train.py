@@ -153,7 +153,7 @@ def test_killed_at_any_write_the_run_ends_with_the_same_weights(finished, recipe
     assert_same_run(run, uninterrupted, 6)
 
 
-@pytest.mark.parametrize(("size", "kills"), [(1, 30), (2, 4)])
+@pytest.mark.parametrize(("size", "kills"), [(1, 30), (2, 2)])
 def test_killed_at_random_moments_the_run_ends_with_the_same_weights(recipe, tmp_path, nursery, size, kills):
     """SIGKILL again and again, also while a checkpoint is being written; of two processes, one of them is killed."""
     shard = [f"parallel.shard={size}", "parallel.dead_after=3", "updates=16"]
@@ -162,7 +162,7 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_weights(recipe, tmp
     moments, killed, runs = random.Random(size), 0, 0
     while killed < kills:
         ranks = nursery.start("train", settings, f"out={tmp_path}/run{runs}", size=size)
-        time.sleep(moments.uniform(0.3, 2.0) * (1 if size == 1 else 2))
+        time.sleep(moments.uniform(0.3, 1.6) * (1 if size == 1 else 2))
         if ranks.code(0) is None:
             ranks.kill(moments.randrange(size))
             killed += 1
@@ -293,6 +293,13 @@ def test_a_second_interrupt_is_not_swallowed():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_under_torchrun_a_second_interrupt_is_the_same_one():
+    with Interrupt(patient=True) as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.requested
+
+
 def test_clock_counts_phases_and_starts_over():
     clock = Clock()
     with clock("rollout"):
@@ -304,23 +311,22 @@ def test_clock_counts_phases_and_starts_over():
     json.dumps(first)
 
 
-def test_training_raises_the_reward(make_run, tmp_path):
+def test_training_raises_the_reward(recipe, tmp_path, nursery):
     """Not a number that looks plausible but the thing itself: brighter videos are rewarded, and videos get brighter."""
     (tmp_path / "mine.py").write_text(
         "def bright(videos, prompts, **columns):\n    return videos.mean(dim=(1, 2, 3, 4))\n"
     )
-    run = train(
-        make_run(
-            "updates=20",
-            "rollout.prompts=4",
-            "rollout.group_size=4",
-            "optim.lr=3e-3",
-            "evaluation.every=20",
-            "prompts.heldout=flashgrpo:tiny/prompts/heldout.jsonl",
-            "rewards.agreement.watched=true",
-            f"rewards.bright.call={tmp_path}/mine.py:bright",
-        )
+    settings = recipe(
+        "updates=20",
+        "rollout.prompts=4",
+        "rollout.group_size=4",
+        "optim.lr=3e-3",
+        "evaluation.every=20",
+        "prompts.heldout=flashgrpo:tiny/prompts/heldout.jsonl",
+        "rewards.agreement.watched=true",
+        f"rewards.bright.call={tmp_path}/mine.py:bright",
     )
+    run = Path(nursery.run("train", settings))
     last = read_lines(run / "evaluations.jsonl")[-1]
     assert last["difference"] > 0.01
     assert last["interval"][0] > 0

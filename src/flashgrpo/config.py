@@ -70,8 +70,7 @@ class ModelConfig(Part):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights; adapters, latents and densities are always float32."""
     compute_dtype: Literal["bfloat16"] | None = None
-    """Casts weights and activations for each computation and reduces gradients in float32 (FSDP2's mixed precision);
-    as `dtype` when not given."""
+    """Casts weights for each computation and reduces gradients in float32 (FSDP2); as `dtype` when not given."""
     train: Annotated[Lora | Full, Field(discriminator="kind")] = Lora()
     gradient_checkpointing: bool = False
 
@@ -185,8 +184,7 @@ class ParallelConfig(Part):
     context: int = Field(default=1, ge=1)
     """Processes that compute one sample together, each a part of its tokens."""
     context_kind: Literal["ulysses", "ring"] = "ulysses"
-    """Ulysses needs heads and tokens that divide by `context`; ring needs an attention back end that returns its
-    log-sum-exp, which the CPU's does not."""
+    """Ulysses needs heads and tokens that divide by `context`; ring needs a GPU's attention."""
     shares: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """How much of an update's samples each data rank takes, in any unit; equal parts when not given."""
     reward_ranks: tuple[Annotated[int, Field(ge=0)], ...] = ()

@@ -1,7 +1,6 @@
 """The processes of a run: where each computes, which samples are its own, and what they tell each other.
 
-torch.distributed only: started by torchrun, by Ray, or not at all - one process alone is a team of one, and takes the
-same path. The ranks form a mesh replicate x shard x context:
+Started by torchrun, by Ray, or not at all: a process alone is a team of one on the same path. The ranks form a mesh:
 
     replicate  copies of the network; each draws and replays other samples, and their gradients are added up
     shard      ranks that hold one copy between them (FSDP2), each drawing and replaying samples of its own
@@ -217,7 +216,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def alone() -> Team:
-    """This process by itself, on the first CUDA device when there is one, else on the CPU."""
+    """This process by itself, on the first GPU when there is one, else on the CPU."""
     return Team(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 

@@ -112,12 +112,18 @@ class Clock:
 
 
 class Interrupt:
-    """Inside this context the first SIGINT or SIGTERM is only noted; a second one has its usual effect."""
+    """Inside this context the first SIGINT or SIGTERM is only noted; a second one has its usual effect.
+
+    Args:
+        patient: later ones are only noted as well. Processes of torchrun get a Ctrl-C twice, from the terminal and from
+            torchrun, and it kills by itself those that do not end.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.requested = False
+        self._patient = patient
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -131,5 +137,5 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        for other, handler in self._before.items():
+        for other, handler in self._before.items() if not self._patient else ():
             signal.signal(other, handler)

@@ -36,7 +36,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     with joined(config) as team:
         reporter = reporter or Reporter(quiet=not config.tracking.progress)
         run = Run(config, reporter if team.leads else Reporter(Console(quiet=True)), team)
-        with run, Interrupt() as interrupt:
+        with run, Interrupt(patient=team.size > 1) as interrupt:
             _train(run, interrupt)
         return run.directory.path
 

@@ -105,7 +105,7 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
         group_size,
         drawn,
         again,
-        recorder.received,
+        _on_any_rank(parts, recorder.received),
         metrics,
         replicas,
         _distance_to_finish(parts, drawn),
@@ -134,6 +134,12 @@ class _Recorder(Optimizer):
             return super().step()
         self._gradients = None
         return 0.0
+
+
+def _on_any_rank(parts: Assembly, received: dict[str, float]) -> dict[str, float]:
+    """The largest norm of each gradient over the ranks: a small parameter may lie on one rank whole."""
+    everyone = parts.team.gather(dict(received))
+    return {name: max(theirs[name] for theirs in everyone) for name in received}
 
 
 def _difference(recorder: _Recorder) -> str | None:
