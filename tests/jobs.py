@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import flashgrpo.doctor
 import flashgrpo.models.wan
 import flashgrpo.report
+from flashgrpo import evaluate as evaluation
 from flashgrpo import train as training
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.config import RunConfig
@@ -159,3 +160,8 @@ def examine_with_other_replica(recipe: str) -> dict:
     real = flashgrpo.models.wan.prepare
     flashgrpo.models.wan.prepare = lambda network, train, seed: real(network, train, seed + int(os.environ["RANK"]))
     return examine(recipe)
+
+
+def evaluate(run: str) -> dict:
+    """A run's best checkpoint against its base."""
+    return evaluation(run)
