@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check lint types layers clean
+.PHONY: demo test install check lint types layers clean
 
 demo: $(INSTALLED)
 	$(BIN)/flashgrpo demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+install: $(INSTALLED)
 
 check: lint types layers test
 
