@@ -148,6 +148,18 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(tmp_path, monkeypatch)
     assert checkpoint.newest_whole(tmp_path, print) == 1
 
 
+def test_a_disk_that_fills_up_in_the_middle_of_a_tensor(tmp_path):
+    """torch's archive says that in words of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*000001: no space left on device"):
+            checkpoint.save(tmp_path, {"policy": {"w": torch.zeros(400_000)}}, Progress(1), 2, alone())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("old")

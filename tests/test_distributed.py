@@ -209,6 +209,12 @@ def test_a_run_on_two_processes_writes_one_run_directory(nursery, recipe, tmp_pa
     assert record["reward"] == pytest.approx(expected["reward"], abs=2e-3)
 
 
+def test_a_run_that_splits_tokens_writes_each_video_once(nursery, recipe, tmp_path):
+    settings = ["model.num_frames=13", "parallel.context=2", "updates=1", "evaluation.videos=2"]
+    run = Path(nursery.run("train", recipe, f"out={tmp_path}/run", *settings, size=2))
+    assert len(list((run / "videos/000000").iterdir())) == 2
+
+
 @pytest.mark.parametrize("train", [LORA, ["model.train={kind: full}", "optim.lr=1e-5"]], ids=["lora", "full"])
 def test_a_sharded_checkpoint_resumes_on_any_number_of_processes(nursery, recipe, tmp_path, train):
     """Saved by two processes that hold the network between them; read by two, by one and by three."""
@@ -218,6 +224,7 @@ def test_a_sharded_checkpoint_resumes_on_any_number_of_processes(nursery, recipe
     files = [path.name for path in (run / "checkpoints/000001").iterdir() if path.suffix == ".distcp"]
     assert len(files) == 2
     expected = Path(nursery.run("train", recipe, f"out={tmp_path}/whole", *shard, size=2))
+    assert nursery.run("evaluate", run)["base_reward"] > 0  # also by one process
     sizes = (2, 1, 3) if train[0].startswith("evaluation") else (1,)
     for size, parallel in ((size, f"parallel.shard={size}") for size in sizes):
         out = tmp_path / f"on{size}"

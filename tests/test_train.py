@@ -193,27 +193,44 @@ def test_patience_ends_a_run_that_does_not_get_better(make_run):
     assert evaluations[-1]["update"] == best + 2
 
 
-def test_a_failing_evaluation_loses_no_update_and_is_made_up_for(finished, make_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("evaluations", "done"), [(1, 2), (3, 6)])
+def test_a_failing_evaluation_loses_no_update_and_is_made_up_for(finished, make_run, monkeypatch, evaluations, done):
     _, uninterrupted = finished
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "__call__", refuse_after(1))
+        patch.setattr(Evaluator, "__call__", refuse_after(evaluations))
         with pytest.raises(UserError, match="no more"):
             train(make_run("updates=6", "checkpoint.every=100"))
     run = Path(make_run().out)
-    assert checkpoint.updates(run / "checkpoints") == [2]
+    assert checkpoint.updates(run / "checkpoints")[-1] == done
     train(make_run("updates=6", "checkpoint.every=1"))
     assert same(weights(run, 6), weights(uninterrupted, 6))
     assert without_seconds(run / "evaluations.jsonl") == without_seconds(uninterrupted / "evaluations.jsonl")
+    progress, expected = (checkpoint.read_progress(folder / "checkpoints", 6) for folder in (run, uninterrupted))
+    assert progress == expected
+
+
+def test_mixed_precision_trains_evaluates_and_samples_in_one_process(make_run, tmp_path):
+    run = train(make_run("updates=1", "model.compute_dtype=bfloat16"))
+    assert evaluate(run)["update"] in (0, 1)
+    assert read_mp4(sample(run, "a red circle moving left slowly", tmp_path / "a.mp4", num_steps=2)).shape[0] == 9
+
+
+def test_what_a_killed_process_left_is_cleared_away(make_run):
+    run = train(make_run("updates=1"))
+    for leftover in (".partial-000017", ".removed-000003"):
+        (run / "checkpoints" / leftover).mkdir()
+    train(make_run("updates=2"))
+    assert not list((run / "checkpoints").glob(".*"))
 
 
 def refuse_after(calls: int):
     real, left = Evaluator.__call__, [calls]
 
-    def call(self):
+    def call(self, limit=None):
         left[0] -= 1
         if left[0] < 0:
             raise UserError("no more")
-        return real(self)
+        return real(self, limit)
 
     return call
 
@@ -315,11 +332,11 @@ def test_training_raises_the_reward(recipe, tmp_path, nursery):
         "def bright(videos, prompts, **columns):\n    return videos.mean(dim=(1, 2, 3, 4))\n"
     )
     settings = recipe(
-        "updates=12",
+        "updates=20",
         "rollout.prompts=4",
         "rollout.group_size=4",
         "optim.lr=3e-3",
-        "evaluation.every=12",
+        "evaluation.every=20",
         "prompts.heldout=flashgrpo:tiny/prompts/heldout.jsonl",
         "rewards.agreement.watched=true",
         f"rewards.bright.call={tmp_path}/mine.py:bright",

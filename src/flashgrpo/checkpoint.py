@@ -6,8 +6,10 @@ file's SHA-256; it is written last, so a checkpoint that was cut short or change
 only when it is whole. Pruning keeps the newest `keep` and the best.
 """
 
+import errno
 import hashlib
 import json
+import os
 import pathlib
 import pickle
 import threading
@@ -24,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from flashgrpo.distributed import Team
+from flashgrpo.distributed import Team, use_in_thread
 from flashgrpo.errors import UserError
 from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, remove
 
@@ -81,6 +83,7 @@ class Writer:
             self._team.agree(pending.result)
 
     def _write(self, path: Path, aside: Path, tensors: Tensors, progress: Progress) -> None:
+        use_in_thread(1, self._team.device)
         try:
             with explain_os_errors(path):
                 _write_shards(tensors, aside, self._group)
@@ -243,7 +246,10 @@ def _write_shards(tensors: Tensors, folder: Path, group: Any) -> None:
     try:
         dcp.save(dict(tensors), checkpoint_id=folder, process_group=group, no_dist=group is None)
     except dcp.api.CheckpointException as error:  # on every rank; it holds what happened on the one that failed
-        raise next(iter(error.failures.values()))[0] from error
+        failure = next(iter(error.failures.values()))[0]
+        if isinstance(failure, RuntimeError) and "inline_container" in str(failure):  # torch's archive, of a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise failure from error
 
 
 def _in_background(compute: Callable[[], None]) -> Future[None]:

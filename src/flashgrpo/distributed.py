@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from flashgrpo.config import ParallelConfig, RunConfig
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.heartbeat import connect
-from flashgrpo.shares import cut, overlap
+from flashgrpo.shares import cut
 
 T = TypeVar("T")
 
@@ -77,9 +77,10 @@ class Team:
         own = self.share(total)
         return slice(own.start, own.stop)
 
-    def share(self, total: int) -> range:
-        """The numbers of `total` samples that are this rank's; all data ranks together have each once."""
-        return cut(total, self.shares or [1.0] * self.data_size, self.data_rank)
+    def share(self, total: int, rank: int | None = None) -> range:
+        """The numbers of `total` samples that a rank draws, this one by default; all data ranks have each once."""
+        place = (self.rank if rank is None else rank) // self.context
+        return cut(total, self.shares or [1.0] * self.data_size, place)
 
     def scored_by(self, total: int, rank: int) -> range:
         """The numbers of `total` samples whose rewards a rank computes: its own, unless some ranks do so for all."""
@@ -88,36 +89,11 @@ class Team:
             return cut(total, weights, rank)
         if rank % self.context:
             return range(0)
-        return cut(total, self.shares or [1.0] * self.data_size, rank // self.context)
-
-    def hand_over(self, rows: Tensor, total: int) -> Tensor:
-        """From the rows of this rank's share of `total` samples, to those that it has to score; (B, ...) on the CPU."""
-        if not self.reward_ranks:
-            return rows
-        shape = next(shape for shape in self._exchange(list(rows.shape[1:]) if len(rows) else None) if shape)
-        wanted, have = self.scored_by(total, self.rank), self.share(total)
-        received = torch.empty(len(wanted), *shape)
-        transfers = []
-        for other in range(self.size):
-            place = other // self.context
-            theirs = cut(total, self.shares or [1.0] * self.data_size, place)
-            if other % self.context == 0 and (both := overlap(theirs, wanted)):
-                into = received[both.start - wanted.start : both.stop - wanted.start]
-                if other == self.rank:
-                    into.copy_(rows[both.start - have.start : both.stop - have.start])
-                else:
-                    transfers.append(dist.irecv(into, other, self.talk))
-            both = overlap(have, self.scored_by(total, other))
-            if both and self.rank % self.context == 0 and other != self.rank:
-                part = rows[both.start - have.start : both.stop - have.start].float().cpu().contiguous()
-                transfers.append(dist.isend(part, other, self.talk))
-        for transfer in filter(None, transfers):
-            transfer.wait()
-        return received
+        return self.share(total, rank)
 
     def gather(self, value: T) -> list[T]:
         """The JSON values of all data ranks, in the order of their samples."""
-        return self._exchange(value)[:: self.context]
+        return self.exchange(value)[:: self.context]
 
     def agree(self, compute: Callable[[], T]) -> list[T]:
         """Compute on every rank; returns the JSON values of all of them.
@@ -138,14 +114,14 @@ class Team:
             outcome: dict[str, Any] = {"value": compute() if mine else None}
         except UserError as error:
             outcome = {"error": str(error)}
-        outcomes = self._exchange(outcome)
+        outcomes = self.exchange(outcome)
         for one in outcomes:
             if "error" in one:
                 raise SharedError(one["error"])
         return [cast(T, one["value"]) for one in outcomes]
 
-    def _exchange(self, value: T) -> list[T]:
-        """As JSON, so that nothing is ever unpickled; Python writes and reads floats without loss."""
+    def exchange(self, value: T) -> list[T]:
+        """The JSON values of all ranks. Nothing is ever unpickled, and Python writes and reads floats without loss."""
         if self.size == 1:
             return [value]
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -159,7 +135,7 @@ class Team:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return any(self._exchange(flag))
+        return any(self.exchange(flag))
 
     def in_step(self, calls: Tensor) -> Tensor:
         """How many network calls every rank has to make, given how many each needs: (...) integers, the most of any.
@@ -192,7 +168,7 @@ class Team:
             SharedError: names the ranks that differ from the first copy and a tensor in which they do.
         """
         sums = {name: int(local(tensor).contiguous().view(torch.int32).sum()) for name, tensor in tensors.items()}
-        everyone = self._exchange(sums)
+        everyone = self.exchange(sums)
         copy = self.shard * self.context if self.wraps else 1  # ranks that hold one copy between them
         for rank, theirs in enumerate(everyone):
             different = [name for name, value in theirs.items() if value != everyone[rank % copy][name]]
@@ -226,22 +202,32 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def use_in_thread(threads: int, device: torch.device) -> None:
+    """Give a new thread the number of CPU threads and the GPU of the one it comes from."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def speaks() -> bool:
     """Whether this process is the one that prints results."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextlib.contextmanager
-def joined(config: RunConfig) -> Iterator[Team]:
+def joined(config: RunConfig, strict: bool = True) -> Iterator[Team]:
     """The team that the launcher's environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     The processes are cut into the mesh that `config.parallel` asks for. Inside, a process that dies ends all of them
     within `parallel.dead_after` seconds and a few; see `heartbeat.py`.
 
+    Args:
+        strict: False lets one process alone do what was trained on a mesh of several.
+
     Raises:
         UserError: the number of processes does not fit the mesh.
     """
-    settings = config.parallel
+    settings = config.parallel if strict or int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
     wraps = settings.shard > 1 or config.model.compute_dtype is not None
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     _check_mesh(settings, size)
@@ -280,14 +266,13 @@ def joined(config: RunConfig) -> Iterator[Team]:
             dist.barrier(group=talk)  # nobody leaves, and takes the store away, while others still watch
             heartbeat.stop()
             dist.barrier(group=talk)
+        if begun_here:
+            dist.destroy_process_group()
     except BaseException as error:
         explained = heartbeat.explain(error) if heartbeat else error
         if explained is error:
             raise
-        raise explained from None
-    finally:
-        if begun_here:
-            dist.destroy_process_group()
+        raise explained from None  # and the group stays: to take it down may wait for ranks that are gone
 
 
 def _check_mesh(settings: ParallelConfig, size: int) -> None:

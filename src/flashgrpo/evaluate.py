@@ -51,7 +51,7 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     rewards = Rewards(config.rewards)
     prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
     update = checkpoint.choose(run.checkpoints, checkpoint_update, Reporter().warn) if run else None
-    with joined(config) as team:
+    with joined(config, strict=False) as team:
         model = load_model(config.model, team, config.seed)
         evaluator = Evaluator(model, config, prompts, rewards, TextCache(model), team)
         base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
@@ -109,7 +109,8 @@ class Evaluator:
         videos = decode(self.policy.model, latents, settings.decode_micro_batch)
         table = score_all(self._team, self._rewards, videos, every, watched=True)
         shown = self._shown_rows()
-        kept = {row: videos[i].cpu() for i, row in enumerate(rows) if row in shown}
+        writes = self._team.rank % self._team.context == 0  # the ranks of a context have the same videos
+        kept = {row: videos[i].cpu() for i, row in enumerate(rows) if row in shown and writes}
         return Evaluation(every, table, shown, kept)
 
     def _shown_rows(self) -> list[int]:

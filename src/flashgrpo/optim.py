@@ -10,11 +10,47 @@ from flashgrpo.distributed import Team, local, whole
 from flashgrpo.errors import SharedError
 
 
-class Optimizer:
-    """AdamW over named parameters, with an exponential moving average that is updated once per optimizer step.
+class GradientSum:
+    """The gradient of an optimizer step, collected in parts and added up over all ranks; parameters may be sharded."""
 
-    Parameters may be whole or sharded; in either case gradients are added to `accumulate` by parts and `step` sees
-    their sum over all ranks.
+    def __init__(self, parameters: Mapping[str, nn.Parameter], team: Team) -> None:
+        self.parameters = dict(parameters)
+        self.team = team
+        self._gradients: list[Tensor] | None = None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        raise NotImplementedError
+
+    def collect(self) -> Tensor:
+        """Take what backward has left, added up over all ranks, into the gradient of the next step; returns its norm.
+
+        All ranks call this together. Parameters without a gradient count as zero.
+        """
+        parts = [_gradient(parameter) for parameter in self.parameters.values()]
+        self.team.add_up(parts)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self._gradients is None:
+            self._gradients = parts
+        else:
+            torch._foreach_add_([local(g) for g in self._gradients], [local(part) for part in parts])
+        return _norm(parts)
+
+    def take(self) -> list[Tensor]:
+        """What was collected, in the order of the parameters; the next step starts from nothing."""
+        assert self._gradients is not None, "collect() comes before step()"
+        gradients, self._gradients = self._gradients, None
+        return gradients
+
+    def step(self) -> float:
+        """Use up what was collected; returns its norm."""
+        raise NotImplementedError
+
+
+class Optimizer(GradientSum):
+    """AdamW over named parameters, with an exponential moving average that is updated once per optimizer step.
 
     Attributes:
         ema: name -> average, float32; what evaluation and export use.
@@ -23,13 +59,11 @@ class Optimizer:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, team: Team) -> None:
-        self.parameters = dict(parameters)
+        super().__init__(parameters, team)
         self.config = config
         self.steps = 0
         self.whole = True
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._team = team
-        self._gradients: list[Tensor] | None = None
         self._adamw = torch.optim.AdamW(
             self.parameters.values(),
             lr=config.lr,
@@ -50,28 +84,13 @@ class Optimizer:
         """The learning rate of the next step."""
         return self.config.lr * min(1.0, (self.steps + 1) / (self.config.warmup + 1))
 
-    def collect(self) -> Tensor:
-        """Take what backward has left, added up over all ranks, into the gradient of the next step; returns its norm.
-
-        All ranks call this together. Parameters without a gradient count as zero.
-        """
-        parts = [_gradient(parameter) for parameter in self.parameters.values()]
-        self._team.add_up(parts)
-        self._adamw.zero_grad()
-        if self._gradients is None:
-            self._gradients = parts
-        else:
-            torch._foreach_add_([local(g) for g in self._gradients], [local(part) for part in parts])
-        return _norm(parts)
-
     def step(self) -> float:
         """Clip what was collected, step, average the weights; returns the norm before clipping.
 
         Raises:
             SharedError: a gradient is not finite; the weights are as they were before.
         """
-        assert self._gradients is not None, "collect() comes before step()"
-        gradients, self._gradients = self._gradients, None
+        gradients = self.take()
         norm = float(_norm(gradients))
         if not norm < float("inf"):
             raise SharedError(

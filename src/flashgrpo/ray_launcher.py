@@ -1,5 +1,6 @@
 """A second launcher, for clusters that run Ray instead of torchrun: `pip install flash-grpo[ray]`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,17 @@ def train_on_ray(config: RunConfig, workers: int) -> Path:
         train_loop_config={"config": config.model_dump(mode="json")},
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=on_gpu),
         run_config=ray.train.RunConfig(storage_path=str(Path(config.out).parent / ".ray")),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if on_gpu else "gloo", timeout_s=int(config.parallel.timeout)
+        ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except Exception as error:  # Ray wraps what a worker raised, in other classes from release to release
+        told = re.search(r"(?:UserError|SharedError)\S*: (.+)", str(error))
+        if told:
+            raise UserError(told[1]) from None
+        raise
     return Path(config.out)
 
 

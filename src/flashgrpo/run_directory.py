@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -92,6 +93,8 @@ class RunDirectory:
         except BlockingIOError as error:
             self.close()
             raise UserError(f"out: another process is training into {self.path}") from error
+        for leftover in (*self.checkpoints.glob(".partial-*"), *self.checkpoints.glob(".removed-*")):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed while it wrote
         environment = {**_environment(team), "prompts": {key: _digest(file) for key, file in prompts.items()}}
         self._check_prompts(environment["prompts"])
         with write_aside(self.config_file) as aside:  # first, for it is what marks the folder as a run

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from flashgrpo import checkpoint
-from flashgrpo.distributed import alone, use_threads
+from flashgrpo.distributed import joined, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import deterministic_policy
 from flashgrpo.models import load_model
@@ -32,18 +32,18 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0, num_steps: int | No
     update = checkpoint.choose(directory.checkpoints, None, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     use_threads(config.parallel.threads)
-    team = alone()
-    model = load_model(config.model, team, config.seed)
-    policy = deterministic_policy(model, config, num_steps or config.evaluation.num_steps)
-    condition = model.encode([prompt])
-    noise = normal(model.latent_shape, seed, "sample")[None].to(model.device)
+    with joined(config, strict=False) as team:
+        model = load_model(config.model, team, config.seed)
+        policy = deterministic_policy(model, config, num_steps or config.evaluation.num_steps)
+        condition = model.encode([prompt])
+        noise = normal(model.latent_shape, seed, "sample")[None].to(model.device)
 
-    @torch.no_grad()
-    def video() -> torch.Tensor:
-        return model.decode(denoise(policy, noise, condition, Euler(), 1, team))[0]
+        @torch.no_grad()
+        def video() -> torch.Tensor:
+            return model.decode(denoise(policy, noise, condition, Euler(), 1, team))[0]
 
-    base = video()
-    with weights_replaced(model.network, averaged):
-        tuned = video()
+        base = video()
+        with weights_replaced(model.network, averaged):
+            tuned = video()
     write_mp4(out, side_by_side(base, tuned), config.model.fps)
     return out

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from flashgrpo.config import RewardConfig
-from flashgrpo.distributed import Team
+from flashgrpo.distributed import Team, use_in_thread
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.explain import first_line, suggest
 from flashgrpo.prompts import columns_of
+from flashgrpo.shares import overlap
 from flashgrpo.types import PlantedPair, Prompt, Reward, RewardTable, Videos
 
 
@@ -61,8 +63,8 @@ class Rewards:
         """
         names = [only] if only else [name for name, config in self.configs.items() if watched or not config.watched]
         texts, columns = [prompt.text for prompt in prompts], columns_of(prompts)
-        threads = torch.get_num_threads()  # a setting of each thread; sums may be split by it
-        with ThreadPoolExecutor(len(names), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        alike = (torch.get_num_threads(), videos.device)  # settings of each thread
+        with ThreadPoolExecutor(len(names), initializer=use_in_thread, initargs=alike) as pool:
             futures = [pool.submit(_call, name, self._calls[name], videos, texts, columns) for name in names]
             version = videos._version
             returned = [future.result() for future in futures]
@@ -96,7 +98,7 @@ def score_all(team: Team, rewards: Rewards, videos: Videos, prompts: Sequence[Pr
         SharedError: as `Rewards.score`, on every rank.
     """
     rows = team.scored_by(len(prompts), team.rank)
-    videos = team.hand_over(videos, len(prompts))
+    videos = hand_over(team, videos, len(prompts))
 
     def score() -> dict[str, Any] | None:
         if not rows:
@@ -112,6 +114,31 @@ def score_all(team: Team, rewards: Rewards, videos: Videos, prompts: Sequence[Pr
         values=torch.tensor([row for table in tables for row in table["values"]], dtype=torch.float64),
         weights=torch.tensor(tables[0]["weights"], dtype=torch.float64),
     )
+
+
+def hand_over(team: Team, rows: Tensor, total: int) -> Tensor:
+    """From the rows of this rank's share of `total` samples, to those that it has to score; (B, ...)."""
+    if not team.reward_ranks:
+        return rows
+    shape = next(shape for shape in team.exchange(list(rows.shape[1:]) if len(rows) else None) if shape)
+    wanted, have = team.scored_by(total, team.rank), team.share(total)
+    received = torch.empty(len(wanted), *shape)
+    transfers, sent = [], []
+    for other in range(team.size):
+        theirs = team.share(total, other)
+        if other % team.context == 0 and (both := overlap(theirs, wanted)):
+            into = received[both.start - wanted.start : both.stop - wanted.start]
+            if other == team.rank:
+                into.copy_(rows[both.start - have.start : both.stop - have.start])
+            else:
+                transfers.append(dist.irecv(into, other, team.talk))
+        both = overlap(have, team.scored_by(total, other))
+        if both and team.rank % team.context == 0 and other != team.rank:
+            sent.append(rows[both.start - have.start : both.stop - have.start].float().cpu().contiguous())
+            transfers.append(dist.isend(sent[-1], other, team.talk))
+    for transfer in filter(None, transfers):
+        transfer.wait()
+    return received.to(team.device)
 
 
 def load_reward(call: str, key: str) -> Reward:

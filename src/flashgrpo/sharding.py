@@ -62,6 +62,10 @@ def _split_tokens(network: nn.Module, team: Team) -> None:
         )
     if team.context_kind == "ulysses" and heads % team.context:
         raise UserError(f"parallel.context: {heads} attention heads cannot be split over {team.context} processes")
+    if team.context_kind == "ring":
+        if next(network.parameters()).dtype != torch.bfloat16:
+            raise UserError("parallel.context_kind: the GPU's attention for ring takes bfloat16: model.dtype=bfloat16")
+        network.set_attention_backend("_native_cudnn")  # type: ignore[operator]
     ring, ulysses = (team.context, 1) if team.context_kind == "ring" else (1, team.context)
     names = ("data", "ring", "ulysses")
     mesh = init_device_mesh(team.device.type, (team.data_size, ring, ulysses), mesh_dim_names=names)["ring", "ulysses"]

@@ -36,7 +36,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     with joined(config) as team:
         reporter = reporter or Reporter(quiet=not config.tracking.progress)
         run = Run(config, reporter if team.leads else Reporter(Console(quiet=True)), team)
-        with run, Interrupt(patient=team.size > 1) as interrupt:
+        with Interrupt(patient=team.size > 1) as interrupt, run:
             _train(run, interrupt)
         return run.directory.path
 
@@ -70,7 +70,7 @@ class Run:
         self.team = team
         self.progress = Progress()
         self._evaluations: list[dict[str, Any]] = []
-        self._saved = self._begun = 0  # the newest checkpoint on disk, and the one that is being written
+        self._saved = self._begun = Progress()  # of the newest checkpoint on disk, and of the one that is being written
         self.directory = RunDirectory(Path(config.out))
         team.lead(lambda: self.directory.check(config))
         self.parts = Assembly(config, team)
@@ -102,7 +102,8 @@ class Run:
             self.progress = Progress(**saved)
             checkpoint.read_into(self.directory.checkpoints, self.progress.update, state, self.team)
             self.optimizer.restored(state)
-            self._saved = self._begun = self.progress.update
+            self._saved = self._begun = self.progress
+            self.progress = self._as_evaluated(self.progress.update)
             done = self.progress.update >= self.config.updates
             self.reporter.say(
                 f"{self.directory.path} is complete; another run needs another folder"
@@ -110,6 +111,11 @@ class Run:
                 else f"continuing {self.directory.path} after update {self.progress.update}"
             )
         self.team.check_replicas(self.optimizer.weights())
+
+    def _as_evaluated(self, update: int) -> Progress:
+        """Where the run stands by its evaluations; the last may have been made up for after the checkpoint."""
+        best = max((line["update"] for line in self._evaluations if line["best"]), default=0)
+        return Progress(update, best, sum(line["update"] > best for line in self._evaluations))
 
     def _find_checkpoint(self) -> tuple[dict[str, int] | None, list[dict[str, Any]]]:
         update = checkpoint.newest_whole(self.directory.checkpoints, self.reporter.warn)
@@ -131,8 +137,8 @@ class Run:
                     self.reporter.warn(str(error))
         finally:
             self._close()
-        if self._saved < self.progress.update:
-            self.reporter.warn(f"updates after {self._saved} could not be saved and will be done again")
+        if self._saved.update < self.progress.update:
+            self.reporter.warn(f"updates after {self._saved.update} could not be saved and will be done again")
         if kind is None and self.progress.update < self.config.updates:
             reason = f"no new best in {self.progress.stale} evaluations" if self.is_stale else "interrupted"
             self.reporter.say(f"stopped after update {self.progress.update}: {reason}")
@@ -199,15 +205,19 @@ class Run:
         """Begin a checkpoint, unless there is one of this update or an update was broken off in the middle."""
         steps_per_update = self.config.optim.minibatches * self.config.optim.passes
         whole_update = self.optimizer.whole and self.optimizer.steps == self.progress.update * steps_per_update
-        if whole_update and self.progress.update > self._begun:
+        if whole_update and self.progress != self._begun:
             self._finish_writing()
             self.team.check_replicas(self.optimizer.weights())
             self.writer.save(self.optimizer.state(), self.progress)
-            self._begun = self.progress.update
+            self._begun = self.progress
 
     def _finish_writing(self) -> None:
         """Wait for the checkpoint that is being written."""
-        self.writer.wait()
+        try:
+            self.writer.wait()
+        except UserError:
+            self._begun = self._saved
+            raise
         self._saved = self._begun
 
 

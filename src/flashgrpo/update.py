@@ -11,7 +11,7 @@ from torch import Tensor
 from flashgrpo.config import OptimConfig
 from flashgrpo.distributed import Team
 from flashgrpo.loss import policy_losses, ratio_metrics
-from flashgrpo.optim import Optimizer
+from flashgrpo.optim import GradientSum
 from flashgrpo.policy import Policy
 from flashgrpo.presets import Algorithm
 from flashgrpo.types import Transitions
@@ -19,7 +19,7 @@ from flashgrpo.types import Transitions
 
 def policy_update(
     policy: Policy,
-    optimizer: Optimizer,
+    optimizer: GradientSum,
     transitions: Transitions,
     advantages: Float[Tensor, " batch"],
     algorithm: Algorithm,
@@ -48,7 +48,8 @@ def policy_update(
     advantages = advantages.to(device)
     metrics = UpdateMetrics(algorithm)
     for _ in range(config.passes):
-        for rows in torch.arange(len(k)).tensor_split(config.minibatches):
+        for first in range(config.minibatches):
+            rows = torch.arange(first, len(k), config.minibatches)  # some of every rank's
             for step, parts, idle in micro_batches(k[rows], owner[rows], team.data_rank, config.micro_batch):
                 for part in parts:
                     local = rows[part] - mine[0]

@@ -149,7 +149,7 @@ def planted_pairs(parts: Assembly, trial: Trial) -> Finding:
     """Rewards that declare a better and a worse video rank them so."""
     wrong, right = list[str](), list[str]()
     for name, pair in parts.rewards.planted_pairs().items():
-        videos = torch.stack([pair.worse, pair.better])
+        videos = torch.stack([pair.worse, pair.better]).to(parts.team.device)
         table = parts.rewards.score(videos, [pair.prompt, pair.prompt], watched=True, only=name)
         mean = table.values.mean(dim=1)
         (right if mean[1] > mean[0] else wrong).append(name)
@@ -161,7 +161,7 @@ def planted_pairs(parts: Assembly, trial: Trial) -> Finding:
 
 
 def replicas(parts: Assembly, trial: Trial) -> Finding:
-    """All copies of the network are the same after an optimizer step."""
+    """All copies of the network are the same after a step along the gradient."""
     if trial.replicas:
         return Finding("replicas", "unsound", trial.replicas)
     copies = parts.team.size // (parts.team.shard * parts.team.context)

@@ -1,7 +1,7 @@
 """A trial of a recipe on a few prompt groups, measured: what the doctor looks at. Weights end as they began."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from flashgrpo import memory
 from flashgrpo.assembly import Assembly, Experience, experience
 from flashgrpo.distributed import local
 from flashgrpo.errors import SharedError
-from flashgrpo.optim import Optimizer
+from flashgrpo.optim import GradientSum
 from flashgrpo.policy import Policy
 from flashgrpo.progress import Clock
 from flashgrpo.prompts import prompt_groups
@@ -32,7 +32,7 @@ class Trial:
         again: the rewards of the same videos, scored a second time: (B, R).
         received: trained parameter -> norm of its gradient.
         metrics: of the update; drift is there.
-        replicas: a sentence where copies of the network differ after an optimizer step.
+        replicas: a sentence where copies of the network differ after a step along the gradient.
         finish: largest distance between the rollout's latents and a noiseless finish of their last recorded step,
             relative to the latents' size; None where no sample can be followed.
         noise_floor: the largest |ratio - 1| if a replay were not cut into the rollout's batches; None: not measured.
@@ -78,7 +78,7 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
     """Draw, score, replay and learn from the first groups of the run, then undo what was learnt.
 
     Args:
-        thorough: also take an optimizer step, evaluate a few prompts, and measure numeric noise.
+        thorough: also step along the gradient, evaluate a few prompts, and measure numeric noise.
     """
     config, team, meter = parts.config, parts.team, Meter(parts.team.device)
     first = prompt_groups(parts.prompts, config.seed, 0, groups, group_size)
@@ -86,16 +86,11 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
     prompts = [group.prompt for group in first for _ in range(group_size)]
     again = score_all(team, parts.rewards, drawn.videos, prompts, watched=False).values
     recorder = _Recorder(parts, steps=thorough)
-    before = {name: local(weight).clone() for name, weight in recorder.parameters.items()}
-    advantages = drawn.advantages[drawn.mine]
-    try:
-        with meter("update"):
-            algorithm, optim = config.algorithm, config.optim
-            metrics = policy_update(parts.policy, recorder, drawn.transitions, advantages, algorithm, optim, team)
-        replicas = _difference(recorder)
-    finally:
-        for name, weight in recorder.parameters.items():
-            local(weight).copy_(before[name])
+    with meter("update"):
+        advantages = drawn.advantages[drawn.mine]
+        metrics = policy_update(
+            parts.policy, recorder, drawn.transitions, advantages, config.algorithm, config.optim, team
+        )
     evaluated = 0
     if thorough:
         with meter("evaluate"):
@@ -107,7 +102,7 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
         again,
         _on_any_rank(parts, recorder.received),
         metrics,
-        replicas,
+        recorder.difference,
         _distance_to_finish(parts, drawn),
         _noise_floor(parts.policy, drawn.transitions) if thorough and not team.wraps and len(drawn.latents) else None,
         evaluated,
@@ -117,37 +112,46 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
     )
 
 
-class _Recorder(Optimizer):
-    """An optimizer for the trial alone, which notes what gradient each parameter receives."""
+class _Recorder(GradientSum):
+    """Stands in for the optimizer: notes what gradient each parameter receives, and leaves the weights as they are."""
 
     def __init__(self, parts: Assembly, steps: bool) -> None:
-        super().__init__(parts.optimizer.parameters, parts.config.optim, parts.team)
-        self.team = parts.team
+        super().__init__(parts.optimizer.parameters, parts.team)
         self.received: dict[str, float] = defaultdict(float)
-        self._takes_steps = steps
+        self.difference: str | None = None
+        self._steps = steps
+
+    @property
+    def lr(self) -> float:
+        return 0.0
 
     def step(self) -> float:
-        assert self._gradients is not None
-        for name, gradient in zip(self.parameters, self._gradients, strict=True):
+        gradients = self.take()
+        for name, gradient in zip(self.parameters, gradients, strict=True):
             self.received[name] += float(torch.linalg.vector_norm(local(gradient)))
-        if self._takes_steps:
-            return super().step()
-        self._gradients = None
+        if self._steps:
+            self._compare_after_step(gradients)
         return 0.0
+
+    @torch.no_grad()
+    def _compare_after_step(self, gradients: Sequence[Tensor]) -> None:
+        """Step along the gradient, compare the copies of the network, step back."""
+        weights = [local(parameter) for parameter in self.parameters.values()]
+        before = [weight.to("cpu", copy=True) for weight in weights]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.sub_(local(gradient))
+        try:
+            self.team.check_replicas(self.parameters)
+        except SharedError as error:
+            self.difference = str(error)
+        for weight, kept in zip(weights, before, strict=True):
+            weight.copy_(kept)
 
 
 def _on_any_rank(parts: Assembly, received: dict[str, float]) -> dict[str, float]:
     """The largest norm of each gradient over the ranks: a small parameter may lie on one rank whole."""
     everyone = parts.team.gather(dict(received))
     return {name: max(theirs[name] for theirs in everyone) for name in received}
-
-
-def _difference(recorder: _Recorder) -> str | None:
-    try:
-        recorder.team.check_replicas(recorder.weights())
-    except SharedError as error:
-        return str(error)
-    return None
 
 
 @torch.no_grad()
