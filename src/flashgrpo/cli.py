@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.table import Table
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import speaks
 from flashgrpo.errors import UserError
+from flashgrpo.explain import suggest
 from flashgrpo.progress import Reporter, describe
 
 app = typer.Typer(
@@ -93,6 +94,24 @@ def sample(
     from flashgrpo.sample import sample as run_sample
 
     print(run_sample(run, prompt, out, seed, steps))
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    format: Annotated[
+        str, typer.Option(help="diffusers, comfyui (adapters) or merged (a whole pipeline).")
+    ] = "diffusers",
+    out: Annotated[Path | None, typer.Option(help="The folder; RUN/export/FORMAT when not given.")] = None,
+    checkpoint: Annotated[int | None, typer.Option(help="The update to export; the best when not given.")] = None,
+) -> None:
+    """Write the tuned weights for diffusers or ComfyUI, with a model card."""
+    from flashgrpo.export import Format
+    from flashgrpo.export import export as run_export
+
+    if format not in get_args(Format):
+        raise UserError(f"--format: {suggest(format, get_args(Format))}, not {format!r}")
+    print(run_export(run, format, out, checkpoint))  # type: ignore[arg-type]
 
 
 @app.command()

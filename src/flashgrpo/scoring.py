@@ -63,10 +63,10 @@ class Rewards:
         """
         names = [only] if only else [name for name, config in self.configs.items() if watched or not config.watched]
         texts, columns = [prompt.text for prompt in prompts], columns_of(prompts)
+        version = videos._version
         alike = (torch.get_num_threads(), videos.device)  # settings of each thread
         with ThreadPoolExecutor(len(names), initializer=use_in_thread, initargs=alike) as pool:
             futures = [pool.submit(_call, name, self._calls[name], videos, texts, columns) for name in names]
-            version = videos._version
             returned = [future.result() for future in futures]
         if videos._version != version:
             raise UserError("a reward changed the videos in place, which others read at the same time; work on a copy")

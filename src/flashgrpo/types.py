@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64, Shaped
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flashgrpo.schedule import SigmaGrid
 
 Latents = Float32[Tensor, "batch channels frames height width"]
+LoraStyle = Literal["diffusers", "comfyui"]
 Videos = Float[Tensor, "batch video_frames 3 video_height video_width"]
 
 
@@ -196,8 +197,12 @@ class VideoModel(Protocol):
         """Run the network once on nothing, for the sake of the collectives in it; differentiable."""
         ...
 
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write trained parameters (name -> tensor) in the format the family's own pipeline loads."""
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> None:
+        """Write trained adapters (name -> tensor) as the family's own pipeline loads them, or as ComfyUI does."""
+        ...
+
+    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a whole pipeline with the trained parameters in it; the model is of no further use afterwards."""
         ...
 
 

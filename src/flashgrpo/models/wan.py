@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import safetensors.torch
 import torch
 import transformers
 from diffusers import WanPipeline
@@ -21,7 +23,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.models.lora import prepare, trained_parameters, weights_replaced
 from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
 from flashgrpo.sharding import place
-from flashgrpo.types import Condition, Latents, Videos
+from flashgrpo.types import Condition, Latents, LoraStyle, Videos
 
 
 class WanModel:
@@ -148,13 +150,34 @@ class WanModel:
         finally:
             self.network.enable_adapters()  # type: ignore[operator]
 
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write `folder/pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights` reads."""
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> None:
+        """Write `folder/pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights` reads in both styles.
+
+        The one of ComfyUI has the original names of Wan's layers and the factor alpha / rank inside of B.
+        """
         layers = get_peft_model_state_dict(self.network, state_dict=dict(tensors), adapter_name="default")
-        metadata = copy.copy(self.network.peft_config["default"].to_dict())  # type: ignore[union-attr,index]
+        lora: Any = self.network.peft_config["default"]  # type: ignore[index]
+        if style == "comfyui":
+            folder.mkdir(parents=True, exist_ok=True)
+            named = {f"diffusion_model.{_original_name(name)}": tensor for name, tensor in layers.items()}
+            scale = lora.lora_alpha / lora.r
+            scaled = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in named.items()}
+            whole = {name: tensor.contiguous() for name, tensor in scaled.items()}
+            safetensors.torch.save_file(whole, folder / "pytorch_lora_weights.safetensors")
+            return
+        metadata = copy.copy(lora.to_dict())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+
+    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the pipeline with the adapters added to its weights, or with the fully trained weights."""
+        for name, parameter in trained_parameters(self.network).items():
+            parameter.data.copy_(tensors[name])
+        if isinstance(self.config.train, Lora):
+            self.network.fuse_lora()  # type: ignore[operator]
+            self.network.unload_lora()  # type: ignore[operator]
+        self.pipeline.save_pretrained(folder)
 
     def _tokens(self) -> int:
         patch_frames, patch_height, patch_width = self.pipeline.transformer.config.patch_size
@@ -188,3 +211,31 @@ class WanModel:
             config.height // vae.scale_factor_spatial,
             config.width // vae.scale_factor_spatial,
         )
+
+
+_ORIGINAL = (  # diffusers' names of Wan's layers -> those of the released checkpoints
+    (".attn1.", ".self_attn."),
+    (".attn2.", ".cross_attn."),
+    (".to_out.0.", ".o."),
+    (".to_q.", ".q."),
+    (".to_k.", ".k."),
+    (".to_v.", ".v."),
+    (".add_k_proj.", ".k_img."),
+    (".add_v_proj.", ".v_img."),
+    (".ffn.net.0.proj.", ".ffn.0."),
+    (".ffn.net.2.", ".ffn.2."),
+)
+
+
+def _original_name(name: str) -> str:
+    """`blocks.0.attn2.to_q.lora_A.weight` -> `blocks.0.cross_attn.q.lora_A.weight`.
+
+    Raises:
+        UserError: a layer outside of the blocks' attention and feed-forward layers.
+    """
+    original = name
+    for ours, theirs in _ORIGINAL:
+        original = original.replace(ours, theirs)
+    if not name.startswith("blocks.") or original == name:
+        raise UserError(f"--format comfyui: layer {name.split('.lora_')[0]} has no name there; use diffusers or merged")
+    return original

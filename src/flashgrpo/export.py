@@ -1,0 +1,82 @@
+"""Getting the result out: adapters for diffusers and ComfyUI, or a merged pipeline, with a model card."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from flashgrpo import checkpoint
+from flashgrpo.config import Lora, RunConfig
+from flashgrpo.distributed import alone
+from flashgrpo.errors import UserError
+from flashgrpo.files import write_aside
+from flashgrpo.models import load_model
+from flashgrpo.progress import Reporter, describe
+from flashgrpo.run_directory import RunDirectory
+
+Format = Literal["diffusers", "comfyui", "merged"]
+
+
+def export(
+    run: Path, format: Format = "diffusers", out: Path | None = None, checkpoint_update: int | None = None
+) -> Path:
+    """Write the averaged weights of a checkpoint, the best by default, in a format that others load.
+
+    - `diffusers`: adapters for `pipe.load_lora_weights(folder)`.
+    - `comfyui`: the same under the original names of the family's layers, which ComfyUI (and diffusers) reads.
+    - `merged`: a whole pipeline folder for `from_pretrained`; the only one for a fully trained model.
+
+    Returns:
+        The folder, `RUN/export/FORMAT` by default; its README.md is a model card.
+
+    Raises:
+        UserError: no run or checkpoint, adapters asked of a fully trained model, or a folder that is not empty.
+    """
+    directory, config = RunDirectory.existing(run)
+    if format != "merged" and not isinstance(config.model.train, Lora):
+        raise UserError(f"--format {format}: {run} trained every weight, so there are no adapters; use --format merged")
+    folder = out or run / "export" / format
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} exists and is not empty; choose another folder")
+    update = checkpoint.choose(directory.checkpoints, checkpoint_update, Reporter().warn)
+    averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
+    model = load_model(config.model.model_copy(update={"compute_dtype": None}), alone(), config.seed)
+    with write_aside(folder) as aside:
+        aside.mkdir()
+        if format == "merged":
+            model.save_merged(aside, averaged)
+        else:
+            model.save_lora(aside, averaged, style=format)
+        (aside / "README.md").write_text(_card(config, format, update, directory.evaluations()), encoding="utf-8")
+    return folder
+
+
+def _card(config: RunConfig, format: Format, update: int, evaluations: list[dict[str, Any]]) -> str:
+    """What a reader of the files needs to know: base, data, reward, settings, and the paired result."""
+    train, algorithm = config.model.train, config.algorithm
+    evaluated = next((line for line in evaluations if line["update"] == update and update), None)
+    result = "This checkpoint was not evaluated."
+    if evaluated:
+        result = f"{describe(evaluated).capitalize()}, on {len(evaluated['samples'])} held-out videos, paired by noise."
+        watched = [
+            f"{name} {evaluated['watched'][name] - evaluated['base_watched'][name]:+.3f}"
+            for name in evaluated["watched"]
+        ]
+        result += f" Watched and never trained on: {', '.join(watched)}." if watched else ""
+    what = f"LoRA, rank {train.rank}, alpha {train.alpha}" if isinstance(train, Lora) else "every weight"
+    rewards = ", ".join(f"{name} ({reward.call})" for name, reward in config.rewards.items() if not reward.watched)
+    lines = {
+        "Base": config.model.path,
+        "Trained": f"{what}; {update} updates of {config.rollout.prompts} x {config.rollout.group_size} videos",
+        "Videos": f"{config.model.width} x {config.model.height}, {config.model.num_frames} frames",
+        "Prompts": config.prompts.train,
+        "Reward": rewards,
+        "Algorithm": f"steps {algorithm.steps}, noise {algorithm.noise}, weighting {algorithm.weighting}",
+        "Guidance": f"{config.rollout.guidance_scale:g} in training, {config.rollout.num_steps} steps",
+        "Seed": str(config.seed),
+    }
+    use = {
+        "diffusers": 'pipe.load_lora_weights("this/folder")',
+        "comfyui": "LoraLoader on pytorch_lora_weights.safetensors, strength 1",
+        "merged": 'DiffusionPipeline.from_pretrained("this/folder")',
+    }
+    facts = "\n".join(f"- {name}: {value}" for name, value in lines.items())
+    return f"# Aligned with Flash-GRPO\n\n{result}\n\n{facts}\n\nTo use it: `{use[format]}`\n"

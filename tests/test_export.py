@@ -1,0 +1,109 @@
+"""What others load is what was trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanPipeline
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from flashgrpo import checkpoint
+from flashgrpo.cli import app
+from flashgrpo.distributed import alone
+from flashgrpo.errors import UserError
+from flashgrpo.export import export
+from flashgrpo.models import load_model
+from flashgrpo.models.lora import weights_replaced
+from flashgrpo.train import train
+from tests.conftest import WEIGHTS, small_run
+
+
+def finished_run(folder: Path, *overrides: str):
+    config = small_run(folder / "run", "updates=2", "optim.lr=1e-2", "optim.ema={decay: 0, every: 1}", *overrides)
+    return config, train(config)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A run that trained adapters on every kind of layer that has a name in both styles."""
+    targets = "[to_q, to_k, to_v, to_out.0, ffn.net.0.proj, ffn.net.2]"
+    return finished_run(
+        tmp_path_factory.mktemp("lora"), f"model.train={{kind: lora, rank: 4, alpha: 10, targets: {targets}}}"
+    )
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return finished_run(tmp_path_factory.mktemp("full"), "model.train={kind: full}", "optim.lr=1e-4")
+
+
+def velocities(run, network) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(base, trained policy, what `network` computes) for one input."""
+    config, folder = run
+    model = load_model(config.model, alone(), config.seed)
+    x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    text, timestep = model.encode(["a red circle moving left slowly"]).tensors["text"], torch.tensor([500.0])
+    update = checkpoint.choose(folder / "checkpoints", None, print)
+    with torch.no_grad():
+        base = model.network(x, timestep, text, return_dict=False)[0]
+        with weights_replaced(model.network, checkpoint.load(folder / "checkpoints", update)["ema"]):
+            trained = model.network(x, timestep, text, return_dict=False)[0]
+        return base, trained, network(x, timestep, text, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("style", ["diffusers", "comfyui"])
+def test_adapters_give_diffusers_the_trained_velocity(lora, style):
+    _, run = lora
+    folder = export(run, style)
+    pipeline = WanPipeline.from_pretrained(WEIGHTS, dtype=torch.float32)
+    pipeline.load_lora_weights(folder)
+    base, trained, loaded = velocities(lora, pipeline.transformer)
+    assert not torch.allclose(base, trained, atol=1e-3)
+    torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
+    card = (folder / "README.md").read_text()
+    assert "rank 4, alpha 10" in card
+    assert "above the base" in card or "below the base" in card or "not evaluated" in card
+
+
+def test_comfyui_gets_the_original_names(lora):
+    _, run = lora
+    tensors = load_file(export(run, "comfyui") / "pytorch_lora_weights.safetensors")
+    layers = {name.split(".lora_")[0] for name in tensors if ".blocks.0." in name}
+    names = [f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"]
+    assert layers == {f"diffusion_model.blocks.0.{name}" for name in [*names, "ffn.0", "ffn.2"]}
+    assert len(tensors) == 6 * 10 * 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_merged_pipeline_is_the_trained_one(kind, request, tmp_path):
+    run = request.getfixturevalue(kind)
+    folder = export(run[1], "merged", tmp_path / "merged")
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    assert not [name for name in pipeline.transformer.state_dict() if "lora" in name]
+    base, trained, loaded = velocities(run, pipeline.transformer)
+    assert not torch.allclose(base, trained, atol=1e-4)
+    torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_exported(lora, full, tmp_path):
+    with pytest.raises(UserError, match="trained every weight, so there are no adapters"):
+        export(full[1], "comfyui")
+    (tmp_path / "taken.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        export(lora[1], "merged", tmp_path)
+    with pytest.raises(UserError, match="no run directory"):
+        export(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint of update 99"):
+        export(lora[1], checkpoint_update=99)
+    result = CliRunner().invoke(app, ["export", str(lora[1]), "--format", "difusers"])
+    assert isinstance(result.exception, UserError)
+    assert "diffusers" in str(result.exception)
+
+
+def test_a_layer_without_an_original_name(tmp_path):
+    run = finished_run(tmp_path, "model.train={kind: lora, rank: 2, targets: [proj_out]}", "updates=1")
+    with pytest.raises(UserError, match="layer proj_out has no name there"):
+        export(run[1], "comfyui")
+    assert not (run[1] / "export/comfyui").exists()
+    assert export(run[1], "diffusers").is_dir()
