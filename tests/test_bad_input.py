@@ -71,7 +71,12 @@ def test_settings(command, recipe, tmp_path):
         ("empty.txt", b"", "has no prompts"),
         ("blank.txt", b"\n  \n", "has no prompts"),
         ("latin.txt", "a caf\xe9\n".encode("latin-1"), "is not UTF-8 (byte 5)"),
-        ("odd.csv", b"a\n", "must end in .txt or .jsonl"),
+        ("odd.md", b"a\n", "must end in .txt, .jsonl, .csv, .parquet"),
+        ("keyless.csv", b"text,n\na,1\n", 'line 2 must be an object with a text under "prompt"'),
+        ("long.csv", b"prompt,n\na,1,2\n", "line 2 has another number of fields"),
+        ("short.csv", b"prompt,n\na\n", "line 2 has another number of fields"),
+        ("header.csv", b"prompt,n\n", "has no prompts"),
+        ("bad.parquet", b"PAR0", "bad.parquet"),
         ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
         ("keyless.jsonl", b'{"text": "a"}\n', 'must be an object with a text under "prompt"'),
         (

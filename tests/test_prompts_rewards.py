@@ -19,6 +19,12 @@ VIDEOS = torch.linspace(0, 1, 3)[:, None, None, None, None].expand(3, 2, 3, 8, 8
 def test_text_and_json_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n  two \n", "utf-8")
     assert [prompt.text for prompt in read_prompts(str(tmp_path / "a.txt"), "prompts.train")] == ["one", "two"]
+    (tmp_path / "a.csv").write_text('prompt,note\n"one, two",x\n\n"three\nlines",\n', "utf-8")
+    prompts = read_prompts(str(tmp_path / "a.csv"), "prompts.train")
+    assert [(prompt.text, dict(prompt.columns)) for prompt in prompts] == [
+        ("one, two", {"note": "x"}),
+        ("three\nlines", {"note": ""}),
+    ]
     (tmp_path / "a.jsonl").write_text('{"prompt": "eins", "n": 1}\n{"n": 2, "prompt": "zwei é"}\n', "utf-8")
     prompts = read_prompts(str(tmp_path / "a.jsonl"), "prompts.train")
     assert prompts == [Prompt("eins", {"n": 1}), Prompt("zwei é", {"n": 2})]
@@ -139,3 +145,11 @@ def test_the_interval_covers_the_mean_about_as_often_as_it_says():
     assert hits >= 50
     assert bootstrap_interval(np.array([0.5, 0.5, 0.5])) == [0.5, 0.5]
     assert bootstrap_interval(np.array([0.5])) is None
+
+
+def test_parquet_where_its_library_is_there(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"prompt": ["one", "two"], "n": [1, 2]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    prompts = read_prompts(str(tmp_path / "a.parquet"), "prompts.train")
+    assert [(prompt.text, dict(prompt.columns)) for prompt in prompts] == [("one", {"n": 1}), ("two", {"n": 2})]

@@ -124,7 +124,7 @@ class OptimConfig(Part):
 
 
 class PromptsConfig(Part):
-    """Prompt files, one prompt a line: .txt, or .jsonl with a `prompt` key whose other keys reach the rewards."""
+    """Prompt files: .txt, a prompt a line; .jsonl, .csv, .parquet, whose columns beside `prompt` reach the rewards."""
 
     train: str
     heldout: str

@@ -1,5 +1,7 @@
 """Prompts: from a file to the groups of an update, as a pure function of (seed, update)."""
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,13 +11,17 @@ from typing import Any
 import torch
 
 from flashgrpo.errors import UserError
+from flashgrpo.explain import first_line
 from flashgrpo.recipe import resolve_path
 from flashgrpo.seeds import generator
 from flashgrpo.types import Condition, Prompt, PromptGroup, VideoModel
 
 
 def read_prompts(path: str, key: str) -> list[Prompt]:
-    """Read a prompt file: .txt (a prompt a line) or .jsonl (`prompt` and further columns). Empty lines are skipped.
+    """Read a prompt file; empty lines are skipped.
+
+    .txt has a prompt a line; .jsonl, .csv and .parquet have a column `prompt`, and the others reach the rewards,
+    as text from a .csv.
 
     Args:
         key: the setting that names the file, for the sentence that a bad one gets.
@@ -24,16 +30,9 @@ def read_prompts(path: str, key: str) -> list[Prompt]:
         UserError: missing, not UTF-8, empty, a line that is no prompt, or columns that differ from line to line.
     """
     file = Path(resolve_path(path))
-    if file.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"{key}: {file} must end in .txt or .jsonl")
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")  # JSON text may hold U+2028, which splitlines() cuts
-    except OSError as error:
-        raise UserError(f"{key}: {file} cannot be read: {(error.strerror or str(error)).lower()}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {file} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    parse = _parse_json if file.suffix == ".jsonl" else lambda line, where: Prompt(line.strip(), {})
-    prompts = [parse(line, f"{key}: {file} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if file.suffix not in READERS:
+        raise UserError(f"{key}: {file} must end in {', '.join(READERS)}")
+    prompts = READERS[file.suffix](file, f"{key}: {file}")
     if not prompts:
         raise UserError(f"{key}: {file} has no prompts")
     for n, prompt in enumerate(prompts, 1):
@@ -42,11 +41,61 @@ def read_prompts(path: str, key: str) -> list[Prompt]:
     return prompts
 
 
-def _parse_json(line: str, where: str) -> Prompt:
+def _read_text(file: Path, where: str) -> str:
     try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is no JSON") from error
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+
+
+def _read_txt(file: Path, where: str) -> list[Prompt]:
+    return [Prompt(line.strip(), {}) for line in _read_text(file, where).split("\n") if line.strip()]
+
+
+def _read_jsonl(file: Path, where: str) -> list[Prompt]:
+    lines = enumerate(_read_text(file, where).split("\n"), 1)  # JSON text may hold U+2028, which splitlines() cuts
+    prompts = []
+    for n, line in lines:
+        if not line.strip():
+            continue
+        try:
+            record: Any = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where} line {n} is no JSON") from error
+        prompts.append(_prompt(record, f"{where} line {n}"))
+    return prompts
+
+
+def _read_csv(file: Path, where: str) -> list[Prompt]:
+    reader = csv.DictReader(io.StringIO(_read_text(file, where), newline=""), restkey="", restval=None)
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{where} line {reader.line_num} is no CSV: {error}") from error
+    for n, row in rows:
+        if "" in row or None in row.values():
+            raise UserError(f"{where} line {n} has another number of fields than the header")
+    return [_prompt(row, f"{where} line {n}") for n, row in rows]
+
+
+def _read_parquet(file: Path, where: str) -> list[Prompt]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{where} needs pyarrow: pip install pyarrow") from error
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{where} cannot be read: {first_line(error)}") from error
+    return [_prompt(row, f"{where} row {n}") for n, row in enumerate(rows, 1)]
+
+
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _prompt(record: Any, where: str) -> Prompt:
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
         raise UserError(f'{where} must be an object with a text under "prompt"')
     return Prompt(record.pop("prompt").strip(), record)

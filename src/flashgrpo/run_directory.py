@@ -162,7 +162,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    text = json.dumps([[prompt.text, dict(prompt.columns)] for prompt in prompts], sort_keys=True)
+    text = json.dumps([[prompt.text, dict(prompt.columns)] for prompt in prompts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
