@@ -58,7 +58,7 @@ class Writer:
 
     def __init__(self, folder: Path, keep: int, team: Team) -> None:
         self._folder, self._keep, self._team = folder, keep, team
-        self._group = dist.new_group(backend="gloo") if team.size > 1 else None  # collectives of the thread
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # collectives of the thread
         self._pending: Future[None] | None = None
 
     def save(self, tensors: Tensors, progress: Progress) -> None:
@@ -184,7 +184,7 @@ def read_into(folder: Path, update: int, tensors: Tensors, team: Team) -> None:
         if name not in wanted or not isinstance(there, TensorStorageMetadata) or there.size != wanted[name].shape:
             raise UserError(f"the checkpoint is of another model or adapter: {name} is missing or of another shape")
     state = {kind: dict(named) for kind, named in tensors.items()}
-    dcp.load(state, storage_reader=reader, no_dist=team.size == 1)
+    dcp.load(state, storage_reader=reader)
 
 
 def load(
@@ -197,7 +197,7 @@ def load(
         kind, _, name = full_name.partition(".")
         if kind in state and isinstance(there, TensorStorageMetadata):
             state[kind][name] = torch.empty(there.size, dtype=there.properties.dtype)
-    dcp.load(state, storage_reader=_Reader(_path(folder, update)), no_dist=True)
+    dcp.load(state, storage_reader=_Reader(_path(folder, update)))
     return state
 
 
@@ -244,7 +244,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 def _write_shards(tensors: Tensors, folder: Path, group: Any) -> None:
     try:
-        dcp.save(dict(tensors), checkpoint_id=folder, process_group=group, no_dist=group is None)
+        dcp.save(dict(tensors), checkpoint_id=folder, process_group=group)
     except dcp.api.CheckpointException as error:  # on every rank; it holds what happened on the one that failed
         failure = next(iter(error.failures.values()))[0]
         if isinstance(failure, RuntimeError) and "inline_container" in str(failure):  # torch's archive, of a full disk
