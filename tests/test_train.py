@@ -301,11 +301,15 @@ def test_a_second_process_is_kept_out(make_run):
 
 
 def test_a_second_interrupt_is_not_swallowed():
-    with Interrupt() as interrupt:
-        signal.raise_signal(signal.SIGINT)
-        assert interrupt.requested
-        with pytest.raises(KeyboardInterrupt):
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is made to ignore it
+    try:
+        with Interrupt() as interrupt:
             signal.raise_signal(signal.SIGINT)
+            assert interrupt.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_under_torchrun_a_second_interrupt_is_the_same_one():
