@@ -4,7 +4,6 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import diffusers  # noqa: F401  (the nursery imports once what every child needs)
 import torch
@@ -142,7 +141,7 @@ def fail_on_rank_1(recipe: str, *overrides: str) -> None:
     module, real = sys.modules["flashgrpo.train"], policy_update
 
     def buggy(*arguments):
-        if os.environ["RANK"] == "1" and (Path(arguments[0].model.config.path) or True):
+        if os.environ["RANK"] == "1":
             raise KeyError("planted")
         return real(*arguments)
 

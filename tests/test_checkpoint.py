@@ -19,8 +19,11 @@ from flashgrpo.run_directory import read_lines
 TENSORS = {"policy": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}, "ema": {"a": torch.ones(2, 3).T}}
 
 
-def save(folder, update, best=0, keep=2):
-    return checkpoint.save(folder, TENSORS, Progress(update, best, 1), keep, alone())
+def save(folder, update, best=0, keep=2, tensors=TENSORS):
+    writer = checkpoint.Writer(folder, keep, alone())
+    writer.save(tensors, Progress(update, best, 1))
+    writer.wait()
+    return folder / f"{update:06d}"
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path):
@@ -154,7 +157,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_tensor(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*000001: no space left on device"):
-            checkpoint.save(tmp_path, {"policy": {"w": torch.zeros(400_000)}}, Progress(1), 2, alone())
+            save(tmp_path, 1, tensors={"policy": {"w": torch.zeros(400_000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())

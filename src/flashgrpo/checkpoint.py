@@ -97,18 +97,6 @@ class Writer:
             raise
 
 
-def save(folder: Path, tensors: Tensors, progress: Progress, keep: int, team: Team) -> Path:
-    """Write `folder/UPDATE` whole or not at all and wait for it, then delete old ones.
-
-    Raises:
-        UserError: the disk is full or not writable; older checkpoints are untouched.
-    """
-    writer = Writer(folder, keep, team)
-    writer.save(tensors, progress)
-    writer.wait()
-    return _path(folder, progress.update)
-
-
 def newest_whole(folder: Path, warn: Callable[[str], None]) -> int | None:
     """The update of the newest checkpoint that is whole; None where there is none. `warn` hears of those passed over.
 

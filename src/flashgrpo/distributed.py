@@ -162,7 +162,7 @@ class Team:
             gradient.copy_(summed.view_as(gradient))
 
     def check_replicas(self, tensors: Mapping[str, Tensor]) -> None:
-        """Whether all copies of the tensors are the same bit for bit.
+        """Whether all copies of the tensors have the same checksum, the sum of their bits as integers.
 
         Raises:
             SharedError: names the ranks that differ from the first copy and a tensor in which they do.
@@ -270,6 +270,8 @@ def joined(config: RunConfig, strict: bool = True) -> Iterator[Team]:
             dist.destroy_process_group()
     except BaseException as error:
         explained = heartbeat.explain(error) if heartbeat else error
+        if begun_here and size == 1:
+            dist.destroy_process_group()
         if explained is error:
             raise
         raise explained from None  # and the group stays: to take it down may wait for ranks that are gone

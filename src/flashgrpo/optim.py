@@ -1,5 +1,6 @@
 """The optimizer step: AdamW, linear warm-up, clipping by global norm, and a moving average of the weights."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from flashgrpo.distributed import Team, local, whole
 from flashgrpo.errors import SharedError
 
 
-class GradientSum:
+class GradientSum(ABC):
     """The gradient of an optimizer step, collected in parts and added up over all ranks; parameters may be sharded."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], team: Team) -> None:
@@ -19,9 +20,9 @@ class GradientSum:
         self._gradients: list[Tensor] | None = None
 
     @property
+    @abstractmethod
     def lr(self) -> float:
         """The learning rate of the next step."""
-        raise NotImplementedError
 
     def collect(self) -> Tensor:
         """Take what backward has left, added up over all ranks, into the gradient of the next step; returns its norm.
@@ -44,9 +45,9 @@ class GradientSum:
         gradients, self._gradients = self._gradients, None
         return gradients
 
+    @abstractmethod
     def step(self) -> float:
         """Use up what was collected; returns its norm."""
-        raise NotImplementedError
 
 
 class Optimizer(GradientSum):

@@ -165,7 +165,7 @@ def replicas(parts: Assembly, trial: Trial) -> Finding:
     if trial.replicas:
         return Finding("replicas", "unsound", trial.replicas)
     copies = parts.team.size // (parts.team.shard * parts.team.context)
-    return Finding("replicas", "sound", f"{copies} copies of the network are the same bit for bit after a step")
+    return Finding("replicas", "sound", f"{copies} copies of the network have the same checksum after a step")
 
 
 def prompts(parts: Assembly, trial: Trial) -> Finding:

@@ -161,8 +161,10 @@ def _distance_to_finish(parts: Assembly, drawn: Experience) -> float | None:
         return None  # calls of a network that is held between ranks have to be made by all of them
     last = {int(sample): row for row, sample in enumerate(transitions.sample)}  # sorted by sample, then by step
     batch = transitions[torch.tensor(list(last.values())[: policy.micro_batch])]
-    if getattr(steps, "fraction", 1.0) < 1 and int(batch.k.min()) < max(steps.candidates(policy.grid.num_steps)):
-        return None  # a step that is stochastic and not trained is not recorded
+    groups, seed, num_steps = torch.arange(drawn.rewards.values.shape[0]), parts.config.seed, policy.grid.num_steps
+    unrecorded = steps.mask(seed, 0, groups, num_steps) & ~steps.trained(seed, 0, groups, num_steps)
+    if unrecorded[:, int(batch.k.min()) + 1 :].any():
+        return None  # a step that is stochastic and not trained follows
     x, condition = batch.x_next, batch.condition[batch.sample]
     for step in range(int(batch.k.min()) + 1, policy.grid.num_steps):
         rows = (batch.k < step).nonzero().flatten()
