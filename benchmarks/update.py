@@ -30,8 +30,8 @@ class Watch:
         self.spent = 0.0
         self.at_update: list[float] = []
         for owner, name in (
-            (WanModel, "_forward"),
-            (WanModel, "_embed"),
+            (WanModel, "forward"),
+            (WanModel, "encode"),
             (WanModel, "decode"),
             (torch.Tensor, "backward"),
             (scoring, "_call"),

@@ -1,7 +1,9 @@
 import os
+import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for a hub is a mistake
+os.environ["FLASHGRPO_CACHE"] = tempfile.mkdtemp(prefix="flashgrpo-test-")  # not the user's; jobs inherit it
 
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import torch
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import alone
-from flashgrpo.models.wan import WanModel
+from flashgrpo.models import load_model
+from flashgrpo.types import VideoModel
 from tests.processes import Nursery
 
 torch.set_num_threads(1)  # many short operations: two threads mostly wait for each other, far longer on a busy machine
@@ -63,10 +66,10 @@ def make_run(tmp_path: Path):
 def make_model(make_run):
     """The bundled model, with overrides of its run's settings."""
 
-    def make(*overrides: str) -> WanModel:
+    def make(*overrides: str) -> VideoModel:
         config = make_run(*overrides)
         keep = config.algorithm.kl_coef > 0
-        return WanModel.load(str(WEIGHTS), config.model, alone(), config.seed, keep_reference=keep)
+        return load_model(config.model, alone(), config.seed, keep_reference=keep)
 
     return make
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import flashgrpo.doctor
-import flashgrpo.models.wan
+import flashgrpo.models.network
 import flashgrpo.report
 from flashgrpo import evaluate as evaluation
 from flashgrpo import train as training
@@ -125,13 +125,13 @@ def held(network: torch.nn.Module) -> int:
 
 def replicas_that_differ(recipe: str, *overrides: str) -> None:
     """Rank 1 starts from other weights."""
-    real = flashgrpo.models.wan.prepare
+    real = flashgrpo.models.network.prepare
 
-    def other(network, train, seed):
+    def other(network, train, seed, prefix):
 
-        real(network, train, seed + int(os.environ["RANK"]))
+        real(network, train, seed + int(os.environ["RANK"]), prefix)
 
-    flashgrpo.models.wan.prepare = other
+    flashgrpo.models.network.prepare = other
     train(recipe, *overrides)
 
 
@@ -156,8 +156,10 @@ def examine(recipe: str, *overrides: str) -> dict:
 
 def examine_with_other_replica(recipe: str) -> dict:
     """The doctor, of a run of which rank 1 has other weights."""
-    real = flashgrpo.models.wan.prepare
-    flashgrpo.models.wan.prepare = lambda network, train, seed: real(network, train, seed + int(os.environ["RANK"]))
+    real = flashgrpo.models.network.prepare
+    flashgrpo.models.network.prepare = lambda network, train, seed, prefix: real(
+        network, train, seed + int(os.environ["RANK"]), prefix
+    )
     return examine(recipe)
 
 

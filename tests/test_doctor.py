@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import flashgrpo.assembly
 import flashgrpo.doctor.costs
+import flashgrpo.models.network
 import flashgrpo.models.wan
 from flashgrpo import memory
 from flashgrpo.cli import app
@@ -125,27 +126,27 @@ def test_replay_that_differs_from_rollout(diagnose, monkeypatch):
 
 
 def test_a_layer_without_its_adapter(diagnose, monkeypatch):
-    real = flashgrpo.models.wan.prepare
+    real = flashgrpo.models.network.prepare
 
-    def forgetful(network, choice, seed):
-        real(network, choice, seed)
+    def forgetful(network, choice, seed, prefix):
+        real(network, choice, seed, prefix)
         attention = network.blocks[2].attn2
         attention.to_q = attention.to_q.base_layer
 
-    monkeypatch.setattr(flashgrpo.models.wan, "prepare", forgetful)
+    monkeypatch.setattr(flashgrpo.models.network, "prepare", forgetful)
     assert "adapters sit on 23 of 24 targeted layers" in only_fault(diagnose(), "trained layers")
 
 
 @pytest.mark.parametrize("choice", ["{kind: lora, rank: 2, targets: [attn2.to_q]}", "{kind: full}"])
 def test_a_parameter_without_gradient(diagnose, monkeypatch, choice):
-    real = flashgrpo.models.wan.prepare
+    real = flashgrpo.models.network.prepare
 
-    def cut(network, chosen, seed):
-        real(network, chosen, seed)
+    def cut(network, chosen, seed, prefix):
+        real(network, chosen, seed, prefix)
         name = next(name for name in trained_parameters(network) if "attn2.to_q" in name and "lora_A" not in name)
         trained_parameters(network)[name].register_hook(torch.zeros_like)
 
-    monkeypatch.setattr(flashgrpo.models.wan, "prepare", cut)
+    monkeypatch.setattr(flashgrpo.models.network, "prepare", cut)
     assert "1 trained parameters receive no gradient" in only_fault(diagnose(f"model.train={choice}"), "trained layers")
 
 
@@ -212,7 +213,7 @@ def test_an_evaluation_that_samples_as_training_does(diagnose, monkeypatch):
 
     def stochastic(model, config, num_steps):
         policy = real(model, config, num_steps)
-        return Policy(model, policy.grid, LinearSde(1.0)(policy.grid.sigmas), policy.guidance_scale, 1)
+        return Policy(model, policy.grid, LinearSde(1.0)(policy.grid.sigmas), policy.guidance, 1)
 
     monkeypatch.setattr(module, "deterministic_policy", stochastic)
     assert "evaluation adds noise" in only_fault(diagnose(), "evaluation sampler")
@@ -232,9 +233,9 @@ def test_prompts(diagnose, tmp_path):
 def test_an_embedding_that_is_not_finite(diagnose, monkeypatch):
     real = flashgrpo.models.wan.WanModel.encode
 
-    def encode(self, texts):
-        condition = real(self, texts)
-        if texts == ["a cyan circle moving right quickly"]:  # held out, and not the first
+    def encode(self, prompts):
+        condition = real(self, prompts)
+        if [prompt.text for prompt in prompts] == ["a cyan circle moving right quickly"]:  # held out, and not the first
             condition.tensors["text"][:] = float("nan")
         return condition
 

@@ -16,6 +16,7 @@ from flashgrpo.export import export
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.train import train
+from flashgrpo.types import Prompt
 from tests.conftest import WEIGHTS, small_run
 
 
@@ -43,7 +44,10 @@ def velocities(run, network) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     config, folder = run
     model = load_model(config.model, alone(), config.seed)
     x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    text, timestep = model.encode(["a red circle moving left slowly"]).tensors["text"], torch.tensor([500.0])
+    text, timestep = (
+        model.encode([Prompt("a red circle moving left slowly", {})]).tensors["text"],
+        torch.tensor([500.0]),
+    )
     update = checkpoint.choose(folder / "checkpoints", None, print)
     with torch.no_grad():
         base = model.network(x, timestep, text, return_dict=False)[0]

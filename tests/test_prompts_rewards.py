@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from flashgrpo.config import RewardConfig
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import bootstrap_interval
-from flashgrpo.prompts import TextCache, columns_of, prompt_groups, read_prompts
+from flashgrpo.prompts import columns_of, prompt_groups, read_prompts
 from flashgrpo.scoring import Rewards, load_reward
 from flashgrpo.seeds import generator, keyed_bits, normal
+from flashgrpo.settings import RewardConfig
 from flashgrpo.types import Prompt, RewardTable
 
 PROMPTS = [Prompt(f"prompt {n}", {"n": n}) for n in range(5)]
@@ -54,18 +54,6 @@ def test_random_numbers_are_named():
     draws = torch.randn(20_000, generator=generator(0, "noise"))
     assert abs(float(draws.mean())) < 0.03
     assert abs(float(draws.std()) - 1) < 0.03
-
-
-def test_a_text_is_encoded_once(make_model):
-    model = make_model()
-    encode, asked = model.encode, []
-    model.encode = lambda texts: asked.extend(texts) or encode(texts)
-    cache = TextCache(model)
-    rows = cache(["a red circle", "a blue square", "a red circle"]).tensors["text"]
-    assert torch.equal(rows[0], rows[2])
-    assert not torch.equal(rows[0], rows[1])
-    assert torch.equal(cache(["a blue square"]).tensors["text"][0], rows[1])
-    assert asked == ["a red circle", "a blue square"]
 
 
 def brightness(videos, prompts, n, scale=1.0):

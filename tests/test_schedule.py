@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from flashgrpo.errors import UserError
 from flashgrpo.noise import Ode
-from flashgrpo.schedule import Euler, SigmaGrid, grid_from_scheduler, published_grid, shifted_grid
+from flashgrpo.schedule import SigmaGrid, grid_from_scheduler, published_grid, shifted_grid
+from flashgrpo.solvers import Euler
 
 PUBLISHED = [999, 982, 963, 944, 922, 899, 874, 847, 817, 785]
 TODAY = [999, 982, 964, 944, 923, 900, 875, 848, 818, 786]
@@ -60,19 +61,21 @@ def test_euler_steps_are_the_schedulers_steps():
     scheduler.set_timesteps(5)
     generator = torch.Generator().manual_seed(0)
     x = expected = torch.randn(2, 3, 4, generator=generator)
+    walk = Euler().walk(grid)
     for k in range(5):
         v = torch.randn(2, 3, 4, generator=generator)
-        x = Euler().step(grid.sigmas, k, x, v)
+        x = walk.step(k, x, v)
         expected = scheduler.step(v, scheduler.timesteps[k], expected).prev_sample
     torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_euler_is_the_ode_row():
     """x - (sigma_k - sigma_{k+1}) v: 1 - 0.25 * 2 = 0.5 from sigma 1 to 0.75, 1 - 0.75 * 2 = -0.5 from there to 0."""
-    sigmas, x, v = torch.tensor([1.0, 0.75, 0.0]), torch.ones(2, 1), torch.full((2, 1), 2.0)
-    k = torch.tensor([0, 1])
-    assert Euler().step(sigmas, k, x, v).tolist() == [[0.5], [-0.5]]
-    assert torch.equal(Euler().step(sigmas, k, x, v), Ode()(sigmas).mean(k, x, v))
+    sigmas, x, v = torch.tensor([1.0, 0.75, 0.0]).double(), torch.ones(1, 1), torch.full((1, 1), 2.0)
+    walk = Euler().walk(SigmaGrid(sigmas, torch.tensor([1000.0, 750.0])))
+    for k, expected in ((0, 0.5), (1, -0.5)):
+        assert walk.step(k, x, v).item() == expected
+        assert torch.equal(walk.step(k, x, v), Ode()(sigmas).mean(k, x, v))
 
 
 def test_the_callers_scheduler_is_left_alone():

@@ -19,6 +19,7 @@ from flashgrpo.progress import Clock, Interrupt
 from flashgrpo.run_directory import RunDirectory, read_lines
 from flashgrpo.sample import sample
 from flashgrpo.train import train
+from flashgrpo.types import Prompt
 from flashgrpo.video import read_mp4
 
 METRICS = {"update", "reward", "reward_std", "rewards", "ratio_max_dev", "clip_fraction", "approx_kl"} | {
@@ -212,7 +213,10 @@ def test_a_failing_evaluation_loses_no_update_and_is_made_up_for(finished, make_
 def test_mixed_precision_trains_evaluates_and_samples_in_one_process(make_run, tmp_path):
     run = train(make_run("updates=1", "model.compute_dtype=bfloat16"))
     assert evaluate(run)["update"] in (0, 1)
-    assert read_mp4(sample(run, "a red circle moving left slowly", tmp_path / "a.mp4", num_steps=2)).shape[0] == 9
+    assert (
+        read_mp4(sample(run, [Prompt("a red circle moving left slowly", {})], tmp_path / "a.mp4", num_steps=2)).shape[0]
+        == 9
+    )
 
 
 def test_what_a_killed_process_left_is_cleared_away(make_run):
@@ -282,13 +286,13 @@ def test_evaluate_repeats_what_the_run_recorded(finished):
 
 def test_sample_writes_base_beside_tuned(finished, tmp_path):
     _, run = finished
-    out = sample(run, "a red circle moving left slowly", tmp_path / "a.mp4", seed=1, num_steps=3)
+    out = sample(run, [Prompt("a red circle moving left slowly", {})], tmp_path / "a.mp4", seeds=[1], num_steps=3)
     frames = read_mp4(out)
     assert frames.shape[0] == 9
     assert frames.shape[-1] > 1.9 * frames.shape[-2]
     for prompt, path in ((" ", "a.mp4"), ("a", "a.gif")):
         with pytest.raises(UserError):
-            sample(run, prompt, tmp_path / path)
+            sample(run, [Prompt(prompt, {})], tmp_path / path)
 
 
 def test_a_second_process_is_kept_out(make_run):

@@ -14,8 +14,8 @@ from flashgrpo.evaluate import Evaluator, decode
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.optim import Optimizer
-from flashgrpo.policy import Policy
-from flashgrpo.prompts import TextCache, read_prompts
+from flashgrpo.policy import Policy, guidance_by_step
+from flashgrpo.prompts import read_prompts
 from flashgrpo.rollout import rollout
 from flashgrpo.scoring import Rewards, score_all
 from flashgrpo.types import Latents, PromptGroup, RewardTable, Sample, Transitions, Videos
@@ -26,7 +26,7 @@ Phases = Callable[[str], AbstractContextManager[None]]  # a clock: `with clock("
 class Assembly:
     """Everything that a run computes with; nothing here knows of files that are written, or of how far a run is."""
 
-    def __init__(self, config: RunConfig, team: Team) -> None:
+    def __init__(self, config: RunConfig, team: Team, say: Callable[[str], None] | None = None) -> None:
         self.config = config
         self.team = team
         self.prompts = read_prompts(config.prompts.train, "prompts.train")
@@ -35,13 +35,14 @@ class Assembly:
         self.rewards.check_columns(self.prompts[0], "prompts.train")
         self.rewards.check_columns(self.heldout[0], "prompts.heldout")
         use_threads(config.parallel.threads)
-        model = load_model(config.model, team, config.seed, keep_reference=config.algorithm.kl_coef > 0)
-        grid = model.grid(config.rollout.num_steps)
+        prompts = [*self.prompts, *self.heldout]
+        model = load_model(config.model, team, config.seed, prompts, config.algorithm.kl_coef > 0, say)
+        grid, settings = model.grid(config.rollout.num_steps), config.rollout
         table = config.algorithm.noise(grid.sigmas)
-        self.policy = Policy(model, grid, table, config.rollout.guidance_scale, config.optim.micro_batch)
+        guidance = guidance_by_step(model, grid, settings.guidance_scale, settings.guidance_scale_2)
+        self.policy = Policy(model, grid, table, guidance, config.optim.micro_batch)
         self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
-        self.texts = TextCache(model)
-        self.evaluator = Evaluator(model, config, self.heldout, self.rewards, self.texts, team)
+        self.evaluator = Evaluator(model, config, self.heldout, self.rewards, team)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def experience(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) ->
     share = team.slice(len(samples))
     mine = samples[share]
     with clock("rollout"):
-        condition = parts.texts([sample.group.prompt.text for sample in mine or samples[:1]])
+        condition = policy.model.encode([sample.group.prompt for sample in mine or samples[:1]])
         latents, transitions = rollout(
             policy, mine, condition, config.algorithm, settings.solver, config.seed, settings.micro_batch, team
         )

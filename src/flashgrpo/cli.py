@@ -85,15 +85,30 @@ def evaluate(
 @app.command()
 def sample(
     run: RunFolder,
-    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
+    file: Annotated[str | None, typer.Option(help="A prompt file in place of PROMPT.")] = None,
+    image: Annotated[str | None, typer.Option(help="The first frame, for a model that starts from one.")] = None,
     out: Annotated[Path, typer.Option(help="The mp4 to write.")] = Path("sample.mp4"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the initial noise.")] = 0,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise, 0 by default; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; the evaluation's when not given.")] = None,
+    size: Annotated[
+        tuple[int, int, int] | None, typer.Option(min=1, help="HEIGHT WIDTH FRAMES; the run's when not given.")
+    ] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Update whose weights to take; the best checkpoint by default.")
+    ] = None,
 ) -> None:
-    """Write a video of the base model beside one of the tuned model, from the same noise."""
+    """Write videos of the base model beside the tuned model's, from the same noise."""
+    from flashgrpo.prompts import read_prompts
     from flashgrpo.sample import sample as run_sample
+    from flashgrpo.types import Prompt
 
-    print(run_sample(run, prompt, out, seed, steps))
+    if (prompt is None) == (file is None):
+        raise UserError("give either a prompt or --file")
+    if file is not None and image is not None:
+        raise UserError("--image: a prompt file names its images itself, in a column image")
+    prompts = read_prompts(file, "--file") if file else [Prompt(prompt or "", {"image": image} if image else {})]
+    print(run_sample(run, prompts, out, seed or [0], steps, size, checkpoint))
 
 
 @app.command()

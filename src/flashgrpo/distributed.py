@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flashgrpo.config import ParallelConfig, RunConfig
+from flashgrpo.config import RunConfig
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.heartbeat import connect
+from flashgrpo.settings import ParallelConfig
 from flashgrpo.shares import cut
 
 T = TypeVar("T")

@@ -17,12 +17,11 @@ from flashgrpo.errors import UserError
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.noise import Ode
-from flashgrpo.policy import Policy
+from flashgrpo.policy import Policy, guidance_by_step
 from flashgrpo.progress import Reporter
-from flashgrpo.prompts import TextCache, read_prompts
+from flashgrpo.prompts import read_prompts
 from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
-from flashgrpo.schedule import Euler
 from flashgrpo.scoring import Rewards, score_all
 from flashgrpo.seeds import normal
 from flashgrpo.types import Prompt, RewardTable, VideoModel
@@ -52,8 +51,8 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
     update = checkpoint.choose(run.checkpoints, checkpoint_update, Reporter().warn) if run else None
     with joined(config, strict=False) as team:
-        model = load_model(config.model, team, config.seed)
-        evaluator = Evaluator(model, config, prompts, rewards, TextCache(model), team)
+        model = load_model(config.model, team, config.seed, prompts, say=Reporter().say)
+        evaluator = Evaluator(model, config, prompts, rewards, team)
         base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
         if run is None or update is None:
             return base
@@ -82,7 +81,6 @@ class Evaluator:
         config: RunConfig,
         prompts: Sequence[Prompt],
         rewards: Rewards,
-        texts: TextCache,
         team: Team,
     ) -> None:
         settings = config.evaluation
@@ -90,7 +88,6 @@ class Evaluator:
         self._config = config
         self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         self._rewards = rewards
-        self._texts = texts
         self._team = team
 
     @torch.no_grad()
@@ -104,8 +101,9 @@ class Evaluator:
         every, settings = self._prompts[:count], self._config.rollout
         rows = self._team.share(len(every))
         prompts = [every[row] for row in rows]
-        condition = self._texts([prompt.text for prompt in prompts or self._prompts[:1]])
-        latents = denoise(self.policy, self._noise(rows), condition, Euler(), settings.micro_batch, self._team)
+        condition = self.policy.model.encode(prompts or self._prompts[:1])
+        solver = self._config.evaluation.solver
+        latents = denoise(self.policy, self._noise(rows), condition, solver, settings.micro_batch, self._team)
         videos = decode(self.policy.model, latents, settings.decode_micro_batch)
         table = score_all(self._team, self._rewards, videos, every, watched=True)
         shown = self._shown_rows()
@@ -129,7 +127,9 @@ class Evaluator:
 def deterministic_policy(model: VideoModel, config: RunConfig, num_steps: int) -> Policy:
     """The model on a grid of its own step count, without noise, with the guidance of evaluations."""
     grid = model.grid(num_steps)
-    guidance = config.evaluation.guidance_scale or config.rollout.guidance_scale
+    settings = config.rollout if config.evaluation.guidance_scale is None else config.evaluation
+    scale = config.evaluation.guidance_scale or config.rollout.guidance_scale
+    guidance = guidance_by_step(model, grid, scale, config.evaluation.guidance_scale_2 or settings.guidance_scale_2)
     return Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
 
 

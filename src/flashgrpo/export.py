@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashgrpo import checkpoint
-from flashgrpo.config import Lora, RunConfig
+from flashgrpo.config import RunConfig
 from flashgrpo.distributed import alone
 from flashgrpo.errors import UserError
 from flashgrpo.files import write_aside
 from flashgrpo.models import load_model
 from flashgrpo.progress import Reporter, describe
 from flashgrpo.run_directory import RunDirectory
+from flashgrpo.settings import Lora
 
 Format = Literal["diffusers", "comfyui", "merged"]
 

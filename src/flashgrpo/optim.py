@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flashgrpo.config import OptimConfig
 from flashgrpo.distributed import Team, local, whole
 from flashgrpo.errors import SharedError
+from flashgrpo.settings import OptimConfig
 
 
 class GradientSum(ABC):

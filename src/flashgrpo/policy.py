@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from flashgrpo.errors import UserError
 from flashgrpo.noise import StepTable
 from flashgrpo.schedule import SigmaGrid
-from flashgrpo.types import Condition, Latents, VideoModel
+from flashgrpo.types import Condition, Latents, Moment, VideoModel
 
 Steps = Int64[Tensor, " batch"]
 LogProb = Float32[Tensor, " batch"]
@@ -25,20 +26,26 @@ class Policy:
 
     Args:
         table: mean, std and density of every step of `grid`.
-        guidance_scale: classifier-free guidance, the same in rollout and in update.
+        guidance: scale of classifier-free guidance at each step, (N,), the same in rollout and in update.
         micro_batch: rows in one exact forward.
     """
 
     model: VideoModel
     grid: SigmaGrid
     table: StepTable
-    guidance_scale: float
+    guidance: Float32[Tensor, " steps"]
     micro_batch: int
 
     def velocity(self, k: Steps, x: Latents, condition: Condition) -> Latents:
         """The network's velocity at step k of each row, (B, C, F, H, W)."""
-        timestep = self.grid.timesteps[k].to(x.device)
-        return self.model.velocity(x, timestep, condition, self.guidance_scale)
+        return self.model.velocity(x, self._moment(k), condition)
+
+    def idle(self, step: int) -> Tensor:
+        """Take part in the collectives of a network call at a step, without a sample; differentiable."""
+        return self.model.idle(self._moment(torch.tensor([step])))
+
+    def _moment(self, k: Steps) -> Moment:
+        return Moment(self.grid.timesteps[k], self.grid.sigmas[k], self.guidance[k])
 
     def exact_velocity(self, k: Steps, x: Latents, condition: Condition) -> Latents:
         """The velocity of a stochastic step: bit for bit the same for a sample, whatever else is computed with it.
@@ -63,3 +70,19 @@ class Policy:
         v = self.exact_velocity(k, x, condition)
         x_next = self.table.sample(k, x, v, noise)
         return x_next, self.table.log_prob(k, x_next, x, v)
+
+
+def guidance_by_step(
+    model: VideoModel, grid: SigmaGrid, scale: float, scale_2: float | None = None
+) -> Float32[Tensor, " steps"]:
+    """The guidance scale of every step: `scale`, and `scale_2` where it is given and the second expert computes.
+
+    Raises:
+        UserError: `scale_2` for a model that has one expert only.
+    """
+    experts = [model.expert(float(timestep)) for timestep in grid.timesteps]
+    first = model.expert(float(grid.timesteps.max()))
+    if scale_2 is not None and first is model.network:
+        raise UserError("guidance_scale_2: this model has one expert only; leave it out")
+    second = scale if scale_2 is None else scale_2
+    return torch.tensor([scale if expert is first else second for expert in experts])

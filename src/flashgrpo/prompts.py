@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from flashgrpo.errors import UserError
 from flashgrpo.explain import first_line
 from flashgrpo.recipe import resolve_path
 from flashgrpo.seeds import generator
-from flashgrpo.types import Condition, Prompt, PromptGroup, VideoModel
+from flashgrpo.types import Prompt, PromptGroup
 
 
 def read_prompts(path: str, key: str) -> list[Prompt]:
     """Read a prompt file; empty lines are skipped.
 
     .txt has a prompt a line; .jsonl, .csv and .parquet have a column `prompt`, and the others reach the rewards,
-    as text from a .csv.
+    as text from a .csv. Paths in a column `image` are taken from the file's folder. `datasets:NAME` or
+    `datasets:NAME:SPLIT` is a data set of the hub, or one in a folder, with the same columns; split train by default.
 
     Args:
         key: the setting that names the file, for the sentence that a bad one gets.
@@ -29,15 +30,28 @@ def read_prompts(path: str, key: str) -> list[Prompt]:
     Raises:
         UserError: missing, not UTF-8, empty, a line that is no prompt, or columns that differ from line to line.
     """
+    if path.startswith("datasets:"):
+        return _uniform(_read_dataset(path.removeprefix("datasets:"), f"{key}: {path}"), f"{key}: {path}")
     file = Path(resolve_path(path))
     if file.suffix not in READERS:
         raise UserError(f"{key}: {file} must end in {', '.join(READERS)}")
     prompts = READERS[file.suffix](file, f"{key}: {file}")
+    return _uniform([_with_image_path(prompt, file.parent) for prompt in prompts], f"{key}: {file}")
+
+
+def _with_image_path(prompt: Prompt, folder: Path) -> Prompt:
+    image = prompt.columns.get("image")
+    if not isinstance(image, str):
+        return prompt
+    return replace(prompt, columns={**prompt.columns, "image": str((folder / image).absolute())})
+
+
+def _uniform(prompts: list[Prompt], where: str) -> list[Prompt]:
     if not prompts:
-        raise UserError(f"{key}: {file} has no prompts")
+        raise UserError(f"{where} has no prompts")
     for n, prompt in enumerate(prompts, 1):
         if prompt.columns.keys() != prompts[0].columns.keys():
-            raise UserError(f"{key}: {file} prompt {n} has other columns than the first; give every line the same")
+            raise UserError(f"{where} prompt {n} has other columns than the first; give every line the same")
     return prompts
 
 
@@ -84,12 +98,26 @@ def _read_parquet(file: Path, where: str) -> list[Prompt]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{where} needs pyarrow: pip install pyarrow") from error
+        raise UserError(f"{where} needs pyarrow: pip install 'flash-grpo[data]'") from error
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{where} cannot be read: {first_line(error)}") from error
     return [_prompt(row, f"{where} row {n}") for n, row in enumerate(rows, 1)]
+
+
+def _read_dataset(name: str, where: str) -> list[Prompt]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{where} needs datasets: pip install 'flash-grpo[data]'") from error
+    name, colon, split = name.rpartition(":")
+    name, split = (name, split) if colon else (split, "train")
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # of a dozen kinds: no such set, no such split, no network, no readable file
+        raise UserError(f"{where} cannot be loaded: {first_line(error)}") from error
+    return [_prompt(dict(row), f"{where} row {n}") for n, row in enumerate(rows, 1)]
 
 
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -120,18 +148,3 @@ def prompt_groups(prompts: Sequence[Prompt], seed: int, update: int, groups: int
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """Column -> values, one for each prompt, as rewards take them."""
     return {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
-
-
-class TextCache:
-    """Conditions by text, so that a prompt goes through the text encoder once, the most recent `size` kept."""
-
-    def __init__(self, model: VideoModel, size: int = 256) -> None:
-        self._encode = lru_cache(size)(lambda text: model.encode([text]))
-
-    def __call__(self, texts: Sequence[str]) -> Condition:
-        """The condition of each text, one row per text.
-
-        Texts are encoded one at a time: what a text's row is must not depend on which others were new with it, or
-        a resumed run would differ in the last bits.
-        """
-        return Condition.stack([self._encode(text) for text in texts])

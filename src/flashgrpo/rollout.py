@@ -9,8 +9,8 @@ from torch import Tensor
 from flashgrpo.distributed import Team
 from flashgrpo.policy import Policy
 from flashgrpo.presets import Algorithm
-from flashgrpo.schedule import Euler
 from flashgrpo.seeds import normal
+from flashgrpo.solvers import Solver
 from flashgrpo.types import Condition, Latents, Sample, Transitions
 
 
@@ -20,7 +20,7 @@ def rollout(
     samples: Sequence[Sample],
     condition: Condition,
     algorithm: Algorithm,
-    solver: Euler,
+    solver: Solver,
     seed: int,
     micro_batch: int,
     team: Team,
@@ -60,7 +60,7 @@ def rollout(
 
 
 @torch.no_grad()
-def denoise(policy: Policy, x: Latents, condition: Condition, solver: Euler, micro_batch: int, team: Team) -> Latents:
+def denoise(policy: Policy, x: Latents, condition: Condition, solver: Solver, micro_batch: int, team: Team) -> Latents:
     """Deterministic sampling of every row from its noise: evaluation, and `flashgrpo sample`."""
     never = torch.zeros(len(x), policy.grid.num_steps, dtype=torch.bool)
     parts = torch.arange(len(x)).split(micro_batch) if len(x) else ()
@@ -97,7 +97,7 @@ def _in_step(
 
 def _denoise(
     policy: Policy,
-    solver: Euler,
+    solver: Solver,
     x: Latents,
     condition: Condition,
     stochastic: Bool[Tensor, "batch steps"],
@@ -106,8 +106,13 @@ def _denoise(
     seed: int,
     names: Sequence[tuple[int, int, int]],
 ) -> tuple[Latents, list[tuple[int, int, Tensor, Tensor, Tensor]]]:
-    """Walk the grid. Rows may differ in which steps are stochastic: each step serves the two kinds of rows in turn."""
+    """Walk the grid. Rows may differ in which steps are stochastic: each step serves the two kinds of rows in turn.
+
+    Rows whose stochastic steps are the same go together in one walk of the solver.
+    """
     records = []
+    patterns, walk_of = stochastic.unique(dim=0, return_inverse=True)
+    walks = [solver.walk(policy.grid) for _ in patterns]
     for step in range(policy.grid.num_steps):
         x_next = torch.empty_like(x)
         for rows, is_stochastic in ((_rows(~stochastic[:, step]), False), (_rows(stochastic[:, step]), True)):
@@ -124,10 +129,15 @@ def _denoise(
                 ]
             elif len(rows):
                 v = policy.velocity(k, x[rows], condition[rows])
-                x_next[rows] = solver.step(policy.grid.sigmas, k, x[rows], v)
+                for number in walk_of[rows].unique().tolist():
+                    together = _rows(walk_of[rows] == number)
+                    x_next[rows[together]] = walks[number].step(step, x[rows[together]], v[together])
                 made = 1
             for _ in range(int(calls[step, int(is_stochastic)]) - made):
-                policy.model.idle()
+                policy.idle(step)
+        for walk, pattern in zip(walks, patterns, strict=True):
+            if pattern[step]:
+                walk.restart()
         x = x_next
     return x, records
 

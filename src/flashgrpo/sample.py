@@ -1,11 +1,13 @@
 """Videos of the base model beside those of the tuned one, from the same noise."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from flashgrpo import checkpoint
-from flashgrpo.distributed import joined, use_threads
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed import Team, joined, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import deterministic_policy
 from flashgrpo.models import load_model
@@ -13,37 +15,69 @@ from flashgrpo.models.lora import weights_replaced
 from flashgrpo.progress import Reporter
 from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
-from flashgrpo.schedule import Euler
 from flashgrpo.seeds import normal
-from flashgrpo.video import side_by_side, write_mp4
+from flashgrpo.settings import ModelConfig
+from flashgrpo.types import Prompt, VideoModel
+from flashgrpo.video import Video, side_by_side, write_mp4
+
+Size = tuple[int, int, int]
 
 
-def sample(run: Path, prompt: str, out: Path, seed: int = 0, num_steps: int | None = None) -> Path:
-    """Write one mp4: the base model's video on the left, the tuned model's (best checkpoint) on the right.
+def sample(
+    run: Path,
+    prompts: Sequence[Prompt],
+    out: Path,
+    seeds: Sequence[int] = (0,),
+    num_steps: int | None = None,
+    size: Size | None = None,
+    checkpoint_update: int | None = None,
+) -> Path:
+    """Write one mp4: the base model's video on the left, the tuned model's on the right.
+
+    Every prompt is drawn with every seed, and the pairs follow one another: the seeds of the first prompt, of the
+    second, and so on.
+
+    Args:
+        num_steps: denoising steps; the evaluation's when not given.
+        size: (height, width, frames); those of the run when not given.
+        checkpoint_update: the best checkpoint when not given.
 
     Raises:
-        UserError: no run or checkpoint, an empty prompt, or `out` is no .mp4 that can be written.
+        UserError: no run or checkpoint, an empty prompt, a size that the model cannot take, or `out` is no .mp4 that
+            can be written.
     """
     directory, config = RunDirectory.existing(run)
-    if not prompt.strip():
+    if not prompts or any(not prompt.text.strip() for prompt in prompts):
         raise UserError("the prompt is empty")
     if out.suffix != ".mp4":
         raise UserError(f"--out: {out} must end in .mp4")
-    update = checkpoint.choose(directory.checkpoints, None, Reporter().warn)
+    update = checkpoint.choose(directory.checkpoints, checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     use_threads(config.parallel.threads)
     with joined(config, strict=False) as team:
-        model = load_model(config.model, team, config.seed)
-        policy = deterministic_policy(model, config, num_steps or config.evaluation.num_steps)
-        condition = model.encode([prompt])
-        noise = normal(model.latent_shape, seed, "sample")[None].to(model.device)
+        model = load_model(_resized(config.model, size), team, config.seed, prompts)
+        pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
 
-        @torch.no_grad()
-        def video() -> torch.Tensor:
-            return model.decode(denoise(policy, noise, condition, Euler(), 1, team))[0]
+        def videos() -> list[Video]:
+            return [_draw(model, config, prompt, seed, num_steps, team) for prompt, seed in pairs]
 
-        base = video()
+        base = videos()
         with weights_replaced(model.network, averaged):
-            tuned = video()
-    write_mp4(out, side_by_side(base, tuned), config.model.fps)
+            tuned = videos()
+    shown = [side_by_side(before, after) for before, after in zip(base, tuned, strict=True)]
+    write_mp4(out, torch.cat(shown), config.model.fps)
     return out
+
+
+@torch.no_grad()
+def _draw(model: VideoModel, config: RunConfig, prompt: Prompt, seed: int, num_steps: int | None, team: Team) -> Video:
+    policy = deterministic_policy(model, config, num_steps or config.evaluation.num_steps)
+    noise = normal(model.latent_shape, seed, "sample")[None].to(model.device)
+    latents = denoise(policy, noise, model.encode([prompt]), config.evaluation.solver, 1, team)
+    return model.decode(latents)[0].cpu()
+
+
+def _resized(model: ModelConfig, size: Size | None) -> ModelConfig:
+    if size is None:
+        return model
+    return model.model_copy(update=dict(zip(("height", "width", "num_frames"), size, strict=True)))

@@ -1,4 +1,4 @@
-"""Sigma grids, and the solver of the steps that are not trained.
+"""Sigma grids: the noise levels that sampling walks.
 
 A grid belongs to a scheduler: "20 steps, shift 3" starts at 0.99967, 0.999999 or 1.0 depending on the class and on the
 release of diffusers. So it is read from the scheduler that the checkpoint ships, and everything else in the package is
@@ -6,14 +6,15 @@ computed from it; no table of timesteps exists anywhere.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from flashgrpo.errors import UserError
-from flashgrpo.noise import FORBID_EXTRA, Latents, Latents32, Ode, StepIndex, checked_sigmas
+from flashgrpo.noise import checked_sigmas
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +38,15 @@ class SigmaGrid:
         return len(self.sigmas) - 1
 
 
-def grid_from_scheduler(scheduler: Any, num_steps: int, shift: float | None = None) -> SigmaGrid:
+def grid_from_scheduler(
+    scheduler: Any, num_steps: int, shift: float | None = None, mu: float | None = None
+) -> SigmaGrid:
     """The grid that a diffusers flow scheduler walks in `num_steps` steps; the scheduler itself is left as it was.
 
     Flow schedulers are `FlowMatchEulerDiscreteScheduler`, and multistep schedulers (UniPC, DPM-Solver) that were made
     with `use_flow_sigmas=True`. `shift` replaces the scheduler's own, be it fixed or resolution-dependent; the latter
-    without a `shift` here is refused, since all videos of a run walk one grid.
+    needs a `shift` or the `mu` that a family computes from the size of its videos, all of which walk one grid. With
+    `mu` the unshifted sigmas are 1, 1 - 1/N, ..., 1/N, as LTX-Video's pipeline passes them.
     """
     name, config = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
     if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
@@ -54,7 +58,7 @@ def grid_from_scheduler(scheduler: Any, num_steps: int, shift: float | None = No
             f"{name} as configured is no flow scheduler: use FlowMatchEulerDiscreteScheduler, "
             "or UniPCMultistepScheduler with use_flow_sigmas=True and prediction_type='flow_prediction'"
         )
-    if config.get("use_dynamic_shifting") and shift is None:
+    if config.get("use_dynamic_shifting") and shift is None and mu is None:
         raise UserError(f"{name} shifts its sigmas by the resolution: set a fixed shift, for instance shift=3.0")
     _check_steps_and_shift(num_steps, shift)
 
@@ -65,7 +69,10 @@ def grid_from_scheduler(scheduler: Any, num_steps: int, shift: float | None = No
     else:
         overrides = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in config else {}
         fresh = type(scheduler).from_config(scheduler.config, **{shift_key: shift}, **overrides)
-    fresh.set_timesteps(num_steps)
+    if mu is None:
+        fresh.set_timesteps(num_steps)
+    else:
+        fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
     try:
         return SigmaGrid(fresh.sigmas.double(), fresh.timesteps)
     except ValueError as error:
@@ -103,15 +110,3 @@ def _check_steps_and_shift(num_steps: int, shift: float | None) -> None:
         raise UserError(f"a grid needs at least one denoising step, not {num_steps}")
     if shift is not None and not 0 < shift < float("inf"):
         raise UserError(f"the shift of a grid has to be above 0 and finite, not {shift}")
-
-
-@dataclass(frozen=True)
-class Euler:
-    """First-order steps of the probability-flow ODE; the formula is `noise.Ode`'s."""
-
-    kind: Literal["euler"] = "euler"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
-
-    def step(self, sigmas: Float[Tensor, " points"], k: StepIndex, x: Latents, v: Latents) -> Latents32:
-        """`x_next = x - (sigma_k - sigma_{k+1}) v`, float32, shape of x (B, ...); k as in `StepTable`."""
-        return Ode()(sigmas).mean(k, x, v)

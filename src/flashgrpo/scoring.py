@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashgrpo.config import RewardConfig
 from flashgrpo.distributed import Team, use_in_thread
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.explain import first_line, suggest
 from flashgrpo.prompts import columns_of
+from flashgrpo.settings import RewardConfig
 from flashgrpo.shares import overlap
 from flashgrpo.types import PlantedPair, Prompt, Reward, RewardTable, Videos
 

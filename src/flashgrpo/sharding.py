@@ -12,7 +12,7 @@ from flashgrpo.errors import UserError
 
 
 def place(network: nn.Module, team: Team, compute_dtype: torch.dtype | None) -> None:
-    """Bring a network to its device: whole, or this rank's shard of each block; split its tokens by context.
+    """Leave a network whole, or bring this rank's shard of each block to its device; split its tokens by context.
 
     Args:
         compute_dtype: weights are cast to it for a computation and gradients are reduced in float32; None computes in
@@ -24,7 +24,6 @@ def place(network: nn.Module, team: Team, compute_dtype: torch.dtype | None) -> 
     if team.context > 1:
         _split_tokens(network, team)
     if not team.wraps:
-        network.to(team.device)
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

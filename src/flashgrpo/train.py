@@ -10,7 +10,7 @@ from torch import Tensor
 from flashgrpo import checkpoint
 from flashgrpo.assembly import Assembly, Experience, experience
 from flashgrpo.checkpoint import Progress
-from flashgrpo.config import Lora, RunConfig
+from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team, joined, whole
 from flashgrpo.doctor import refuse_unsound
 from flashgrpo.errors import SharedError, UserError
@@ -20,6 +20,7 @@ from flashgrpo.models.lora import weights_replaced
 from flashgrpo.progress import Clock, Interrupt, Reporter
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run_directory import RunDirectory
+from flashgrpo.settings import Lora
 from flashgrpo.update import policy_update
 
 
@@ -73,7 +74,7 @@ class Run:
         self._saved = self._begun = Progress()  # of the newest checkpoint on disk, and of the one that is being written
         self.directory = RunDirectory(Path(config.out))
         team.lead(lambda: self.directory.check(config))
-        self.parts = Assembly(config, team)
+        self.parts = Assembly(config, team, reporter.say)
         self.optimizer = self.parts.optimizer
         self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, team)
         prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}

@@ -71,10 +71,34 @@ class Condition:
     def __getitem__(self, rows: Tensor | slice) -> "Condition":
         return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
 
+    def to(self, device: torch.device) -> "Condition":
+        """The same on another device."""
+        return Condition({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def replaced(self, row: "Condition") -> "Condition":
+        """The same with the tensors of `row`, which has one row, in every row."""
+        new = {name: tensor.expand_as(self.tensors[name]) for name, tensor in row.tensors.items()}
+        return Condition({**self.tensors, **new})
+
     @staticmethod
     def stack(conditions: Sequence["Condition"]) -> "Condition":
         """Join conditions along the sample axis."""
         return Condition({name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors})
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where on the sigma grid each of B rows stands; (B,) each, on the CPU, where families choose by them.
+
+    `timestep` is what the network is fed, `guidance_scale` that of classifier-free guidance there (1: none).
+    """
+
+    timestep: Shaped[Tensor, " batch"]
+    sigma: Float64[Tensor, " batch"]
+    guidance_scale: Float32[Tensor, " batch"]
+
+    def __getitem__(self, rows: Tensor) -> "Moment":
+        return Moment(self.timestep[rows], self.sigma[rows], self.guidance_scale[rows])
 
 
 @dataclass(frozen=True)
@@ -150,11 +174,15 @@ class RewardTable:
 
 @runtime_checkable
 class VideoModel(Protocol):
-    """A text-to-video flow model: everything that rollout, update and evaluation ask of one."""
+    """A video flow model: everything that rollout, update and evaluation ask of one. See docs/adding-a-model.md."""
 
     @property
     def network(self) -> nn.Module:
-        """The network; its parameters with `requires_grad` are what is trained."""
+        """The network, with all experts where there are several; its parameters with `requires_grad` are trained."""
+        ...
+
+    def expert(self, timestep: float) -> nn.Module:
+        """The part of `network` that computes at a timestep: all of it, or one of several experts."""
         ...
 
     @property
@@ -171,17 +199,15 @@ class VideoModel(Protocol):
         """The sigma grid of `num_steps` steps, read from the checkpoint's own scheduler."""
         ...
 
-    def encode(self, texts: Sequence[str]) -> Condition:
-        """Condition of each text; one row per text, on `device`."""
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """Condition of each prompt, its text and whatever else the family takes; a row each, on `device`."""
         ...
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any are cut off."""
         ...
 
-    def velocity(
-        self, x: Latents, timestep: Shaped[Tensor, " batch"], condition: Condition, guidance_scale: float
-    ) -> Latents:
+    def velocity(self, x: Latents, moment: Moment, condition: Condition) -> Latents:
         """v = eps - x0 as the network predicts it, with classifier-free guidance; differentiable."""
         ...
 
@@ -193,12 +219,15 @@ class VideoModel(Protocol):
         """Inside this context `velocity` is the base model's, before any training."""
         ...
 
-    def idle(self) -> Tensor:
-        """Run the network once on nothing, for the sake of the collectives in it; differentiable."""
+    def idle(self, moment: Moment) -> Tensor:
+        """Make the network call of one row on nothing, for the sake of the collectives in it; differentiable."""
         ...
 
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> None:
-        """Write trained adapters (name -> tensor) as the family's own pipeline loads them, or as ComfyUI does."""
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
+        """Write trained adapters (name -> tensor) as the family's own pipeline loads them, or as ComfyUI does.
+
+        Returns the names of the files, one for each expert.
+        """
         ...
 
     def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:

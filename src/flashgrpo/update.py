@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from flashgrpo.config import OptimConfig
 from flashgrpo.distributed import Team
 from flashgrpo.loss import policy_losses, ratio_metrics
 from flashgrpo.optim import GradientSum
 from flashgrpo.policy import Policy
 from flashgrpo.presets import Algorithm
+from flashgrpo.settings import OptimConfig
 from flashgrpo.types import Transitions
 
 
@@ -57,7 +57,7 @@ def policy_update(
                     loss = replay(policy, batch, advantages[batch.sample], weights[local], algorithm, metrics)
                     (loss.sum() * (team.loss_scale / len(rows))).backward()
                 for _ in range(idle if team.wraps else 0):
-                    idle_replay(policy, algorithm)
+                    idle_replay(policy, algorithm, step)
                 if config.grad_norm_by_step:
                     metrics.add_gradient(step, optimizer.collect() * (len(rows) / int((k[rows] == step).sum())))
             if not config.grad_norm_by_step:
@@ -87,12 +87,12 @@ def micro_batches(
         yield step, parts, most - len(parts)
 
 
-def idle_replay(policy: Policy, algorithm: Algorithm) -> None:
-    """Take part in the collectives of a replay without a gradient of one's own."""
-    v = policy.model.idle()
+def idle_replay(policy: Policy, algorithm: Algorithm, step: int) -> None:
+    """Take part in the collectives of a replay of a step without a gradient of one's own."""
+    v = policy.idle(step)
     if algorithm.kl_coef:
         with torch.no_grad(), policy.model.reference():
-            policy.model.idle()
+            policy.idle(step)
     (v.sum() * 0).backward()
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from flashgrpo.assembly import Assembly
-from flashgrpo.config import Lora
 from flashgrpo.doctor.trial import Trial
+from flashgrpo.settings import Lora
 
 CLIP_MARGIN = 10  # clip_range has to be so many times the numeric drift, or rounding decides what is clipped
 
@@ -59,7 +59,15 @@ def clip_range(parts: Assembly, trial: Trial) -> Finding:
 def trained_layers(parts: Assembly, trial: Trial) -> Finding:
     """Every targeted layer has its adapter, every trained parameter receives gradient."""
     network, train = parts.policy.model.network, parts.config.model.train
-    silent = [name for name, norm in trial.received.items() if not norm and "lora_A" not in name]  # A waits for B
+    model, grid = parts.policy.model, parts.policy.grid
+    steps = parts.team.gather(trial.drawn.transitions.k.unique().tolist())
+    experts = {model.expert(float(grid.timesteps[step])) for own in steps for step in own}
+    called = {id(parameter) for expert in experts for parameter in expert.parameters()}
+    silent = [
+        name
+        for name, norm in trial.received.items()
+        if not norm and "lora_A" not in name and id(parts.optimizer.parameters[name]) in called  # A waits for B
+    ]
     attached = total = len(trial.received)
     what = "parameters"
     if isinstance(train, Lora):
@@ -188,8 +196,10 @@ def prompts(parts: Assembly, trial: Trial) -> Finding:
 
 def text_embeddings(parts: Assembly, trial: Trial) -> Finding:
     """Every prompt has an embedding, and it is finite."""
-    texts = dict.fromkeys(prompt.text for prompt in [*parts.prompts, *parts.heldout])
-    bad = [text for text in texts if not all(t.isfinite().all() for t in parts.texts([text]).tensors.values())]
+    texts = {prompt.text: prompt for prompt in [*parts.prompts, *parts.heldout]}
+    encode = parts.policy.model.encode
+    rows = {text: encode([prompt]).tensors.values() for text, prompt in texts.items()}
+    bad = [text for text, row in rows.items() if not all(tensor.isfinite().all() for tensor in row)]
     if bad:
         sentence = f"the text encoder gives numbers that are not finite for {len(bad)} prompts, {bad[0]!r} among them"
         return Finding("text embeddings", "unsound", sentence)

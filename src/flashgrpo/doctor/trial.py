@@ -17,7 +17,6 @@ from flashgrpo.optim import GradientSum
 from flashgrpo.policy import Policy
 from flashgrpo.progress import Clock
 from flashgrpo.prompts import prompt_groups
-from flashgrpo.schedule import Euler
 from flashgrpo.scoring import score_all
 from flashgrpo.types import Transitions
 from flashgrpo.update import policy_update
@@ -165,14 +164,16 @@ def _distance_to_finish(parts: Assembly, drawn: Experience) -> float | None:
     unrecorded = steps.mask(seed, 0, groups, num_steps) & ~steps.trained(seed, 0, groups, num_steps)
     if unrecorded[:, int(batch.k.min()) + 1 :].any():
         return None  # a step that is stochastic and not trained follows
-    x, condition = batch.x_next, batch.condition[batch.sample]
-    for step in range(int(batch.k.min()) + 1, policy.grid.num_steps):
-        rows = (batch.k < step).nonzero().flatten()
-        k = torch.full_like(rows, step)
-        v = policy.velocity(k, x[rows], condition[rows])
-        x = x.index_copy(0, rows.to(x.device), Euler().step(policy.grid.sigmas, k, x[rows], v))
-    latents = drawn.latents[batch.sample]
-    return float((x - latents).abs().max() / latents.abs().max())
+    distance = 0.0
+    for last_step in batch.k.unique().tolist():
+        rows = (batch.k == last_step).nonzero().flatten()
+        x, condition = batch.x_next[rows], batch.condition[batch.sample[rows]]
+        walk = parts.config.rollout.solver.walk(policy.grid)
+        for step in range(last_step + 1, policy.grid.num_steps):
+            x = walk.step(step, x, policy.velocity(torch.full_like(rows, step), x, condition))
+        latents = drawn.latents[batch.sample[rows]]
+        distance = max(distance, float((x - latents).abs().max() / latents.abs().max()))
+    return distance
 
 
 @torch.no_grad()

@@ -1,58 +1,87 @@
 """Video models: one file per family. `load_model` reads which family a checkpoint is of."""
 
-import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from flashgrpo.config import ModelConfig
 from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
+from flashgrpo.models.architectures import KNOWN, Architecture
 from flashgrpo.recipe import resolve_path
-from flashgrpo.types import VideoModel
+from flashgrpo.settings import ModelConfig
+from flashgrpo.types import Prompt, VideoModel
 
-FAMILIES = ("WanPipeline",)
+FAMILIES = ("WanPipeline", "WanImageToVideoPipeline", "LTXPipeline")
 
 
-def load_model(config: ModelConfig, team: Team, seed: int, keep_reference: bool = False) -> VideoModel:
+def load_model(
+    config: ModelConfig,
+    team: Team,
+    seed: int,
+    prompts: Sequence[Prompt] = (),
+    keep_reference: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> VideoModel:
     """Load the pipeline at `config.path` and prepare its network for training as `config.train` says.
 
     Args:
-        team: the processes that the network is placed on.
+        team: the processes that the network is placed on; all of them call this together.
         seed: of the adapters' initial weights.
+        prompts: those that will be asked for; they are encoded before the network is loaded.
         keep_reference: keep a copy of the base weights for `reference()` where adapters cannot be switched off.
+        say: told what takes long.
 
     Raises:
         UserError: no such folder, no pipeline, an unsupported family, or a video size that the model cannot take.
     """
+    architecture, folder = find_architecture(config)
+    if config.from_image and architecture.family != "WanImageToVideoPipeline":
+        if not architecture.settings.get("expand_timesteps"):
+            raise UserError(f"model.from_image: {config.path} makes videos from text only; leave it out")
+        architecture = replace(architecture, family="WanImageToVideoPipeline")
+    from flashgrpo.models.source import Source  # loads diffusers' models, which takes seconds
+
+    source = Source(architecture, None if config.random_init else folder, config)
+    if architecture.family == "LTXPipeline":
+        from flashgrpo.models.ltx import LtxModel
+
+        return LtxModel(source, config, team, seed, prompts, keep_reference, say)
+    from flashgrpo.models.wan import WanModel
+
+    return WanModel(source, config, team, seed, prompts, keep_reference, say)
+
+
+def find_architecture(config: ModelConfig) -> tuple[Architecture, Path]:
+    """Class and sizes of the pipeline at `config.path`, and its folder, which random weights do without.
+
+    Raises:
+        UserError: no such folder, no pipeline, or an unsupported family.
+    """
     path = resolve_path(config.path)
-    family = _family(path)
-    if family == "WanPipeline":
-        from flashgrpo.models.wan import WanModel  # loads diffusers' models, which takes seconds
-
-        return WanModel.load(path, config, team, seed, keep_reference)
-    raise UserError(f"model.path: {path} is a {family}, which is not supported; supported are {', '.join(FAMILIES)}")
-
-
-def _family(path: str) -> str:
-    """The pipeline class that a folder or a hub repository names."""
-    if Path(path).is_dir():
-        index = Path(path) / "model_index.json"
-        if not index.is_file():
-            raise UserError(f"model.path: {path} is no diffusers pipeline, for it has no model_index.json")
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path: there is no folder {path}")
-    else:
-        index = _fetch_index(path)
-    try:
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"model.path: {index} is no readable model_index.json") from error
+    folder = Path(path)
+    if config.random_init and path in KNOWN:
+        return KNOWN[path], folder
+    if not folder.is_dir():
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise UserError(f"model.path: there is no folder {path}")
+        if config.random_init:
+            raise UserError(f"model.path: the sizes of {path} are not known; known are {', '.join(KNOWN)}")
+        folder = _download(path)
+    architecture = Architecture.of_folder(folder)
+    if architecture.family not in FAMILIES:
+        raise UserError(
+            f"model.path: {path} is a {architecture.family}, which is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
+        )
+    return architecture, folder
 
 
-def _fetch_index(repository: str) -> Path:
-    from huggingface_hub import hf_hub_download
+def _download(repository: str) -> Path:
+    """The folder of a hub's pipeline on this machine; what is there already is not fetched again."""
+    from diffusers import DiffusionPipeline
 
     try:
-        return Path(hf_hub_download(repository, "model_index.json"))
+        return Path(DiffusionPipeline.download(repository))
     except Exception as error:  # the hub's client raises a dozen kinds, and all mean this
         raise UserError(
             f"model.path: {repository} is no folder here and could not be had from the hub ({type(error).__name__})"

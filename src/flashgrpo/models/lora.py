@@ -1,21 +1,27 @@
 """What is trained of a network: low-rank adapters (through peft) or every parameter."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flashgrpo.config import Full, Lora
 from flashgrpo.distributed import local
 from flashgrpo.errors import UserError
 from flashgrpo.seeds import generator
+from flashgrpo.settings import Full, Lora
 
 
-def prepare(network: nn.Module, train: Lora | Full, seed: int) -> None:
+def prepare(network: nn.Module, train: Lora | Full, seed: int, prefix: str = "") -> None:
     """Make `network` trainable as `train` says; what is trained is float32, everything else is frozen.
 
-    Adapters start as the identity: A is gaussian with standard deviation 1 / rank, drawn from `seed`, and B is zero.
+    Adapters start as the identity: A is gaussian with standard deviation 1 / rank, drawn from `seed` and its name, and
+    B is zero. `prefix` sets apart the names of two experts.
 
     Raises:
         UserError: no module of the network is called like one of the targets.
@@ -35,7 +41,7 @@ def prepare(network: nn.Module, train: Lora | Full, seed: int) -> None:
         )
         for name, parameter in trained_parameters(network).items():
             if "lora_A" in name:
-                noise = torch.randn(parameter.shape, generator=generator(seed, f"lora:{name}"))
+                noise = torch.randn(parameter.shape, generator=generator(seed, f"lora:{prefix}{name}"))
                 parameter.data.copy_(noise / train.rank)
     for parameter in trained_parameters(network).values():
         parameter.data = parameter.data.float()
@@ -44,6 +50,49 @@ def prepare(network: nn.Module, train: Lora | Full, seed: int) -> None:
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of all that has a gradient."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def save_adapters(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    pipeline: Any,
+    original_name: Callable[[str], str | None] | None = None,
+) -> None:
+    """Write adapters (name -> tensor of `network`) to a file that `pipeline`, a class of diffusers, loads.
+
+    Args:
+        original_name: writes what ComfyUI reads, with a layer's name in the released checkpoints and the factor
+            alpha / rank inside of B.
+
+    Raises:
+        UserError: a layer has no original name.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(network, state_dict=dict(tensors), adapter_name="default")
+    lora: Any = network.peft_config["default"]  # type: ignore[index]
+    if original_name is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipeline.save_lora_weights(
+                file.parent,
+                layers,
+                weight_name=file.name,
+                transformer_lora_adapter_metadata=copy.copy(lora.to_dict()),
+            )
+        return
+    scaled = {}
+    for name, tensor in layers.items():
+        original = original_name(name)
+        if original is None:
+            raise UserError(
+                f"--format comfyui: layer {name.split('.lora_')[0]} has no name there; use diffusers or merged"
+            )
+        scale = lora.lora_alpha / lora.r if ".lora_B." in name else 1.0
+        scaled[f"diffusion_model.{original}"] = (tensor * scale).contiguous()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(scaled, file)
 
 
 @contextlib.contextmanager

@@ -1,216 +1,178 @@
-"""Wan 2.1 text-to-video, through diffusers' own classes; the bundled model is one with tiny widths."""
+"""Wan 2.1 and 2.2, text or image to video; the bundled model is one with tiny widths.
 
-import contextlib
-import copy
-import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+| checkpoint | image | noise levels |
+|---|---|---|
+| 2.1 T2V, 1.3B and 14B | | one network |
+| 2.1 I2V, 14B | encoded by CLIP and by the autoencoder; its latents are further channels | one network |
+| 2.2 TI2V, 5B | optional; its latents stand in for the first frame, which is fed timestep 0 | one network |
+| 2.2 T2V and I2V, A14B | I2V: by the autoencoder, further channels | two experts, each with its guidance scale |
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
-import diffusers
-import safetensors.torch
 import torch
-import transformers
-from diffusers import WanPipeline
-from jaxtyping import Shaped
-from peft.utils import get_peft_model_state_dict
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashgrpo.config import Lora, ModelConfig
-from flashgrpo.distributed import Team
-from flashgrpo.errors import UserError
-from flashgrpo.models.lora import prepare, trained_parameters, weights_replaced
-from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
-from flashgrpo.sharding import place
-from flashgrpo.types import Condition, Latents, LoraStyle, Videos
+from flashgrpo.models.architectures import checked_size
+from flashgrpo.models.conditions import Row, open_image
+from flashgrpo.models.pipeline import PipelineModel, Size
+from flashgrpo.seeds import normal
+from flashgrpo.types import Condition, Latents, Moment
+
+ImageRow = Float[Tensor, "1 channels frames height width"]
 
 
-class WanModel:
-    """A `WanPipeline` as a `VideoModel`. The denoising loop is not the pipeline's; its parts are."""
+class WanModel(PipelineModel):
+    """A `WanPipeline` or `WanImageToVideoPipeline` as a `VideoModel`."""
 
-    def __init__(
-        self, pipeline: WanPipeline, config: ModelConfig, team: Team, seed: int, keep_reference: bool = False
-    ) -> None:
-        self.pipeline = pipeline
-        self.config = config
-        self.latent_shape = self._latent_shape()
-        if (tokens := self._tokens()) % team.context:
-            raise UserError(
-                f"parallel.context: the {tokens} tokens of such a video cannot be split over {team.context} processes"
-            )
-        prepare(self.network, config.train, seed)
-        if config.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()  # type: ignore[operator]
-        self._dtype = getattr(torch, config.compute_dtype) if config.compute_dtype else pipeline.transformer.dtype
-        place(self.network, team, self._dtype if config.compute_dtype else None)
-        pipeline.text_encoder.requires_grad_(False).to(team.device)
-        pipeline.vae.requires_grad_(False).to(team.device)
-        self._negative = self._embed([config.negative_prompt])  # (1, L, D), the same for every sample
-        self._base = (
-            {name: parameter.detach().clone() for name, parameter in trained_parameters(self.network).items()}
-            if keep_reference and not isinstance(config.train, Lora)
-            else None
-        )
-
-    @classmethod
-    def load(cls, path: str, config: ModelConfig, team: Team, seed: int, keep_reference: bool = False) -> "WanModel":
-        """Load with `WanPipeline.from_pretrained`, the VAE in float32 and the rest in `config.dtype`.
-
-        Raises:
-            UserError: a part of the pipeline is missing or unreadable, or the video size does not fit the model.
-        """
-        dtype = getattr(torch, config.dtype)
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            pipeline = WanPipeline.from_pretrained(path, dtype={"default": dtype, "vae": torch.float32})
-        except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"model.path: {path} could not be loaded as a WanPipeline: {reason}") from error
-        if getattr(pipeline, "transformer_2", None) is not None or pipeline.config.expand_timesteps:
-            raise UserError(f"model.path: {path} is a Wan 2.2 pipeline; so far only Wan 2.1 text-to-video is supported")
-        return cls(pipeline, config, team, seed, keep_reference)
+    expert_names = ("transformer", "transformer_2")
+    encoder_names = ("text_encoder", "image_encoder")
 
     @property
-    def network(self) -> nn.Module:
-        """The transformer."""
-        return self.pipeline.transformer
+    def takes_image(self) -> bool:  # type: ignore[override]
+        """Whether a prompt has to bring its first frame."""
+        return type(self.pipeline).__name__ == "WanImageToVideoPipeline"
 
     @property
-    def device(self) -> torch.device:
-        """Of the transformer."""
-        return next(self.network.parameters()).device
+    def cached_parts(self) -> Sequence[str]:  # type: ignore[override]
+        """The text's encoder, and with images all that looks at them."""
+        text = ("tokenizer", "text_encoder")
+        return (*text, "image_processor", "image_encoder", "vae") if self.takes_image else text
 
-    def grid(self, num_steps: int) -> SigmaGrid:
-        """The grid of the checkpoint's scheduler, with `config.shift` in place of its own where given."""
-        return grid_from_scheduler(self.pipeline.scheduler, num_steps, self.config.shift)
+    # Prompts
 
-    def encode(self, texts: Sequence[str]) -> Condition:
-        """Text embeddings {"text": (B, max_sequence_length, D)}."""
-        return Condition({"text": self._embed(texts)})
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, with the pipeline's own cleaning left out."""
-        return [len(ids) for ids in self.pipeline.tokenizer(list(texts)).input_ids]
-
-    @torch.no_grad()
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        text, _ = self.pipeline.encode_prompt(
-            list(texts),
+    def encode_text(self, text: str) -> Row:
+        """{"text": (1, max_sequence_length, D)}, zero after the text's tokens."""
+        embedding, _ = self.pipeline.encode_prompt(
+            [text],
             do_classifier_free_guidance=False,
             max_sequence_length=self.config.max_sequence_length,
             device=self.device,
         )
-        return text
+        return {"text": embedding}
 
-    def velocity(
-        self, x: Latents, timestep: Shaped[Tensor, " batch"], condition: Condition, guidance_scale: float
-    ) -> Latents:
-        """v_negative + guidance_scale (v_text - v_negative), both branches in one forward; scale 1 needs only one."""
-        text = condition.tensors["text"]
-        if guidance_scale == 1:
-            return self._forward(x, timestep, text)
-        negative = self._negative.expand_as(text)
-        both = self._forward(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([text, negative]))
-        v_text, v_negative = both.chunk(2)
-        return v_negative + guidance_scale * (v_text - v_negative)
+    def random_text(self, text: str) -> Row:
+        """As `encode_text`, without zeros."""
+        shape = (1, self.config.max_sequence_length, self.source.architecture.of("transformer")["text_dim"])
+        return {"text": normal(shape, self.seed, f"text:{text}")}
 
-    def _forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        return self.network(x.to(self._dtype), timestep, text.to(self._dtype), return_dict=False)[0].float()
+    def encode_image(self, image: Any) -> Row:
+        """What the first frame adds to a row.
 
-    def idle(self) -> Tensor:
-        """One forward of one row of zeros."""
-        x = torch.zeros(1, *self.latent_shape, device=self.device)
-        return self._forward(x, torch.zeros(1, device=self.device), self._negative)
-
-    @torch.no_grad()
-    def decode(self, latents: Latents) -> Videos:
-        """Undo the latents' normalisation, decode, and bring [-1, 1] to [0, 1]."""
-        vae = self.pipeline.vae
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
-        return (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).contiguous()
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Adapters off, or the kept base weights."""
-        if isinstance(self.config.train, Lora):
-            return self._adapters_off()
-        assert self._base is not None, "load with keep_reference to compare a fully trained model with its base"
-        return weights_replaced(self.network, self._base)
-
-    @contextlib.contextmanager
-    def _adapters_off(self):  # type: ignore[no-untyped-def]
-        self.network.disable_adapters()  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            self.network.enable_adapters()  # type: ignore[operator]
-
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> None:
-        """Write `folder/pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights` reads in both styles.
-
-        The one of ComfyUI has the original names of Wan's layers and the factor alpha / rank inside of B.
+        "latents" (1, C', F, H, W) are the further channels of I2V: 4 of a mask and those of the encoded frame, or with
+        `expand_timesteps` the encoded frame alone, F = 1. Wan 2.1 also looks at the frame through CLIP: "image".
         """
-        layers = get_peft_model_state_dict(self.network, state_dict=dict(tensors), adapter_name="default")
-        lora: Any = self.network.peft_config["default"]  # type: ignore[index]
-        if style == "comfyui":
-            folder.mkdir(parents=True, exist_ok=True)
-            named = {f"diffusion_model.{_original_name(name)}": tensor for name, tensor in layers.items()}
-            scale = lora.lora_alpha / lora.r
-            scaled = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in named.items()}
-            whole = {name: tensor.contiguous() for name, tensor in scaled.items()}
-            safetensors.torch.save_file(whole, folder / "pytorch_lora_weights.safetensors")
-            return
-        metadata = copy.copy(lora.to_dict())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+        picture = open_image(image)
+        config, pipeline = self.config, self.pipeline
+        frame = pipeline.video_processor.preprocess(picture, height=config.height, width=config.width)
+        row = {"latents": self._encode_frame(frame.to(self.device, torch.float32)[:, :, None])}
+        if (width := self.source.architecture.of("transformer").get("image_dim")) is not None:
+            if self.source.random:
+                row["image"] = torch.ones(1, 257, width)
+            else:
+                row["image"] = pipeline.encode_image(picture, self.device)
+        return row
 
-    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write the pipeline with the adapters added to its weights, or with the fully trained weights."""
-        for name, parameter in trained_parameters(self.network).items():
-            parameter.data.copy_(tensors[name])
-        if isinstance(self.config.train, Lora):
-            self.network.fuse_lora()  # type: ignore[operator]
-            self.network.unload_lora()  # type: ignore[operator]
-        self.pipeline.save_pretrained(folder)
+    def _encode_frame(self, frame: Float[Tensor, "1 3 1 video_height video_width"]) -> ImageRow:
+        vae: Any = self.part("vae")
+        if not self.pipeline.config.expand_timesteps:
+            frames = self.config.num_frames - 1
+            frame = torch.cat([frame, frame.new_zeros(1, 3, frames, *frame.shape[-2:])], dim=2)
+        encoded = vae.encode(frame.to(vae.dtype)).latent_dist.mode().float()
+        mean, std = self._latent_statistics()
+        encoded = (encoded - mean) / std
+        if self.pipeline.config.expand_timesteps:
+            return encoded
+        given = torch.zeros(1, vae.config.scale_factor_temporal, *encoded.shape[2:], device=self.device)
+        given[:, :, 0] = 1  # the first frame of latents stands for one frame of the video, which is given
+        return torch.cat([given, encoded], dim=1)
 
-    def _tokens(self) -> int:
-        patch_frames, patch_height, patch_width = self.pipeline.transformer.config.patch_size
+    def nothing(self) -> Condition:
+        """The negative prompt, and zeros for an image."""
+        row = dict(super().nothing().tensors)
+        if self.takes_image:
+            channels, frames, height, width = self.latent_shape
+            if not self.pipeline.config.expand_timesteps:
+                channels = self.source.architecture.of("transformer")["in_channels"] - channels
+            else:
+                frames = 1
+            row["latents"] = torch.zeros(1, channels, frames, height, width, device=self.device)
+            if (image_dim := self.source.architecture.of("transformer").get("image_dim")) is not None:
+                row["image"] = torch.zeros(1, 257, image_dim, device=self.device)
+        return Condition(row)
+
+    # The network
+
+    def expert_at(self, timestep: float) -> str:
+        """The second expert below the boundary."""
+        boundary = self.pipeline.config.boundary_ratio
+        training_steps = self.pipeline.scheduler.config.num_train_timesteps
+        return self.expert_names[int(boundary is not None and timestep < boundary * training_steps)]
+
+    def forward(self, network: nn.Module, x: Latents, moment: Moment, condition: Condition) -> Tensor:
+        """As the pipeline calls its transformer.
+
+        With `expand_timesteps` each token has a timestep of its own. A frame that is given is fed at timestep 0 in
+        place of x, and its velocity is the one that leads to it, `(x - frame) / sigma`: known, so nothing is learnt
+        from it, and every solver ends at it.
+        """
+        extra = condition.tensors.get("latents")
+        timestep = moment.timestep.to(x.device)
+        fed, given = x, None
+        if self.pipeline.config.expand_timesteps:
+            timestep = timestep[:, None].repeat(1, self.tokens())
+            if extra is not None:
+                given = extra
+                fed = torch.cat([given, x[:, :, 1:]], dim=2)
+                timestep[:, : self.tokens() // x.shape[2]] = 0
+        elif extra is not None:
+            fed = torch.cat([x, extra], dim=1)
+        image = condition.tensors.get("image")
+        v = network(
+            fed.to(self.dtype),
+            timestep,
+            condition.tensors["text"].to(self.dtype),
+            image.to(self.dtype) if image is not None else None,
+            return_dict=False,
+        )[0].float()
+        if given is not None:
+            sigma = moment.sigma.to(x.device, torch.float32).view(-1, 1, 1, 1, 1)
+            v = torch.cat([(x[:, :, :1] - given) / sigma, v[:, :, 1:]], dim=2)
+        return v
+
+    def decode_latents(self, vae: Any, latents: Latents) -> Tensor:
+        """Undo the latents' normalisation and decode."""
+        mean, std = self._latent_statistics()
+        return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        config = self.pipeline.vae.config
+        return tuple(  # type: ignore[return-value]
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+
+    def shape_of_latents(self) -> Size:
+        """(C, F, H, W); a side is a multiple of what the autoencoder and the network's patches need."""
+        vae, network = self.pipeline.vae.config, self.source.architecture.of("transformer")
+        scale, (_, patch, _) = vae.scale_factor_spatial, network["patch_size"]
+        frames = checked_size(self.config, scale * patch, vae.scale_factor_temporal)
+        return vae.z_dim, frames, self.config.height // scale, self.config.width // scale
+
+    def tokens(self) -> int:
+        """Of all patches."""
+        patch_frames, patch_height, patch_width = self.source.architecture.of("transformer")["patch_size"]
         _, frames, height, width = self.latent_shape
         return (frames // patch_frames) * (height // patch_height) * (width // patch_width)
 
-    def _latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) for the configured video size.
-
-        Raises:
-            UserError: the size is no multiple of what VAE and patches need; the sentence names the nearest that is.
-        """
-        config, vae, network = self.config, self.pipeline.vae.config, self.pipeline.transformer.config
-        _, patch_height, patch_width = network.patch_size
-        for name, size, multiple in (
-            ("height", config.height, vae.scale_factor_spatial * patch_height),
-            ("width", config.width, vae.scale_factor_spatial * patch_width),
-        ):
-            if size % multiple:
-                nearest = max(multiple, round(size / multiple) * multiple)
-                raise UserError(f"model.{name}: {size} is no multiple of {multiple}; the nearest is {nearest}")
-        stride = vae.scale_factor_temporal
-        if (config.num_frames - 1) % stride:
-            nearest = round((config.num_frames - 1) / stride) * stride + 1
-            raise UserError(
-                f"model.num_frames: {config.num_frames} is no multiple of {stride} plus 1; the nearest is {nearest}"
-            )
-        return (
-            network.in_channels,
-            (config.num_frames - 1) // stride + 1,
-            config.height // vae.scale_factor_spatial,
-            config.width // vae.scale_factor_spatial,
-        )
+    def original_name(self, name: str) -> str | None:
+        """`blocks.0.attn2.to_q.lora_A.weight` -> `blocks.0.cross_attn.q.lora_A.weight`."""
+        original = name
+        for ours, theirs in _ORIGINAL:
+            original = original.replace(ours, theirs)
+        return original if name.startswith("blocks.") and original != name else None
 
 
 _ORIGINAL = (  # diffusers' names of Wan's layers -> those of the released checkpoints
@@ -225,17 +187,3 @@ _ORIGINAL = (  # diffusers' names of Wan's layers -> those of the released check
     (".ffn.net.0.proj.", ".ffn.0."),
     (".ffn.net.2.", ".ffn.2."),
 )
-
-
-def _original_name(name: str) -> str:
-    """`blocks.0.attn2.to_q.lora_A.weight` -> `blocks.0.cross_attn.q.lora_A.weight`.
-
-    Raises:
-        UserError: a layer outside of the blocks' attention and feed-forward layers.
-    """
-    original = name
-    for ours, theirs in _ORIGINAL:
-        original = original.replace(ours, theirs)
-    if not name.startswith("blocks.") or original == name:
-        raise UserError(f"--format comfyui: layer {name.split('.lora_')[0]} has no name there; use diffusers or merged")
-    return original

@@ -1,0 +1,205 @@
+"""What prompts are turned into for the network, computed once and kept on disk.
+
+A text encoder is many times larger than what it says about a prompt. So each prompt is encoded once, before the network
+is loaded, and no encoder is in memory while a run trains. Any number of processes may fill one folder at a time: every
+entry appears whole under a name of its own, and whoever finds it there does not compute it again.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashgrpo.errors import UserError
+from flashgrpo.files import explain_os_errors
+from flashgrpo.types import Condition, Prompt
+
+SAMPLE = 2**20  # bytes read at the start, in the middle and at the end of a file to tell it from others
+
+Row = Mapping[str, Tensor]
+
+
+def default_folder() -> Path:
+    """`$FLASHGRPO_CACHE`, or `~/.cache/flashgrpo`, and in it `conditions`."""
+    return Path(os.environ.get("FLASHGRPO_CACHE") or Path.home() / ".cache/flashgrpo").expanduser() / "conditions"
+
+
+def fingerprint(folder: Path, parts: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """Tells encoders apart: the files of the named parts of a pipeline folder, and the settings that count.
+
+    Of each file its size and three samples of 1 MiB are read, since to read a text encoder whole would take as long as
+    to load it.
+    """
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
+    for file in sorted(file for part in parts for file in (folder / part).rglob("*") if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+        with file.open("rb") as content:
+            for place in sorted({0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)}):
+                content.seek(place)
+                digest.update(content.read(SAMPLE))
+    return digest.hexdigest()
+
+
+class Conditions:
+    """The condition of any prompt: from memory, from disk, or from the encoders.
+
+    Args:
+        folder: of this model's entries; None keeps nothing on disk.
+        compute: the row of one prompt: name -> tensor (1, ...). It loads the encoders where they are not loaded yet.
+        images: whether a prompt's image counts.
+        keep: so many rows stay in memory, those used last.
+    """
+
+    def __init__(
+        self, folder: Path | None, compute: Callable[[Prompt], Row], images: bool = False, keep: int = 256
+    ) -> None:
+        self._folder = folder
+        self._compute = compute
+        self._images = images
+        self._keep = keep
+        self._rows: OrderedDict[str, Row] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Condition:
+        """The rows of the prompts, on the CPU.
+
+        Prompts are encoded one at a time: a prompt's row must not depend on which others were new with it, or a resumed
+        run would differ in the last bits.
+        """
+        return Condition.stack([Condition(self._row(prompt)) for prompt in prompts])
+
+    def missing(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those that are not on disk yet, each once."""
+        if self._folder is None:
+            return []
+        by_key = {self._key(prompt): prompt for prompt in prompts}
+        return [prompt for key, prompt in by_key.items() if not _is_whole(self._file(key))]
+
+    def fill(self, prompts: Sequence[Prompt], begin: float = 0.0) -> None:
+        """Bring what is missing to disk.
+
+        Args:
+            begin: where in the list to begin, from 0 to 1. Processes that begin at different places share the work.
+
+        Raises:
+            UserError: the folder cannot be written, or a prompt cannot be encoded.
+        """
+        todo = self.missing(prompts)
+        first = int(begin * len(todo))
+        for prompt in todo[first:] + todo[:first]:
+            if not _is_whole(self._file(self._key(prompt))):
+                self._store(prompt)
+
+    def _row(self, prompt: Prompt) -> Row:
+        key = self._key(prompt)
+        if key not in self._rows:
+            self._rows[key] = self._read(key) or self._store(prompt)
+        self._rows.move_to_end(key)
+        while len(self._rows) > self._keep:
+            self._rows.popitem(last=False)
+        return self._rows[key]
+
+    def _store(self, prompt: Prompt) -> Row:
+        row = {name: tensor.detach().cpu() for name, tensor in self._compute(prompt).items()}
+        if self._folder is None:
+            return row
+        key = self._key(prompt)
+        file = self._file(key)
+        aside = file.with_name(f".partial-{uuid.uuid4().hex}")
+        short, lengths = {}, {}
+        for name, tensor in row.items():
+            short[name] = _without_padding(tensor).contiguous()
+            lengths[name] = str(tensor.shape[1])
+        with explain_os_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(short, aside, metadata=lengths)
+                os.replace(aside, file)
+            finally:
+                with contextlib.suppress(OSError):
+                    aside.unlink(missing_ok=True)
+        return self._read(key) or row  # what a later run will see
+
+    def _read(self, key: str) -> Row | None:
+        if self._folder is None:
+            return None
+        try:
+            with safe_open(self._file(key), framework="pt") as file:
+                lengths = file.metadata()
+                return {name: _padded(file.get_tensor(name), int(lengths[name])) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there, or damaged: made anew
+            return None
+
+    def _key(self, prompt: Prompt) -> str:
+        image = prompt.columns.get("image") if self._images else None
+        digest = hashlib.sha256(prompt.text.encode())
+        if image is not None:
+            digest.update(image_bytes(image))
+        return digest.hexdigest()
+
+    def _file(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / key[:2] / f"{key}.safetensors"
+
+
+def image_bytes(image: Any) -> bytes:
+    """The content of a prompt's image: a file's bytes, or the pixels of a picture in memory.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if isinstance(image, str):
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise UserError(f"image {image} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    if hasattr(image, "tobytes"):
+        return bytes(image.tobytes())
+    raise UserError(f"column image must hold paths or pictures, not {type(image).__name__}")
+
+
+def open_image(image: Any) -> Any:
+    """A prompt's image as an RGB picture.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from PIL import Image
+
+    if not isinstance(image, str):
+        return image.convert("RGB")
+    try:
+        return Image.open(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {image} cannot be read: {' '.join(str(error).split())[:150]}") from error
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether an entry is there; the header of a safetensors file tells how long it has to be."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _without_padding(tensor: Tensor) -> Tensor:
+    """A row (1, L, ...) without the zeros at the end of L, which most of a text's places are."""
+    used = tensor[0].flatten(1).any(dim=1) if tensor.ndim > 2 else tensor[0] != 0
+    places = used.nonzero().flatten()
+    return tensor[:, : int(places[-1]) + 1 if len(places) else 0]
+
+
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    padding = torch.zeros(1, length - tensor.shape[1], *tensor.shape[2:], dtype=tensor.dtype)
+    return torch.cat([tensor, padding], dim=1)

@@ -1,0 +1,93 @@
+"""LTX-Video, text to video: another family, to show that a model is one file."""
+
+from typing import Any
+
+import torch
+from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+from torch import Tensor, nn
+
+from flashgrpo.models.architectures import checked_size
+from flashgrpo.models.conditions import Row
+from flashgrpo.models.pipeline import PipelineModel, Size
+from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
+from flashgrpo.seeds import normal
+from flashgrpo.types import Condition, Latents, Moment
+
+_SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+"""Settings of a scheduler, in the order of `calculate_shift`, with what the pipeline takes where one is missing."""
+
+
+class LtxModel(PipelineModel):
+    """An `LTXPipeline` as a `VideoModel`. The network takes tokens; here latents are (B, C, F, H, W) as everywhere."""
+
+    def grid(self, num_steps: int) -> SigmaGrid:
+        """The scheduler's grid, shifted by the number of tokens as the pipeline does, or by `config.shift`."""
+        scheduler = self.pipeline.scheduler
+        if self.config.shift is not None:
+            return grid_from_scheduler(scheduler, num_steps, self.config.shift)
+        mu = calculate_shift(self.tokens(), *(scheduler.config.get(name, value) for name, value in _SHIFT.items()))
+        return grid_from_scheduler(scheduler, num_steps, mu=mu)
+
+    def encode_text(self, text: str) -> Row:
+        """{"text": (1, max_sequence_length, D), "mask": (1, max_sequence_length)}, the mask 1 where a token is."""
+        embedding, mask, _, _ = self.pipeline.encode_prompt(
+            [text],
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.config.max_sequence_length,
+            device=self.device,
+        )
+        return {"text": embedding, "mask": mask.to(torch.int64)}
+
+    def random_text(self, text: str) -> Row:
+        """As `encode_text`, of a text that fills all places."""
+        length, network = self.config.max_sequence_length, self.source.architecture.of("transformer")
+        mask = torch.ones(1, length, dtype=torch.int64)
+        return {"text": normal((1, length, network["caption_channels"]), self.seed, f"text:{text}"), "mask": mask}
+
+    def forward(self, network: nn.Module, x: Latents, moment: Moment, condition: Condition) -> Tensor:
+        """As the pipeline calls its transformer, on tokens."""
+        pipeline, patch = self.pipeline, self._patch()
+        _, _, frames, height, width = x.shape
+        ratios = pipeline.vae.temporal_compression_ratio, pipeline.vae.spatial_compression_ratio
+        v = network(
+            hidden_states=pipeline._pack_latents(x, *patch).to(self.dtype),
+            encoder_hidden_states=condition.tensors["text"].to(self.dtype),
+            timestep=moment.timestep.to(x.device),
+            encoder_attention_mask=condition.tensors["mask"].bool(),
+            num_frames=frames,
+            height=height,
+            width=width,
+            rope_interpolation_scale=(ratios[0] / self.config.fps, ratios[1], ratios[1]),
+            return_dict=False,
+        )[0].float()
+        sides = frames // patch[1], height // patch[0], width // patch[0]
+        return pipeline._unpack_latents(v, *sides, *patch).contiguous()
+
+    def decode_latents(self, vae: Any, latents: Latents) -> Tensor:
+        """Undo the latents' normalisation and decode; without noise where the decoder could take some."""
+        mean, std = (values.to(latents).view(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
+        latents = (latents * std / vae.config.scaling_factor + mean).to(vae.dtype)
+        timestep = latents.new_zeros(len(latents)) if vae.config.timestep_conditioning else None
+        return vae.decode(latents, timestep, return_dict=False)[0]
+
+    def shape_of_latents(self) -> Size:
+        """(C, F, H, W)."""
+        vae = self.pipeline.vae
+        scale, patch = vae.spatial_compression_ratio, self._patch()
+        frames = checked_size(self.config, scale * patch[0], vae.temporal_compression_ratio)
+        return vae.config.latent_channels, frames, self.config.height // scale, self.config.width // scale
+
+    def tokens(self) -> int:
+        """Of all patches."""
+        _, frames, height, width = self.latent_shape
+        patch, patch_frames = self._patch()
+        return (frames // patch_frames) * (height // patch) * (width // patch)
+
+    def _patch(self) -> tuple[int, int]:
+        """Latents in a token: along a side, along time."""
+        network = self.source.architecture.of("transformer")
+        return network.get("patch_size", 1), network.get("patch_size_t", 1)
+
+    def original_name(self, name: str) -> str | None:
+        """The blocks' linear layers are called alike; names outside of the blocks differ."""
+        return name if name.startswith("transformer_blocks.") else None

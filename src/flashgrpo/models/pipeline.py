@@ -1,0 +1,291 @@
+"""A diffusers pipeline as a `VideoModel`: all that families have in common. A family's own file says what differs."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flashgrpo.distributed import Team
+from flashgrpo.errors import UserError
+from flashgrpo.models.conditions import Conditions, Row, default_folder, fingerprint
+from flashgrpo.models.lora import save_adapters, trained_parameters, weights_replaced
+from flashgrpo.models.network import prepare_network
+from flashgrpo.models.residence import Residence
+from flashgrpo.models.source import Source
+from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
+from flashgrpo.settings import Lora, ModelConfig
+from flashgrpo.types import Condition, Latents, LoraStyle, Moment, Prompt, Videos
+
+Size = tuple[int, int, int, int]
+MANY = 64  # prompts that are worth a word before they are encoded
+
+
+class PipelineModel(ABC):
+    """The parts of a pipeline as a `VideoModel`; the denoising loop is not the pipeline's.
+
+    Attributes:
+        pipeline: of the class that the checkpoint names; its encoders are None while nothing is encoded.
+        latent_shape: (C, F, H, W) of one sample.
+        network: the transformer, or an `nn.ModuleDict` of them.
+        takes_image: whether each prompt has to come with an image.
+    """
+
+    expert_names: ClassVar[Sequence[str]] = ("transformer",)
+    """Components that are trained; a checkpoint may lack the later ones."""
+    encoder_names: ClassVar[Sequence[str]] = ("text_encoder",)
+    """Components that are needed for prompts only."""
+    cached_parts: ClassVar[Sequence[str]] = ("tokenizer", "text_encoder")
+    """Folders of the checkpoint on which a prompt's row depends."""
+    takes_image = False
+
+    def __init__(
+        self,
+        source: Source,
+        config: ModelConfig,
+        team: Team,
+        seed: int,
+        prompts: Sequence[Prompt] = (),
+        keep_reference: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """Encode `prompts` first, then load the network: the two never share the memory. See `load_model`."""
+        self.source = source
+        self.pipeline = source.pipeline
+        self.config = config
+        self.device = team.device
+        self.dtype: torch.dtype = getattr(torch, config.compute_dtype or config.dtype)
+        self.seed = seed
+        self._residence: Residence | None = None
+        self.pipeline.vae.requires_grad_(False)
+        self.latent_shape = self.shape_of_latents()
+        self._conditions = Conditions(self._cache_folder(), self._row, self.takes_image)
+        self._encode_all(prompts, team, say or (lambda _: None))
+        source.load(self.expert_names)
+        self._experts = self._prepare_experts(team)
+        self.network: nn.Module = (
+            nn.ModuleDict(self._experts) if len(self._experts) > 1 else self._experts[self.expert_names[0]]
+        )
+        self._residence = Residence({**self._experts, "vae": self.pipeline.vae}, self.device, config.offload)
+        self._base = (
+            {name: parameter.detach().clone() for name, parameter in trained_parameters(self.network).items()}
+            if keep_reference and not isinstance(config.train, Lora)
+            else None
+        )
+
+    # What a family says
+
+    @abstractmethod
+    def encode_text(self, text: str) -> Row:
+        """The embedding of a text by the pipeline's own encoder, rows (1, L, ...)."""
+
+    @abstractmethod
+    def random_text(self, text: str) -> Row:
+        """Rows of the same shapes, drawn by the text, for networks with random weights, which have no encoder."""
+
+    def encode_image(self, image: Any) -> Row:
+        """What a prompt's image adds to its row; families that take one say so by `takes_image`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def forward(self, network: nn.Module, x: Latents, moment: Moment, condition: Condition) -> Tensor:
+        """The network's velocity for each row, without guidance, in float32."""
+
+    @abstractmethod
+    def decode_latents(self, vae: Any, latents: Latents) -> Tensor:
+        """The pipeline's video (B, 3, F, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def shape_of_latents(self) -> Size:
+        """(C, F, H, W) for the configured video size, or a `UserError` that names the nearest size that fits.
+
+        Asked for before the network is loaded.
+        """
+
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens of a sample inside of the network."""
+
+    @abstractmethod
+    def original_name(self, name: str) -> str | None:
+        """The name of a layer in the family's released checkpoints, which ComfyUI reads; None where it has none."""
+
+    def expert_at(self, timestep: float) -> str:
+        """Which component computes at a timestep."""
+        return self.expert_names[0]
+
+    def grid(self, num_steps: int) -> SigmaGrid:
+        """The grid of the checkpoint's scheduler, with `config.shift` in place of its own where given."""
+        return grid_from_scheduler(self.pipeline.scheduler, num_steps, self.config.shift)
+
+    # Prompts
+
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """The rows of the prompts' texts, and of their images where the family takes them."""
+        self._check_images(prompts)
+        return self._conditions(prompts).to(self.device)
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, with the pipeline's own cleaning left out; 0 where there is no tokenizer."""
+        if self.source.random:
+            return [0] * len(texts)
+        return [len(ids) for ids in self.pipeline.tokenizer(list(texts)).input_ids]
+
+    def _encode_all(self, prompts: Sequence[Prompt], team: Team, say: Callable[[str], None]) -> None:
+        self._check_images(prompts)
+        negative = Prompt(self.config.negative_prompt, {})
+        every = [negative, *prompts]
+        if len(missing := self._conditions.missing(every)) > MANY:
+            say(f"encoding {len(missing)} of {len(every)} prompts, once")
+        team.agree(lambda: self._conditions.fill(every, begin=team.rank / team.size))
+        self._negative = self._conditions([negative]).to(self.device)  # one row, the same for every sample
+        self.source.drop(self.encoder_names)
+
+    def _check_images(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts if self.takes_image else ():
+            if prompt.columns.get("image") is None:
+                raise UserError(f"this model starts from an image: give {prompt.text!r} one in a column `image`")
+
+    @torch.no_grad()
+    def _row(self, prompt: Prompt) -> Row:
+        """The row of a prompt; without an image that of its text alone, as the negative prompt has it."""
+        if self.source.random:
+            text = self.random_text(prompt.text)
+        else:
+            self.source.load(self.encoder_names)
+            for name in self.encoder_names:
+                if (encoder := getattr(self.pipeline, name, None)) is not None:
+                    encoder.requires_grad_(False).to(self.device)
+            text = self.encode_text(prompt.text)
+        image = prompt.columns.get("image") if self.takes_image else None
+        return {**text, **(self.encode_image(image) if image is not None else {})}
+
+    def _cache_folder(self) -> Path | None:
+        if self.source.folder is None:
+            return None
+        config = self.config
+        settings: dict[str, Any] = {"length": config.max_sequence_length, "dtype": config.dtype}
+        if self.takes_image:
+            settings |= {"size": (config.num_frames, config.height, config.width), "vae": config.vae_dtype}
+        folder = Path(config.condition_cache) if config.condition_cache else default_folder()
+        return folder / fingerprint(self.source.folder, self.cached_parts, settings)[:32]
+
+    # The network
+
+    def _prepare_experts(self, team: Team) -> dict[str, nn.Module]:
+        config = self.config
+        if (tokens := self.tokens()) % team.context:
+            raise UserError(
+                f"parallel.context: the {tokens} tokens of such a video cannot be split over {team.context} processes"
+            )
+        found = {name: getattr(self.pipeline, name, None) for name in self.expert_names}
+        experts: dict[str, Any] = {name: network for name, network in found.items() if network is not None}
+        for name, network in experts.items():
+            prefix = f"{name}." if len(experts) > 1 else ""
+            prepare_network(network, config, team, self.seed, prefix)
+        for wanted, switch in ((config.vae_tiling, "enable_tiling"), (config.vae_slicing, "enable_slicing")):
+            if wanted:
+                getattr(self.pipeline.vae, switch)()
+        return experts
+
+    def expert(self, timestep: float) -> nn.Module:
+        """The component that computes at a timestep, which is all of `network` where there is one only."""
+        return self._experts[self.expert_at(timestep)]
+
+    def velocity(self, x: Latents, moment: Moment, condition: Condition) -> Latents:
+        """v_negative + scale (v_text - v_negative); rows of different experts one expert after the other."""
+        owners = [self.expert_at(float(timestep)) for timestep in moment.timestep]
+        parts, order = [], []
+        for name in dict.fromkeys(owners):
+            rows = torch.tensor([row for row, owner in enumerate(owners) if owner == name])
+            network = self.part(name)
+            alone = len(rows) == len(x)
+            part = (x, moment, condition) if alone else (x[rows], moment[rows], condition[rows])
+            parts.append(self._guided(network, *part))
+            order.append(rows)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort()]
+
+    def _guided(self, network: nn.Module, x: Latents, moment: Moment, condition: Condition) -> Tensor:
+        """Both branches in one forward; where all scales are 1, the text's alone."""
+        scale = moment.guidance_scale
+        if bool((scale == 1).all()):
+            return self.forward(network, x, moment, condition)
+        twice = torch.arange(len(x)).repeat(2)
+        both = Condition.stack([condition, condition.replaced(self._negative)])
+        v_text, v_negative = self.forward(network, torch.cat([x, x]), moment[twice], both).chunk(2)
+        return v_negative + scale.view(-1, 1, 1, 1, 1).to(x.device) * (v_text - v_negative)
+
+    def idle(self, moment: Moment) -> Tensor:
+        """One forward of one row of zeros through the expert of that moment."""
+        network = self.part(self.expert_at(float(moment.timestep)))
+        x = torch.zeros(1, *self.latent_shape, device=self.device)
+        return self.forward(network, x, moment, self.nothing())
+
+    def nothing(self) -> Condition:
+        """A condition of one row for calls whose result is not used."""
+        return self._negative
+
+    def part(self, name: str) -> nn.Module:
+        """An expert, or the "vae", on the device."""
+        if self._residence is None:  # while prompts are encoded
+            module: nn.Module = getattr(self.pipeline, name)
+            return module.to(self.device)
+        return self._residence.bring(name)
+
+    @torch.no_grad()
+    def decode(self, latents: Latents) -> Videos:
+        """Videos (B, F, 3, H, W) in [0, 1]."""
+        video = self.decode_latents(self.part("vae"), latents)
+        return (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).contiguous()
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Adapters off, or the kept base weights."""
+        if isinstance(self.config.train, Lora):
+            return self._adapters_off()
+        assert self._base is not None, "load with keep_reference to compare a fully trained model with its base"
+        return weights_replaced(self.network, self._base)
+
+    @contextlib.contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        networks: list[Any] = list(self._experts.values())
+        for network in networks:
+            network.disable_adapters()
+        try:
+            yield
+        finally:
+            for network in networks:
+                network.enable_adapters()
+
+    # Getting the result out
+
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
+        """Write `pytorch_lora_weights.safetensors`, or one file for each of two experts.
+
+        `load_lora_weights` of the family's pipeline reads both styles. The one of ComfyUI has the layers' original
+        names and the factor alpha / rank inside of B.
+        """
+        if len(self._experts) == 1:
+            names = {self.expert_names[0]: ("", "pytorch_lora_weights.safetensors")}
+        else:
+            files = ("high_noise.safetensors", "low_noise.safetensors")
+            names = {name: (f"{name}.", file) for name, file in zip(self._experts, files, strict=True)}
+        for name, (prefix, file) in names.items():
+            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            original_name = self.original_name if style == "comfyui" else None
+            save_adapters(self._experts[name], own, folder / file, type(self.pipeline), original_name)
+        return [file for _, file in names.values()]
+
+    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the pipeline with the adapters added to its weights, or with the fully trained weights."""
+        for name, parameter in trained_parameters(self.network).items():
+            parameter.data.copy_(tensors[name])
+        networks: list[Any] = list(self._experts.values())
+        for network in networks if isinstance(self.config.train, Lora) else ():
+            network.fuse_lora()
+            network.unload_lora()
+        self.source.load(self.encoder_names)
+        self.pipeline.save_pretrained(folder)

@@ -1,0 +1,84 @@
+"""Where a model's components come from: a checkpoint's folder, from which the large ones are loaded when needed."""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from flashgrpo.errors import UserError
+from flashgrpo.models.architectures import Architecture
+from flashgrpo.settings import ModelConfig
+
+LARGE = ("transformer", "transformer_2", "text_encoder", "image_encoder")
+
+
+class Source:
+    """The components of a pipeline; the large ones are None until they are loaded.
+
+    Args:
+        architecture: class and sizes of the pipeline, whose components get random weights with `config.random_init`.
+        folder: the checkpoint; None for random weights.
+
+    Raises:
+        UserError: a component is missing or unreadable.
+    """
+
+    def __init__(self, architecture: Architecture, folder: Path | None, config: ModelConfig) -> None:
+        self.architecture = architecture
+        self.folder = folder
+        self._config = config
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+            library.utils.logging.set_verbosity_error()  # what they warn of here is not the user's to mend
+        self._class: Any = getattr(diffusers, architecture.family)
+        settings = {k: v for k, v in architecture.settings.items() if k in self._signature()}
+        if folder is None:
+            light = architecture.build([name for name in architecture.components if name not in LARGE], self._dtypes())
+            nothing = dict.fromkeys(self._among([*LARGE, "tokenizer"]))
+            self.pipeline = self._class(**nothing, **light, **settings)
+        else:
+            self.pipeline = self._from_folder(dict.fromkeys(self._among(LARGE)))
+
+    @property
+    def random(self) -> bool:
+        """Whether weights are random and there are no encoders."""
+        return self.folder is None
+
+    def load(self, names: Sequence[str]) -> None:
+        """Load those of the components that the checkpoint has and that are not loaded."""
+        wanted = [name for name in self._among(names) if getattr(self.pipeline, name, None) is None]
+        if self.folder is None:
+            self.pipeline.register_modules(**self.architecture.build(wanted, self._dtypes()))
+        elif wanted:
+            known = {name: part for name, part in self.pipeline.components.items() if name not in wanted}
+            fresh = self._from_folder(known)
+            self.pipeline.register_modules(**{name: getattr(fresh, name) for name in wanted})
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Take components out of memory."""
+        for name in self._among(names):
+            setattr(self.pipeline, name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _among(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self._signature()]
+
+    def _signature(self) -> list[str]:
+        return [name for names in self._class._get_signature_keys(self._class) for name in names]
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return {"default": getattr(torch, self._config.dtype), "vae": getattr(torch, self._config.vae_dtype)}
+
+    def _from_folder(self, known: dict[str, Any]) -> Any:
+        try:
+            return self._class.from_pretrained(self.folder, dtype=self._dtypes(), **known)
+        except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
+            reason = " ".join(str(error).split())[:200]
+            name = self._class.__name__
+            raise UserError(f"model.path: {self._config.path} could not be loaded as a {name}: {reason}") from error

@@ -1,0 +1,161 @@
+"""A tiny pipeline with random weights of every supported kind, saved as a checkpoint's folder.
+
+To put a new family under the conformance tests, add a function that builds its pipeline, and a line in `KINDS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from flashgrpo.models.tiny.architecture import make_tokenizer
+from flashgrpo.settings import ModelConfig
+
+WIDTH = 24  # of a text's embedding
+UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+def _text_encoder(config: type, encoder: type) -> Any:
+    sizes = {"d_model": WIDTH, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1, "dropout_rate": 0.0}
+    return encoder(config(vocab_size=len(make_tokenizer()), **sizes))
+
+
+def _wan_transformer(channels: int, seed: int, **settings: Any) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "freq_dim": 16}
+    return WanTransformer3DModel(
+        in_channels=channels, out_channels=16, text_dim=WIDTH, rope_max_seq_len=32, **sizes, **settings
+    )
+
+
+def _wan_parts(**vae: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    sizes = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    return {
+        "tokenizer": make_tokenizer(),
+        "text_encoder": _text_encoder(UMT5Config, UMT5EncoderModel),
+        "vae": AutoencoderKLWan(temperal_downsample=[False, True, True], **sizes, **vae),
+        "scheduler": UniPCMultistepScheduler(**UNIPC),
+    }
+
+
+def wan21() -> WanPipeline:
+    """Wan 2.1 text to video."""
+    return WanPipeline(transformer=_wan_transformer(16, 1), **_wan_parts())
+
+
+def wan21_image() -> WanImageToVideoPipeline:
+    """Wan 2.1 image to video: CLIP and further channels."""
+    parts = _wan_parts()
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=1
+    )
+    return WanImageToVideoPipeline(
+        transformer=_wan_transformer(36, 1, image_dim=16, added_kv_proj_dim=24),
+        image_encoder=CLIPVisionModel(vision),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        **parts,
+    )
+
+
+def wan22_small() -> WanPipeline:
+    """Wan 2.2 TI2V-5B: a timestep for each token, an autoencoder of its own."""
+    vae = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    return WanPipeline(transformer=_wan_transformer(16, 1), expand_timesteps=True, **_wan_parts(**vae))
+
+
+def wan22_experts() -> WanPipeline:
+    """Wan 2.2 T2V-A14B: two experts."""
+    experts = {"transformer": _wan_transformer(16, 1), "transformer_2": _wan_transformer(16, 2)}
+    return WanPipeline(**experts, boundary_ratio=0.875, **_wan_parts())
+
+
+def wan22_experts_image() -> WanImageToVideoPipeline:
+    """Wan 2.2 I2V-A14B: two experts, further channels, no CLIP."""
+    experts = {"transformer": _wan_transformer(36, 1), "transformer_2": _wan_transformer(36, 2)}
+    return WanImageToVideoPipeline(**experts, boundary_ratio=0.9, **_wan_parts())
+
+
+def ltx() -> LTXPipeline:
+    """LTX-Video."""
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
+    layers = {"layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1, 1)}
+    return LTXPipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=_text_encoder(T5Config, T5EncoderModel),
+        vae=AutoencoderKLLTXVideo(latent_channels=8, **blocks, **layers),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+        ),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=WIDTH,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint: its pipeline, and how it is called."""
+
+    build: Callable[[], Any]
+    height: int = 32
+    width: int = 48
+    num_frames: int = 9
+    takes_image: bool = False
+    guidance_scale_2: float | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    """Further settings."""
+
+    def config(self, folder: Path, **settings: Any) -> ModelConfig:
+        """Settings of the model saved in `folder`."""
+        size = {"height": self.height, "width": self.width, "num_frames": self.num_frames, "max_sequence_length": 12}
+        train = {"kind": "lora", "rank": 2, "alpha": 4}
+        return ModelConfig.model_validate({"path": str(folder), **size, "train": train, **self.model, **settings})
+
+    def open(self, folder: Path) -> Any:
+        """The pipeline of diffusers itself, as its users load it."""
+        name = "WanImageToVideoPipeline" if self.takes_image else self.build().__class__.__name__
+        pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+KINDS = {
+    "wan21": Kind(wan21),
+    "wan21-image": Kind(wan21_image, takes_image=True),
+    "wan22-5b": Kind(wan22_small, width=64),
+    "wan22-5b-image": Kind(wan22_small, width=64, takes_image=True, model={"from_image": True}),
+    "wan22-a14b": Kind(wan22_experts, guidance_scale_2=3.0),
+    "wan22-a14b-image": Kind(wan22_experts_image, takes_image=True, guidance_scale_2=3.0),
+    "ltx": Kind(ltx, width=64),
+}
