@@ -298,7 +298,7 @@ def test_sample_writes_base_beside_tuned(finished, tmp_path):
 def test_a_second_process_is_kept_out(make_run):
     config = make_run()
     directory = RunDirectory(Path(config.out))
-    directory.begin(config, alone(), {})
+    directory.begin(config, alone(), {}, "model")
     with pytest.raises(UserError, match="another process is training"):
         train(config)
     directory.close()

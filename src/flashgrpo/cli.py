@@ -130,8 +130,16 @@ def export(
 
 
 @app.command()
-def doctor(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def doctor(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only count memory, without weights or a GPU.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="With --estimate: how many share the run.")] = 1,
+) -> None:
     """Measure whether a run of a recipe would be sound, and what it would cost; exit code 0 only when it would be."""
+    if estimate:
+        return _estimate(recipe, overrides or [], as_json, processes)
     from flashgrpo.doctor import examine
 
     diagnosis = examine(recipe, overrides or [])
@@ -145,6 +153,21 @@ def doctor(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False)
         Console().print(table)
         print("a run would be sound" if diagnosis.sound else "a run would not be sound")
     raise typer.Exit(0 if diagnosis.sound else 1)
+
+
+def _estimate(recipe: str, overrides: list[str], as_json: bool, processes: int) -> None:
+    from flashgrpo.doctor.estimate import estimate
+
+    result = estimate(RunConfig.load(recipe, overrides), processes)
+    if as_json:
+        print(json.dumps({"parameters": result.parameters, "bytes": result.phases, "highest": result.highest}))
+        return
+    table = Table("GiB", *next(iter(result.phases.values())), "together", box=None)
+    for phase, parts in result.phases.items():
+        table.add_row(phase, *(f"{size / 2**30:.2f}" for size in (*parts.values(), result.totals[phase])))
+    Console().print(table)
+    counts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in result.parameters.items())
+    print(f"parameters: {counts}; {result.highest / 2**30:.1f} GiB a process at the highest")
 
 
 @app.command()

@@ -52,6 +52,8 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     update = checkpoint.choose(run.checkpoints, checkpoint_update, Reporter().warn) if run else None
     with joined(config, strict=False) as team:
         model = load_model(config.model, team, config.seed, prompts, say=Reporter().say)
+        if run:
+            run.check_model(model.identity)
         evaluator = Evaluator(model, config, prompts, rewards, team)
         base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
         if run is None or update is None:
@@ -108,7 +110,7 @@ class Evaluator:
         table = score_all(self._team, self._rewards, videos, every, watched=True)
         shown = self._shown_rows()
         writes = self._team.rank % self._team.context == 0  # the ranks of a context have the same videos
-        kept = {row: videos[i].cpu() for i, row in enumerate(rows) if row in shown and writes}
+        kept = {row: videos[i] for i, row in enumerate(rows) if row in shown and writes}
         return Evaluation(every, table, shown, kept)
 
     def _shown_rows(self) -> list[int]:
@@ -134,10 +136,13 @@ def deterministic_policy(model: VideoModel, config: RunConfig, num_steps: int) -
 
 
 def decode(model: VideoModel, latents: Tensor, micro_batch: int) -> Tensor:
-    """Videos (B, F, 3, H, W) of latents, `micro_batch` at a time; of no latents, an empty tensor."""
+    """Videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
+
+    A full-size video is a hundred times larger than its latents: the device holds one micro-batch.
+    """
     if not len(latents):
         return torch.empty(0, 1, 3, 1, 1)
-    return torch.cat([model.decode(part) for part in latents.split(micro_batch)])
+    return torch.cat([model.decode(part).cpu() for part in latents.split(micro_batch)])
 
 
 def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, samples_per_prompt: int) -> dict[str, Any]:

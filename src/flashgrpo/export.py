@@ -40,17 +40,30 @@ def export(
     update = checkpoint.choose(directory.checkpoints, checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     model = load_model(config.model.model_copy(update={"compute_dtype": None}), alone(), config.seed)
+    directory.check_model(model.identity)
     with write_aside(folder) as aside:
         aside.mkdir()
         if format == "merged":
             model.save_merged(aside, averaged)
+            use = ['DiffusionPipeline.from_pretrained("this/folder")']
         else:
-            model.save_lora(aside, averaged, style=format)
-        (aside / "README.md").write_text(_card(config, format, update, directory.evaluations()), encoding="utf-8")
+            use = _how_to_load(model.save_lora(aside, averaged, style=format), format)
+        (aside / "README.md").write_text(_card(config, use, update, directory.evaluations()), encoding="utf-8")
     return folder
 
 
-def _card(config: RunConfig, format: Format, update: int, evaluations: list[dict[str, Any]]) -> str:
+def _how_to_load(files: list[str], format: Format) -> list[str]:
+    """A line for each file; the second of two is the low-noise expert's."""
+    if format == "comfyui":
+        return [f"LoraLoaderModelOnly on {file}, strength 1" for file in files]
+    second = ["", ", load_into_transformer_2=True"]
+    return [
+        f'pipe.load_lora_weights("this/folder", weight_name="{file}"{more})'
+        for file, more in zip(files, second, strict=False)
+    ]
+
+
+def _card(config: RunConfig, use: list[str], update: int, evaluations: list[dict[str, Any]]) -> str:
     """What a reader of the files needs to know: base, data, reward, settings, and the paired result."""
     train, algorithm = config.model.train, config.algorithm
     evaluated = next((line for line in evaluations if line["update"] == update and update), None)
@@ -74,10 +87,6 @@ def _card(config: RunConfig, format: Format, update: int, evaluations: list[dict
         "Guidance": f"{config.rollout.guidance_scale:g} in training, {config.rollout.num_steps} steps",
         "Seed": str(config.seed),
     }
-    use = {
-        "diffusers": 'pipe.load_lora_weights("this/folder")',
-        "comfyui": "LoraLoader on pytorch_lora_weights.safetensors, strength 1",
-        "merged": 'DiffusionPipeline.from_pretrained("this/folder")',
-    }
+    lines_of_use = "\n".join(f"    {line}" for line in use)
     facts = "\n".join(f"- {name}: {value}" for name, value in lines.items())
-    return f"# Aligned with Flash-GRPO\n\n{result}\n\n{facts}\n\nTo use it: `{use[format]}`\n"
+    return f"# Aligned with Flash-GRPO\n\n{result}\n\n{facts}\n\nTo use it:\n\n{lines_of_use}\n"

@@ -5,6 +5,7 @@
 Rollout draws from it and update replays it, both through this one class, so that the first ratio is 1 bit for bit.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,8 @@ class Policy:
         for first in range(0, len(x), self.micro_batch):
             count = min(self.micro_batch, len(x) - first)
             rows = first + torch.arange(self.micro_batch).clamp(max=count - 1)
-            parts.append(self.velocity(k[rows], x[rows], condition[rows])[:count])
+            with uncompiled():
+                parts.append(self.velocity(k[rows], x[rows], condition[rows])[:count])
         return torch.cat(parts)
 
     def calls(self, rows: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
@@ -70,6 +72,11 @@ class Policy:
         v = self.exact_velocity(k, x, condition)
         x_next = self.table.sample(k, x, v, noise)
         return x_next, self.table.log_prob(k, x_next, x, v)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Inside of it compiled blocks compute as if they were not: with gradients they would round differently."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def guidance_by_step(

@@ -13,12 +13,19 @@ from flashgrpo.explain import first_line
 
 PACKAGE = Path(__file__).parent
 RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent.parent / "recipes")  # installed; in a checkout
+SHIPPED = (
+    PACKAGE / "models",
+    PACKAGE / "shipped",
+    PACKAGE.parent.parent,
+)  # the package's own, installed; in a checkout
 
 
 def resolve_path(path: str) -> str:
-    """`flashgrpo:NAME` is a file or folder that ships inside the package's `models` folder; else the path itself."""
+    """`flashgrpo:NAME` is a file or folder that ships with the package (prompts/train.txt); else the path itself."""
     head, colon, tail = path.partition("flashgrpo:")
-    return str(PACKAGE / "models" / tail) if colon and not head else path
+    if head or not colon:
+        return path
+    return str(next((folder / tail for folder in SHIPPED if (folder / tail).exists()), SHIPPED[0] / tail))
 
 
 def find_recipe(recipe: str) -> Path:

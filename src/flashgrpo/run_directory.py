@@ -76,14 +76,15 @@ class RunDirectory:
                 "take its settings to continue it, or choose another folder"
             )
 
-    def begin(self, config: RunConfig, team: Team, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    def begin(self, config: RunConfig, team: Team, prompts: Mapping[str, Sequence[Prompt]], model: str) -> None:
         """Create the folder, take its lock, write settings and environment.
 
         Args:
             prompts: setting -> the prompts of its file, which may not change between the starts of one run.
+            model: what tells the base weights from others; they may not change either.
 
         Raises:
-            UserError: another process is training into it, it cannot be written, or a prompt file has changed.
+            UserError: another process is training into it, it cannot be written, or prompts or weights have changed.
         """
         with explain_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,14 @@ class RunDirectory:
         for leftover in (*self.checkpoints.glob(".partial-*"), *self.checkpoints.glob(".removed-*")):
             shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed while it wrote
         environment = {**_environment(team), "prompts": {key: _digest(file) for key, file in prompts.items()}}
-        self._check_prompts(environment["prompts"])
+        environment["model"] = model
+        try:
+            self._check_prompts(environment["prompts"])
+            if self.evaluations():
+                self.check_model(model)
+        except UserError:
+            self.close()
+            raise
         with write_aside(self.config_file) as aside:  # first, for it is what marks the folder as a run
             aside.write_text(config.to_yaml(), encoding="utf-8")
         with write_aside(self.path / "environment.json") as aside:
@@ -109,8 +117,17 @@ class RunDirectory:
         before = json.loads(file.read_text()).get("prompts", {})
         for key, digest in now.items():
             if before.get(key, digest) != digest:
-                self.close()
                 raise UserError(f"{key}: the file has changed since {self.path} began; choose another out")
+
+    def check_model(self, model: str) -> None:
+        """Whether the base weights are those that the run was trained on.
+
+        Raises:
+            UserError: they are others.
+        """
+        file = self.path / "environment.json"
+        if file.exists() and json.loads(file.read_text()).get("model", model) != model:
+            raise UserError(f"model.path holds other weights than those that {self.path} was trained on")
 
     def close(self) -> None:
         """Release the lock."""

@@ -56,6 +56,7 @@ def sample(
     use_threads(config.parallel.threads)
     with joined(config, strict=False) as team:
         model = load_model(_resized(config.model, size), team, config.seed, prompts)
+        directory.check_model(model.identity)
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
 
         def videos() -> list[Video]:

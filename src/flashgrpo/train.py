@@ -77,8 +77,9 @@ class Run:
         self.parts = Assembly(config, team, reporter.say)
         self.optimizer = self.parts.optimizer
         self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, team)
+        identity = self.parts.policy.model.identity
         prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}
-        team.lead(lambda: self.directory.begin(config, team, prompts))
+        team.lead(lambda: self.directory.begin(config, team, prompts, identity))
 
     def __enter__(self) -> "Run":
         try:

@@ -186,6 +186,11 @@ class VideoModel(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """Tells the base weights from others, wherever they lie."""
+        ...
+
+    @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) of one sample's latents."""
         ...
@@ -239,9 +244,9 @@ class VideoModel(Protocol):
 class Reward(Protocol):
     """Any callable that scores videos: higher is better.
 
-    `videos` is (B, F, 3, H, W) in [0, 1]; `prompts` has B texts; each further column of the prompt file arrives as a
-    keyword with a list of B values. It returns B numbers (list or tensor), or a mapping component -> B numbers, whose
-    components share the reward's weight equally and get a curve each.
+    `videos` is (B, F, 3, H, W) in [0, 1], on the CPU; `prompts` has B texts; each further column of the prompt file
+    arrives as a keyword with a list of B values. It returns B numbers (list or tensor), or a mapping component -> B
+    numbers, whose components share the reward's weight equally and get a curve each.
     """
 
     def __call__(

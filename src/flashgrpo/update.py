@@ -11,7 +11,7 @@ from torch import Tensor
 from flashgrpo.distributed import Team
 from flashgrpo.loss import policy_losses, ratio_metrics
 from flashgrpo.optim import GradientSum
-from flashgrpo.policy import Policy
+from flashgrpo.policy import Policy, uncompiled
 from flashgrpo.presets import Algorithm
 from flashgrpo.settings import OptimConfig
 from flashgrpo.types import Transitions
@@ -54,8 +54,9 @@ def policy_update(
                 for part in parts:
                     local = rows[part] - mine[0]
                     batch = transitions[local]
-                    loss = replay(policy, batch, advantages[batch.sample], weights[local], algorithm, metrics)
-                    (loss.sum() * (team.loss_scale / len(rows))).backward()
+                    with uncompiled():  # the backward pass may compute blocks again
+                        loss = replay(policy, batch, advantages[batch.sample], weights[local], algorithm, metrics)
+                        (loss.sum() * (team.loss_scale / len(rows))).backward()
                 for _ in range(idle if team.wraps else 0):
                     idle_replay(policy, algorithm, step)
                 if config.grad_norm_by_step:

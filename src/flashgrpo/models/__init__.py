@@ -41,7 +41,7 @@ def load_model(
         architecture = replace(architecture, family="WanImageToVideoPipeline")
     from flashgrpo.models.source import Source  # loads diffusers' models, which takes seconds
 
-    source = Source(architecture, None if config.random_init else folder, config)
+    source = Source(architecture, None if config.random_init else folder, config, empty=team.device.type == "meta")
     if architecture.family == "LTXPipeline":
         from flashgrpo.models.ltx import LtxModel
 

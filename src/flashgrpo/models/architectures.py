@@ -63,8 +63,8 @@ class Architecture:
         settings = {key: value for key, value in content.items() if not key.startswith("_") and not _is_part(value)}
         return cls(family, components, settings)
 
-    def build(self, names: Sequence[str], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-        """Components with random weights, the same at every call."""
+    def build(self, names: Sequence[str], dtypes: Mapping[str, torch.dtype], empty: bool = False) -> dict[str, Any]:
+        """Components with random weights, the same at every call; `empty` ones have none, on the meta device."""
         import diffusers
         from accelerate import init_empty_weights
 
@@ -76,7 +76,7 @@ class Architecture:
             with init_empty_weights(include_buffers=False):
                 part = getattr(diffusers, kind).from_config(dict(settings))
             if isinstance(part, nn.Module):
-                _fill(part, dtypes.get(name, dtypes["default"]))
+                _fill(part, dtypes.get(name, dtypes["default"]), empty)
             parts[name] = part
         return parts
 
@@ -104,15 +104,19 @@ def checked_size(config: ModelConfig, multiple: int, stride: int) -> int:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, dtype: torch.dtype) -> None:
+def _fill(module: nn.Module, dtype: torch.dtype, empty: bool) -> None:
     """Give a module that was built without memory small random weights; norms become the identity."""
+    if empty:
+        module.to("meta")
     source = torch.Generator().manual_seed(0)
     precise = getattr(module, "_keep_in_fp32_modules", None) or ()
     for name, parameter in list(module.named_parameters()):
         owner = module.get_submodule(name.rpartition(".")[0])
         kind = torch.float32 if any(part in name.split(".") for part in precise) else dtype
-        values = torch.empty(parameter.shape, dtype=kind)
-        if parameter.ndim > 1:
+        values = torch.empty(parameter.shape, dtype=kind, device="meta" if empty else "cpu")
+        if empty:
+            pass
+        elif parameter.ndim > 1:
             values.normal_(std=0.02, generator=source)
         else:
             values.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -192,6 +192,12 @@ class PipelineModel(ABC):
                 getattr(self.pipeline.vae, switch)()
         return experts
 
+    @property
+    def identity(self) -> str:
+        """A digest of samples from the checkpoint's weights."""
+        folder = self.source.folder
+        return fingerprint(folder, [*self.expert_names, "vae"], {}) if folder else f"random {self.source.architecture}"
+
     def expert(self, timestep: float) -> nn.Module:
         """The component that computes at a timestep, which is all of `network` where there is one only."""
         return self._experts[self.expert_at(timestep)]

@@ -22,22 +22,26 @@ class Source:
     Args:
         architecture: class and sizes of the pipeline, whose components get random weights with `config.random_init`.
         folder: the checkpoint; None for random weights.
+        empty: have no weights at all (the meta device), to count them.
 
     Raises:
         UserError: a component is missing or unreadable.
     """
 
-    def __init__(self, architecture: Architecture, folder: Path | None, config: ModelConfig) -> None:
+    def __init__(
+        self, architecture: Architecture, folder: Path | None, config: ModelConfig, empty: bool = False
+    ) -> None:
         self.architecture = architecture
         self.folder = folder
         self._config = config
+        self._empty = empty
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
             library.utils.logging.set_verbosity_error()  # what they warn of here is not the user's to mend
         self._class: Any = getattr(diffusers, architecture.family)
         settings = {k: v for k, v in architecture.settings.items() if k in self._signature()}
         if folder is None:
-            light = architecture.build([name for name in architecture.components if name not in LARGE], self._dtypes())
+            light = self._build([name for name in architecture.components if name not in LARGE])
             nothing = dict.fromkeys(self._among([*LARGE, "tokenizer"]))
             self.pipeline = self._class(**nothing, **light, **settings)
         else:
@@ -52,7 +56,7 @@ class Source:
         """Load those of the components that the checkpoint has and that are not loaded."""
         wanted = [name for name in self._among(names) if getattr(self.pipeline, name, None) is None]
         if self.folder is None:
-            self.pipeline.register_modules(**self.architecture.build(wanted, self._dtypes()))
+            self.pipeline.register_modules(**self._build(wanted))
         elif wanted:
             known = {name: part for name, part in self.pipeline.components.items() if name not in wanted}
             fresh = self._from_folder(known)
@@ -65,6 +69,9 @@ class Source:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _build(self, names: Sequence[str]) -> dict[str, Any]:
+        return self.architecture.build(names, self._dtypes(), self._empty)
 
     def _among(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self._signature()]

@@ -1,0 +1,207 @@
+"""What a run needs of a device's memory, counted on networks of the full size that have no weights (the meta device).
+
+Nothing is computed and nothing is downloaded: every operation only says how large its result is, and what is alive at
+the same time is added up. It tells on a laptop whether a recipe fits a card.
+"""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed import Team
+from flashgrpo.models import load_model
+from flashgrpo.models.lora import trained_parameters
+from flashgrpo.types import Condition, Moment
+
+META = torch.device("meta")
+MOMENTS = 3  # copies of what is trained: Adam's two moments, and the average
+GRADIENTS = 2  # as backward leaves them, and as they are collected
+BY_STEP = 2  # further copies while gradient norms are recorded by step
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the highest of each phase, on one process, with what they are made of.
+
+    Args:
+        parameters: numbers of the network, of what is trained of it, and of the autoencoder.
+        phases: phase -> part -> bytes.
+    """
+
+    parameters: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Phase -> bytes."""
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def highest(self) -> int:
+        """Bytes of the phase that needs most."""
+        return max(self.totals.values())
+
+
+def estimate(config: RunConfig, processes: int = 1) -> Estimate:
+    """Count the memory of a run, spread over so many processes; of the samples kept and of one micro-batch.
+
+    Attention is taken not to keep its matrix of scores, as no back end for long sequences does. The text encoder is not
+    part of it, since it leaves before the network comes, and neither is what cuDNN takes for convolutions.
+
+    Raises:
+        UserError: the sizes of the model are neither known nor in a folder, or do not fit the video's.
+    """
+    plain = {"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
+    model: Any = load_model(config.model.model_copy(update=plain), Team(META), config.seed)
+    settings, parallel = config.rollout, config.parallel
+    guided = 2 if settings.guidance_scale > 1 else 1
+    shared = parallel.shard * parallel.context
+    experts: list[nn.Module] = [model._experts[name] for name in model._experts]
+    network = [_bytes(expert.parameters()) for expert in experts]
+    trained = sum(p.numel() * 4 for p in trained_parameters(model.network).values()) // shared
+    vae = _bytes(model.pipeline.vae.parameters())
+    resident = max(network) if config.model.offload else sum(network)
+    blocks = 0 if shared == 1 else 2 * max(_bytes(block.parameters()) for block in _largest(experts[0]))
+    weights = resident // shared + blocks
+    learning = trained * (MOMENTS + GRADIENTS + (BY_STEP if config.optim.grad_norm_by_step else 0))
+    row = model.nothing()
+    own = math.ceil(settings.prompts * settings.group_size * parallel.context / processes)
+    one = math.prod(model.latent_shape) * 4
+    records = _records_per_sample(config)
+    kept = round(own * (one * (1 + 2 * records) + _bytes(row.tensors.values())))
+
+    def call(rows: int, learn: bool) -> int:
+        condition = Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in row.tensors.items()})
+        x = torch.zeros(rows, *model.latent_shape, device=META)
+        moment = Moment(torch.zeros(rows), torch.ones(rows, dtype=torch.float64), torch.ones(rows))
+        live = LiveBytes([*experts[0].parameters(), x, *condition.tensors.values()])
+        with _without_scores(), torch.set_grad_enabled(learn), live:
+            v = model.forward(experts[0], x, moment, condition)
+            if learn:
+                v.square().mean().backward()
+        return live.peak // parallel.context + x.numel() * 4
+
+    decoder = LiveBytes(model.pipeline.vae.parameters())
+    latents = torch.zeros(min(own, settings.decode_micro_batch), *model.latent_shape, device=META)
+    with _without_scores(), torch.no_grad(), decoder:
+        model.decode_latents(model.pipeline.vae, latents)
+    both = 0 if config.model.offload else vae
+    alone = trained if config.model.offload else weights
+    rows = min(own, settings.micro_batch) * guided
+    phases = {
+        "rollout": {"weights": weights + both, "learning": learning, "samples": kept, "work": call(rows, False)},
+        "decode": {"weights": alone + vae, "learning": learning, "samples": kept, "work": decoder.peak},
+        "update": {
+            "weights": weights + both,
+            "learning": learning,
+            "samples": kept,
+            "work": call(min(own, config.optim.micro_batch) * guided, True),
+        },
+    }
+    counts = {
+        "network": sum(p.numel() for p in model.network.parameters()),
+        "trained": sum(p.numel() for p in trained_parameters(model.network).values()),
+        "vae": sum(p.numel() for p in model.pipeline.vae.parameters()),
+    }
+    return Estimate(counts, phases)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive at a time and were made inside of this context.
+
+    Args:
+        outside: tensors that were there before and are not counted.
+    """
+
+    def __init__(self, outside: Any = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}
+        for tensor in outside:
+            self._see(tensor, counts=False)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute, and look at what came out; what goes in and is not known was there before."""
+        for tensor in tree_leaves((args, kwargs)):
+            self._see(tensor, counts=False)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            self._see(tensor, counts=True)
+        return result
+
+    def _see(self, tensor: Any, counts: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = size = storage.nbytes() if counts else 0
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that keeps what flash attention keeps: its inputs, its output, and one number per query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextlib.contextmanager
+def _without_scores() -> Iterator[None]:
+    """On the meta device torch takes the attention that writes its scores down; here it is the one above.
+
+    Put in its place for the whole process: what checkpointing computes again in the backward pass sees no other kind of
+    replacement. That pass stays in this thread, or its tensors would not be counted.
+    """
+    usual = nn.functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Attention.apply(query, key, value)
+
+    nn.functional.scaled_dot_product_attention = attention
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        nn.functional.scaled_dot_product_attention = usual
+
+
+def _records_per_sample(config: RunConfig) -> float:
+    settings = config.rollout
+    groups = torch.arange(settings.prompts)
+    trained = config.algorithm.steps.trained(
+        config.seed, 0, groups, settings.num_steps, members=torch.zeros_like(groups)
+    )
+    return float(trained.sum()) / settings.prompts
+
+
+def _largest(network: nn.Module) -> Sequence[nn.Module]:
+    from flashgrpo.sharding import blocks_of
+
+    return blocks_of(network) or [network]
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

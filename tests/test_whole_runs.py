@@ -1,0 +1,148 @@
+"""Whole runs of tiny checkpoints of other kinds than the bundled one: what works there works here."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from flashgrpo.cli import app
+from flashgrpo.config import RunConfig
+from flashgrpo.errors import UserError
+from flashgrpo.evaluate import evaluate
+from flashgrpo.export import export
+from flashgrpo.run_directory import read_lines
+from flashgrpo.train import train
+from tests.families import KINDS
+from tests.test_train import read_mp4
+
+
+def recipe(tmp_path, name, *overrides):
+    """A small run of a kind's checkpoint, saved as a recipe."""
+    kind = KINDS[name]
+    folder = tmp_path / "model"
+    if not folder.exists():
+        kind.build().save_pretrained(folder)
+        Image.new("RGB", (60, 60), "navy").save(tmp_path / "first.png")
+    for file, texts in (("train", ["a red circle", "a blue square"]), ("heldout", ["a green circle", "a cyan square"])):
+        columns = {"image": "first.png"} if kind.takes_image else {}
+        lines = [json.dumps({"prompt": text, **columns}) for text in texts]
+        (tmp_path / f"{file}.jsonl").write_text("\n".join(lines) + "\n")
+    model = kind.config(folder).model_dump(mode="json")
+    tree = {
+        "out": str(tmp_path / "run"),
+        "updates": 2,
+        "model": model,
+        "rollout": {"prompts": 2, "group_size": 2, "num_steps": 6, "guidance_scale_2": kind.guidance_scale_2},
+        "optim": {"lr": 1e-2, "micro_batch": 2, "ema": {"decay": 0.5, "every": 1}},
+        "prompts": {"train": str(tmp_path / "train.jsonl"), "heldout": str(tmp_path / "heldout.jsonl")},
+        "rewards": {"compressibility": {"call": "flashgrpo.rewards.jpeg:compressibility"}},
+        "evaluation": {"every": 2, "num_steps": 3, "videos": 1},
+        "tracking": {"progress": False},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+@pytest.mark.parametrize("name", ["wan21-image", "wan22-a14b", "wan22-5b-image", "ltx"])
+def test_train_resume_evaluate_sample_export(name, tmp_path):
+    path = recipe(tmp_path, name)
+    run = train(RunConfig.load(path, ["updates=1"]))
+    assert train(RunConfig.load(path)) == run
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [1, 2]
+    assert all(line["drift"] == 0 for line in lines)
+    assert evaluate(run)["update"] in (0, 1, 2)
+    image = ["--image", str(tmp_path / "first.png")] if KINDS[name].takes_image else []
+    size = ["--size", "64", "64", "9"]
+    options = [*image, *size, "--seed", "1", "--seed", "2", "--steps", "2", "--out", str(tmp_path / "a.mp4")]
+    result = CliRunner().invoke(app, ["sample", str(run), "a red circle", *options])
+    assert result.exit_code == 0, result.output
+    assert len(read_mp4(tmp_path / "a.mp4")) == 2 * 9
+    from_file = ["--file", str(tmp_path / "heldout.jsonl"), "--steps", "2", "--out", str(tmp_path / "b.mp4")]
+    assert CliRunner().invoke(app, ["sample", str(run), *from_file]).exit_code == 0
+    assert len(read_mp4(tmp_path / "b.mp4")) == 2 * 9
+    experts = 2 if name == "wan22-a14b" else 1
+    for style in ("diffusers", "comfyui"):
+        folder = export(run, style)
+        assert len(list(folder.glob("*.safetensors"))) == experts
+    card = (export(run, "diffusers", tmp_path / "again") / "README.md").read_text()
+    assert ('weight_name="low_noise.safetensors", load_into_transformer_2=True' in card) == (experts == 2)
+
+
+def test_the_same_weights_have_to_be_there(tmp_path):
+    path = recipe(tmp_path, "wan21")
+    run = train(RunConfig.load(path))
+    weights = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100:] = bytes(100)
+    weights.write_bytes(content)
+    for use in (lambda: export(run), lambda: evaluate(run), lambda: train(RunConfig.load(path, ["updates=3"]))):
+        with pytest.raises(UserError, match=r"holds other weights than those that .* was trained on"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "sentence"),
+    [
+        ("wan21-image", ["prompts.train=flashgrpo:prompts/train.txt"], "starts from an image: give 'An elderly Greek"),
+        ("wan21", ["model.from_image=true"], "makes videos from text only"),
+        ("wan21", ["rollout.guidance_scale_2=3"], "this model has one expert only"),
+        ("wan21", ["model.attention=flush"], "model.attention: "),
+        ("wan21", ["model.height=40"], "model.height: 40 is no multiple of 16; the nearest is 32"),
+        ("wan22-5b", ["model.height=48"], "model.height: 48 is no multiple of 32; the nearest is 64"),
+        ("ltx", ["model.width=60"], "model.width: 60 is no multiple of 32; the nearest is 64"),
+        ("ltx", ["model.num_frames=10"], "model.num_frames: 10 is no multiple of 8 plus 1; the nearest is 9"),
+        ("ltx", ["model.train.targets=[to_z]"], "match no linear layer"),
+    ],
+)
+def test_what_a_model_cannot_do(name, overrides, sentence, tmp_path):
+    with pytest.raises(UserError) as error:
+        train(RunConfig.load(recipe(tmp_path, name), overrides))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_cannot_be_read(tmp_path):
+    path = recipe(tmp_path, "wan21-image")
+    (tmp_path / "first.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"image .*first\.png cannot be read"):
+        train(RunConfig.load(path))
+    (tmp_path / "first.png").unlink()
+    with pytest.raises(UserError, match=r"image .*first\.png cannot be read: no such file"):
+        train(RunConfig.load(path))
+
+
+@pytest.mark.parametrize("name", ["wan21", "wan22-a14b-image", "ltx"])
+def test_random_weights_need_only_the_sizes(name, tmp_path):
+    path = recipe(tmp_path, name)
+    for weights in (tmp_path / "model").rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(UserError, match="could not be loaded"):
+        train(RunConfig.load(path))
+    run = train(RunConfig.load(path, ["model.random_init=true", "updates=1", "model.dtype=bfloat16"]))
+    assert read_lines(run / "metrics.jsonl")[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["wan21", "wan22-a14b"])
+def test_two_processes_hold_half_of_bf16_networks_each(nursery, name, tmp_path):
+    path = recipe(tmp_path, name)
+    result = nursery.run("train", path, "parallel.shard=2", "model.dtype=bfloat16", "updates=1", size=2)
+    [line] = read_lines(tmp_path / "run/metrics.jsonl")
+    assert line["drift"] == 0
+    assert line["grad_norm"] > 0
+    assert str(result) == str(tmp_path / "run")
+
+
+def test_compiled_blocks_serve_the_deterministic_steps_only(tmp_path, monkeypatch):
+    """With a compiler that only counts: the recorded step is never compiled, so that the first ratio stays 1."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, usual = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: usual(*a, **{**k, "backend": counter}))
+    run = train(RunConfig.load(recipe(tmp_path, "wan21"), ["model.compile=true", "updates=1"]))
+    assert counter.frame_count > 0
+    assert read_lines(run / "metrics.jsonl")[0]["drift"] == 0
