@@ -1,5 +1,7 @@
 """Prompts as a pure function of (seed, update); rewards as plain callables; the paired interval."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,23 @@ def test_text_and_json_lines(tmp_path):
     prompts = read_prompts(str(tmp_path / "a.jsonl"), "prompts.train")
     assert prompts == [Prompt("eins", {"n": 1}), Prompt("zwei é", {"n": 2})]
     assert columns_of(prompts) == {"n": [1, 2]}
+
+
+def test_a_data_set_by_its_name(tmp_path):
+    """The hub cannot be reached in a test; a folder is loaded by the same call."""
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text('{"prompt": "eins", "n": 1}\n{"prompt": "zwei", "n": 2}\n', "utf-8")
+    (tmp_path / "set/test.jsonl").write_text('{"prompt": "drei", "n": 3}\n', "utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prompts = read_prompts(f"datasets:{tmp_path}/set", "prompts.train")
+        assert prompts == [Prompt("eins", {"n": 1}), Prompt("zwei", {"n": 2})]
+        assert read_prompts(f"datasets:{tmp_path}/set:test", "prompts.train") == [Prompt("drei", {"n": 3})]
+        with pytest.raises(UserError, match=r"prompts.train: datasets:.* cannot be loaded"):
+            read_prompts(f"datasets:{tmp_path}/set:none", "prompts.train")
+        with pytest.raises(UserError, match=r"prompts.train: datasets:nobody/nothing cannot be loaded"):
+            read_prompts("datasets:nobody/nothing", "prompts.train")
 
 
 def test_every_prompt_comes_once_before_any_comes_twice():

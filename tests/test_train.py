@@ -21,6 +21,7 @@ from flashgrpo.sample import sample
 from flashgrpo.train import train
 from flashgrpo.types import Prompt
 from flashgrpo.video import read_mp4
+from tests.conftest import small_run
 
 METRICS = {"update", "reward", "reward_std", "rewards", "ratio_max_dev", "clip_fraction", "approx_kl"} | {
     "grad_norm",
@@ -45,7 +46,6 @@ def without_seconds(file: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An uninterrupted run of six updates."""
-    from tests.conftest import small_run
 
     config = small_run(tmp_path_factory.mktemp("finished") / "run", "updates=6")
     return config, train(config)
@@ -293,6 +293,23 @@ def test_sample_writes_base_beside_tuned(finished, tmp_path):
     for prompt, path in ((" ", "a.mp4"), ("a", "a.gif")):
         with pytest.raises(UserError):
             sample(run, [Prompt(prompt, {})], tmp_path / path)
+
+
+def test_eight_bit_moments_resume_bit_for_bit(tmp_path):
+    pytest.importorskip("torchao")
+    settings = ["model.train={kind: full}", "optim.lr=1e-4", "optim.eight_bit=true", "tracking.preflight=skip"]
+    with torch.compiler.set_stance("force_eager"):  # its step would be compiled for half a minute
+        whole = small_run(tmp_path / "whole", *settings)
+        train(whole)
+        parts = small_run(tmp_path / "parts", *settings)
+        train(parts.model_copy(update={"updates": 2}))
+        train(parts)
+    first, second = (checkpoint.load(tmp_path / name / "checkpoints", 4) for name in ("whole", "parts"))
+    assert any(name.startswith("exp_avg.codes:") for name in first["optimizer"])
+    assert all(tensor.dtype == torch.uint8 for name, tensor in first["optimizer"].items() if ".codes:" in name)
+    for kind, tensors in first.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second[kind][name]), name
 
 
 def test_a_second_process_is_kept_out(make_run):

@@ -129,6 +129,8 @@ class OptimConfig(Part):
     passes: int = Field(default=1, ge=1)
     """Passes over a rollout."""
     ema: EmaConfig = EmaConfig()
+    eight_bit: bool = False
+    """Keep AdamW's moments in 8 bits (torchao): a quarter of their memory, for full training in one process."""
     grad_norm_by_step: bool = True
     """Record the gradient norm by denoising step; it takes the memory of two more copies of the gradients."""
 
