@@ -1,0 +1,139 @@
+"""One complete update at full size with random weights: seconds, memory and the share of the matmul rate, by phase.
+
+    python benchmarks/hardware.py                                 wan21-1.3b at 480 x 832 x 81, one group of 4
+    python benchmarks/hardware.py --recipe tiny --json            another recipe; one line of JSON
+
+No checkpoint is needed. The first update warms up and is not counted. Memory is compared with what
+`flashgrpo doctor --estimate` says; the matmul rate is measured on this device in the recipe's dtype first.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashgrpo import RunConfig
+from flashgrpo.assembly import Assembly, experience
+from flashgrpo.distributed import Team, joined
+from flashgrpo.doctor.estimate import META, estimate
+from flashgrpo.doctor.trial import Meter
+from flashgrpo.models import load_model
+from flashgrpo.prompts import prompt_groups
+from flashgrpo.types import Moment
+from flashgrpo.update import policy_update
+
+PHASES = ("rollout", "decode", "update")
+
+
+def measure(config: RunConfig) -> dict[str, Any]:
+    """Two updates, the second of them measured."""
+    with joined(config) as team:
+        parts = Assembly(config, team)
+        for update in range(2):
+            meter = Meter(team.device)
+            one_update(parts, update, meter)
+        seconds = meter.clock.lap()
+        device = team.device
+        rate = matmul_rate(device, getattr(torch, config.model.dtype))
+        counted = estimate(config).totals
+        work = operations(config, parts)
+        return {
+            "device": team.device_name,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "videos": config.rollout.prompts * config.rollout.group_size,
+            "seconds": {phase: seconds.get(phase, 0.0) for phase in PHASES},
+            "gib": {phase: meter.memory[phase] / 2**30 for phase in PHASES},
+            "estimated_gib": {phase: counted[phase] / 2**30 for phase in PHASES},
+            "matmul_tflops": rate / 1e12,
+            "share_of_matmul": {phase: work[phase] / seconds[phase] / rate for phase in work},
+        }
+
+
+def one_update(parts: Assembly, update: int, meter: Meter) -> None:
+    """As the main loop has it."""
+    config, settings = parts.config, parts.config.rollout
+    groups = prompt_groups(parts.prompts, config.seed, update, settings.prompts, settings.group_size)
+    drawn = experience(parts, groups, meter)
+    with meter("update"):
+        advantages = drawn.advantages[drawn.mine]
+        policy_update(
+            parts.policy, parts.optimizer, drawn.transitions, advantages, config.algorithm, config.optim, parts.team
+        )
+        if parts.team.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def operations(config: RunConfig, parts: Assembly) -> dict[str, float]:
+    """Floating-point operations of the network in a phase; a backward pass counts two forwards, recomputing one."""
+    plain = config.model.model_copy(
+        update={"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
+    )
+    model: Any = load_model(plain, Team(META), config.seed)
+    x = torch.zeros(1, *model.latent_shape, device=META)
+    moment = Moment(torch.zeros(1), torch.ones(1, dtype=torch.float64), torch.ones(1))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.forward(model.expert(1000.0), x, moment, model.nothing())
+    settings = config.rollout
+    branches = 2 if settings.guidance_scale > 1 else 1
+    videos = settings.prompts * settings.group_size
+    forward = counter.get_total_flops() * branches * videos
+    passes = 4 if config.model.gradient_checkpointing else 3
+    trained = parts.config.algorithm.steps.trained(
+        config.seed, 1, torch.arange(settings.prompts), settings.num_steps, members=torch.zeros(settings.prompts).long()
+    )
+    return {
+        "rollout": forward * settings.num_steps,
+        "update": forward * passes * config.optim.passes * float(trained.sum()) / settings.prompts,
+    }
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Operations a second of one large matrix product, the best of ten."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="wan21-1.3b")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    small = ["rollout.prompts=1", "rollout.group_size=4", "optim.minibatches=1", "optim.ema.every=1"]
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = [f"out={folder}", "model.random_init=true", "tracking.progress=false"]
+        result = measure(RunConfig.load(arguments.recipe, [*fixed, *small, *arguments.overrides]))
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    title = f"{result['videos']} videos on {result['device']}, {result['matmul_tflops']:.3g} TFLOP/s in a matmul"
+    table = Table("phase", "seconds", "GiB", "estimated GiB", "share of matmul rate", title=title)
+    for phase in PHASES:
+        share = result["share_of_matmul"].get(phase)
+        table.add_row(
+            phase,
+            f"{result['seconds'][phase]:.2f}",
+            f"{result['gib'][phase]:.2f}",
+            f"{result['estimated_gib'][phase]:.2f}",
+            f"{share:.0%}" if share is not None else "",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
