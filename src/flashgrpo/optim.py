@@ -138,7 +138,7 @@ def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.O
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
-        raise UserError("optim.eight_bit needs torchao: pip install 'flash-grpo[eight-bit]'") from error
+        raise UserError("optim.eight_bit needs torchao: pip install torchao") from error
     small: torch.optim.Optimizer = AdamW8bit(parameters, lr=0.0, **settings)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

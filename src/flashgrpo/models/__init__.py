@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
+from flashgrpo.explain import first_line
 from flashgrpo.models.architectures import KNOWN, Architecture
 from flashgrpo.recipe import resolve_path
 from flashgrpo.settings import ModelConfig
@@ -78,11 +79,13 @@ def find_architecture(config: ModelConfig) -> tuple[Architecture, Path]:
 
 def _download(repository: str) -> Path:
     """The folder of a hub's pipeline on this machine; what is there already is not fetched again."""
+    import diffusers
     from diffusers import DiffusionPipeline
 
+    diffusers.utils.logging.set_verbosity_error()  # what goes wrong is said below, once
     try:
         return Path(DiffusionPipeline.download(repository))
     except Exception as error:  # the hub's client raises a dozen kinds, and all mean this
         raise UserError(
-            f"model.path: {repository} is no folder here and could not be had from the hub ({type(error).__name__})"
+            f"model.path: {repository} is no folder here and could not be had from the hub: {first_line(error)[:200]}"
         ) from error
