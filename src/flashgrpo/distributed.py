@@ -203,6 +203,11 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def current_device() -> torch.device:
+    """The GPU that this thread computes on, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def use_in_thread(threads: int, device: torch.device) -> None:
     """Give a new thread the number of CPU threads and the GPU of the one it comes from."""
     torch.set_num_threads(threads)

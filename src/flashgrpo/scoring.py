@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashgrpo.distributed import Team, use_in_thread
+from flashgrpo.distributed import Team, current_device, use_in_thread
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.explain import first_line, suggest
 from flashgrpo.prompts import columns_of
@@ -64,7 +64,7 @@ class Rewards:
         names = [only] if only else [name for name, config in self.configs.items() if watched or not config.watched]
         texts, columns = [prompt.text for prompt in prompts], columns_of(prompts)
         version = videos._version
-        alike = (torch.get_num_threads(), videos.device)  # settings of each thread
+        alike = (torch.get_num_threads(), current_device())  # settings of each thread
         with ThreadPoolExecutor(len(names), initializer=use_in_thread, initargs=alike) as pool:
             futures = [pool.submit(_call, name, self._calls[name], videos, texts, columns) for name in names]
             returned = [future.result() for future in futures]

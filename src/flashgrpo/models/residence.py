@@ -13,7 +13,7 @@ class Residence:
     changes, so its copy in the CPU's memory is kept and nothing has to be copied back.
 
     Args:
-        parts: name -> module, each with all its tensors on the CPU.
+        parts: name -> module.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], device: torch.device, offload: bool) -> None:
@@ -26,6 +26,7 @@ class Residence:
             if not offload:
                 self.bring(name)
                 continue
+            part.to("cpu")  # the autoencoder may have encoded images
             for parameter in part.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(device)

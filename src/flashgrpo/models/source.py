@@ -80,7 +80,8 @@ class Source:
         return [name for names in self._class._get_signature_keys(self._class) for name in names]
 
     def _dtypes(self) -> dict[str, torch.dtype]:
-        return {"default": getattr(torch, self._config.dtype), "vae": getattr(torch, self._config.vae_dtype)}
+        dtype, vae = getattr(torch, self._config.dtype), getattr(torch, self._config.vae_dtype)
+        return {"default": dtype, "vae": vae, "image_encoder": torch.float32}  # the last as Wan's users load it
 
     def _from_folder(self, known: dict[str, Any]) -> Any:
         try:
