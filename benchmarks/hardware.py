@@ -71,26 +71,33 @@ def one_update(parts: Assembly, update: int, meter: Meter) -> None:
 
 
 def operations(config: RunConfig, parts: Assembly) -> dict[str, float]:
-    """Floating-point operations of the network in a phase; a backward pass counts two forwards, recomputing one."""
+    """Floating-point operations of the network in a phase, counted on a network without weights.
+
+    An update counts its forward, what checkpointing computes again, and the gradients that adapters really need.
+    """
     plain = config.model.model_copy(
         update={"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
     )
     model: Any = load_model(plain, Team(META), config.seed)
     x = torch.zeros(1, *model.latent_shape, device=META)
     moment = Moment(torch.zeros(1), torch.ones(1, dtype=torch.float64), torch.ones(1))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.forward(model.expert(1000.0), x, moment, model.nothing())
+    counts = []
+    for learns in (False, True):
+        once = torch.autograd.set_multithreading_enabled(False)  # or what is computed in backward is not counted
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learns), once:
+            v = model.forward(model.expert(1000.0), x, moment, model.nothing())
+            if learns:
+                v.square().mean().backward()
+        counts.append(counter.get_total_flops())
     settings = config.rollout
     branches = 2 if settings.guidance_scale > 1 else 1
-    videos = settings.prompts * settings.group_size
-    forward = counter.get_total_flops() * branches * videos
-    passes = 4 if config.model.gradient_checkpointing else 3
+    rows = branches * settings.prompts * settings.group_size
     trained = parts.config.algorithm.steps.trained(
         config.seed, 1, torch.arange(settings.prompts), settings.num_steps, members=torch.zeros(settings.prompts).long()
     )
     return {
-        "rollout": forward * settings.num_steps,
-        "update": forward * passes * config.optim.passes * float(trained.sum()) / settings.prompts,
+        "rollout": counts[0] * rows * settings.num_steps,
+        "update": counts[1] * rows * config.optim.passes * float(trained.sum()) / settings.prompts,
     }
 
 

@@ -152,7 +152,7 @@ class Kind:
 
 KINDS = {
     "wan21": Kind(wan21),
-    "wan21-image": Kind(wan21_image, takes_image=True),
+    "wan21-image": Kind(wan21_image, takes_image=True, model={"max_sequence_length": 512}),
     "wan22-5b": Kind(wan22_small, width=64),
     "wan22-5b-image": Kind(wan22_small, width=64, takes_image=True, model={"from_image": True}),
     "wan22-a14b": Kind(wan22_experts, guidance_scale_2=3.0),

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from flashgrpo.errors import UserError
-from flashgrpo.models.conditions import Conditions, fingerprint, open_image
+from flashgrpo.models.conditions import Conditions, fingerprint
 from flashgrpo.types import Prompt
+from flashgrpo.video import image_bytes, open_image
 
 PROMPTS = [Prompt(f"prompt {n}", {}) for n in range(12)]
 
@@ -86,7 +87,7 @@ def test_processes_share_the_work(tmp_path):
 
 def test_memory_holds_the_last_rows_only(tmp_path):
     encoder = Encoder()
-    conditions = Conditions(None, encoder, keep=2)
+    conditions = Conditions(None, encoder, keep=2 * (3 * 4 * 4 + 3 * 8))  # bytes of two rows
     for number in (0, 1, 0, 2, 0, 1):
         conditions([PROMPTS[number]])
     assert encoder.asked == ["prompt 0", "prompt 1", "prompt 2", "prompt 1"]
@@ -117,6 +118,9 @@ def test_other_encoders_and_settings_have_other_entries(tmp_path):
 
 def test_what_cannot_be_written_or_read(tmp_path):
     (tmp_path / "file").write_text("")
+    for mode, color in (("P", 0), ("L", 0)):  # pictures in memory, told apart by size and pixels
+        wide, high = Image.new(mode, (8, 2), color), Image.new(mode, (2, 8), color)
+        assert image_bytes(wide) != image_bytes(high)
     with pytest.raises(UserError, match="cannot write"):
         Conditions(tmp_path / "file/below", Encoder()).fill(PROMPTS[:1])
     (tmp_path / "no.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")

@@ -183,7 +183,8 @@ def test_sampling_equals_the_pipeline(model, kind, folder, prompts, solver):
     policy = Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
     start = noise(model, 1, seed=3)
     ours = denoise(policy, start, model.encode(prompts[:1]), solver, 1, TEAM)
-    call = {"height": kind.height, "width": kind.width, "num_frames": kind.num_frames, "max_sequence_length": 12}
+    call = {"height": kind.height, "width": kind.width, "num_frames": kind.num_frames}
+    call["max_sequence_length"] = model.config.max_sequence_length
     call |= {"num_inference_steps": 6, "guidance_scale": SCALE}
     if kind.guidance_scale_2:
         call["guidance_scale_2"] = kind.guidance_scale_2
@@ -261,3 +262,16 @@ def test_one_update(kind, folder, prompts, solver, offload):
     assert metrics["grad_norm"] > 0
     with weights_replaced(model.network, before):
         assert model.decode(latents[:1]).shape[1] == kind.num_frames
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model(tmp_path):
+    """As LTX-Video ships its own."""
+    import sentencepiece
+    from transformers import T5Tokenizer
+
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=30, minloglevel=2
+    )
+    tokenizer = T5Tokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer("a red circle").input_ids) > 3

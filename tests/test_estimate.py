@@ -76,6 +76,7 @@ def test_recipes_are_whole_and_fit_their_card(name):
         network, trained = counted.parameters["network"] / 1e9, counted.parameters["trained"] / 1e6
         line = f"| {name} | {processes} | {network:.2f} B | {trained:.1f} M | {row} |"
         assert line in (Path(__file__).parent.parent / "docs/hardware.md").read_text("utf-8")
+    assert counted.host < 64 * 2**30
     if name in BILLIONS:
         assert counted.parameters["network"] / 1e9 == pytest.approx(BILLIONS[name], rel=0.015)
     if name == "wan21-1.3b":

@@ -9,6 +9,7 @@ import torch
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import bootstrap_interval
 from flashgrpo.prompts import columns_of, prompt_groups, read_prompts
+from flashgrpo.rewards.jpeg import compressibility
 from flashgrpo.scoring import Rewards, load_reward
 from flashgrpo.seeds import generator, keyed_bits, normal
 from flashgrpo.settings import RewardConfig
@@ -160,3 +161,14 @@ def test_parquet_where_its_library_is_there(tmp_path):
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
     prompts = read_prompts(str(tmp_path / "a.parquet"), "prompts.train")
     assert [(prompt.text, dict(prompt.columns)) for prompt in prompts] == [("one", {"n": 1}), ("two", {"n": 2})]
+
+
+def test_compressibility_prefers_what_compresses():
+    noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    videos = torch.stack([noise, torch.full_like(noise, 0.5), noise / 2 + 0.25])
+    scores = compressibility(videos, ["", "", ""], frames=1)
+    assert scores[1] > scores[2] > scores[0]
+    assert -2 < float(scores[0]) < 0
+    pair = Rewards({"c": RewardConfig(call="flashgrpo.rewards.jpeg:compressibility")}).planted_pairs()["c"]
+    worse, better = compressibility(torch.stack([pair.worse, pair.better]), ["", ""])
+    assert better > worse

@@ -9,16 +9,19 @@ from typer.testing import CliRunner
 
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed import alone
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import evaluate
 from flashgrpo.export import export
+from flashgrpo.models import load_model
 from flashgrpo.run_directory import read_lines
 from flashgrpo.train import train
+from flashgrpo.types import Prompt
 from tests.families import KINDS
 from tests.test_train import read_mp4
 
 
-def recipe(tmp_path, name, *overrides):
+def recipe(tmp_path, name):
     """A small run of a kind's checkpoint, saved as a recipe."""
     kind = KINDS[name]
     folder = tmp_path / "model"
@@ -87,10 +90,12 @@ def test_the_same_weights_have_to_be_there(tmp_path):
 @pytest.mark.parametrize(
     ("name", "overrides", "sentence"),
     [
-        ("wan21-image", ["prompts.train=flashgrpo:prompts/train.txt"], "starts from an image: give 'An elderly Greek"),
+        ("wan21-image", ["prompts.train=flashgrpo:prompts/train.txt"], "this model starts from an image: give '"),
         ("wan21", ["model.from_image=true"], "makes videos from text only"),
         ("wan21", ["rollout.guidance_scale_2=3"], "this model has one expert only"),
-        ("wan21", ["model.attention=flush"], "model.attention: "),
+        ("wan21", ["model.attention=flush"], "model.attention: flush does not serve this model here"),
+        ("ltx", ["model.attention=_native_flash"], "model.attention: _native_flash does not serve this model here"),
+        ("wan21-image", ["model.max_sequence_length=256"], "tells text from image by 512 places of text, not 256"),
         ("wan21", ["model.height=40"], "model.height: 40 is no multiple of 16; the nearest is 32"),
         ("wan22-5b", ["model.height=48"], "model.height: 48 is no multiple of 32; the nearest is 64"),
         ("ltx", ["model.width=60"], "model.width: 60 is no multiple of 32; the nearest is 64"),
@@ -146,3 +151,68 @@ def test_compiled_blocks_serve_the_deterministic_steps_only(tmp_path, monkeypatc
     run = train(RunConfig.load(recipe(tmp_path, "wan21"), ["model.compile=true", "updates=1"]))
     assert counter.frame_count > 0
     assert read_lines(run / "metrics.jsonl")[0]["drift"] == 0
+
+
+def test_a_network_whose_texts_would_be_split_is_refused(nursery, tmp_path):
+    ranks = nursery.start("train", recipe(tmp_path, "ltx"), "parallel.context=2", size=2)
+    assert ranks.wait() == [2, 2]
+    assert "diffusers would also split the texts of LTXVideoTransformer3DModel" in ranks.said()
+
+
+def change(file, **entries):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in {**content, **entries}.items() if value != "gone"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "entries", "sentence"),
+    [
+        ("wan21", "model_index.json", {"transformer": [None, None]}, "has no transformer, which a WanPipeline"),
+        ("wan21", "model_index.json", {"vae": "AutoencoderKLWan"}, "has no vae"),
+        ("wan21", "model_index.json", {"boundary_ratio": 0.5}, "has no transformer_2"),
+        ("wan21-image", "transformer/config.json", {"pos_embed_seq_len": 514}, "from a first frame to a last one"),
+        ("wan21", "vae/config.json", {"_class_name": "gone", "z_dim": "x"}, "could not be loaded"),
+    ],
+)
+def test_a_checkpoint_with_odd_settings(name, file, entries, sentence, tmp_path):
+    path = recipe(tmp_path, name)
+    change(tmp_path / "model" / file, **entries)
+    with pytest.raises(UserError) as error:
+        train(RunConfig.load(path))
+    assert sentence in str(error.value)
+
+
+def test_an_older_checkpoint_lacks_entries(tmp_path):
+    path = recipe(tmp_path, "wan21")
+    change(tmp_path / "model/model_index.json", transformer_2="gone", boundary_ratio="gone", expand_timesteps="gone")
+    assert train(RunConfig.load(path, ["updates=1"])).is_dir()
+
+
+def test_images_may_move_but_not_change(tmp_path):
+    path = recipe(tmp_path, "wan22-5b-image")
+    train(RunConfig.load(path, ["updates=1"]))
+    (tmp_path / "first.png").rename(tmp_path / "moved.png")
+    for name in ("train", "heldout"):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(file.read_text().replace("first", "moved"))
+    train(RunConfig.load(path, ["updates=2"]))
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "moved.png")
+    with pytest.raises(UserError, match=r"prompts.train: the file has changed"):
+        train(RunConfig.load(path, ["updates=3"]))
+
+
+def test_an_image_that_would_not_be_looked_at(tmp_path):
+    run = train(RunConfig.load(recipe(tmp_path, "wan21"), ["updates=1"]))
+    arguments = ["sample", str(run), "a red circle", "--image", str(tmp_path / "first.png"), "--steps", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "a.mp4")])
+    assert "makes videos from text only" in str(result.exception)
+
+
+def test_a_lost_entry_is_made_again_without_an_encoder_that_stays(tmp_path):
+    path = recipe(tmp_path, "wan21")
+    cache = tmp_path / "cache"
+    config = RunConfig.load(path, [f"model.condition_cache={cache}"])
+    model = load_model(config.model, alone(), 0)
+    model.encode([Prompt("a red circle", {})])
+    assert model.pipeline.text_encoder is None
+    assert len(list(cache.rglob("*.safetensors"))) == 2  # and that of the negative prompt

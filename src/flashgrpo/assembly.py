@@ -15,7 +15,7 @@ from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.optim import Optimizer
 from flashgrpo.policy import Policy, guidance_by_step
-from flashgrpo.prompts import read_prompts
+from flashgrpo.prompts import prompt_groups, read_prompts
 from flashgrpo.rollout import rollout
 from flashgrpo.scoring import Rewards, score_all
 from flashgrpo.types import Latents, PromptGroup, RewardTable, Sample, Transitions, Videos
@@ -35,8 +35,10 @@ class Assembly:
         self.rewards.check_columns(self.prompts[0], "prompts.train")
         self.rewards.check_columns(self.heldout[0], "prompts.heldout")
         use_threads(config.parallel.threads)
-        prompts = [*self.prompts, *self.heldout]
-        model = load_model(config.model, team, config.seed, prompts, config.algorithm.kl_coef > 0, say)
+        groups, size = config.rollout.prompts, config.rollout.group_size
+        drawn = (prompt_groups(self.prompts, config.seed, update, groups, size) for update in range(config.updates))
+        self.used = [*{id(g.prompt): g.prompt for update in drawn for g in update}.values(), *self.heldout]
+        model = load_model(config.model, team, config.seed, self.used, config.algorithm.kl_coef > 0, say)
         grid, settings = model.grid(config.rollout.num_steps), config.rollout
         table = config.algorithm.noise(grid.sigmas)
         guidance = guidance_by_step(model, grid, settings.guidance_scale, settings.guidance_scale_2)

@@ -108,7 +108,7 @@ def sample(
     if file is not None and image is not None:
         raise UserError("--image: a prompt file names its images itself, in a column image")
     prompts = read_prompts(file, "--file") if file else [Prompt(prompt or "", {"image": image} if image else {})]
-    print(run_sample(run, prompts, out, seed or [0], steps, size, checkpoint))
+    print(run_sample(run, prompts, out, seed or [0], steps, size, checkpoint, from_image=image is not None))
 
 
 @app.command()
@@ -160,7 +160,8 @@ def _estimate(recipe: str, overrides: list[str], as_json: bool, processes: int) 
 
     result = estimate(RunConfig.load(recipe, overrides), processes)
     if as_json:
-        print(json.dumps({"parameters": result.parameters, "bytes": result.phases, "highest": result.highest}))
+        counted = {"parameters": result.parameters, "bytes": result.phases, "highest": result.highest}
+        print(json.dumps({**counted, "host": result.host}))
         return
     table = Table("GiB", *next(iter(result.phases.values())), "together", box=None)
     for phase, parts in result.phases.items():
@@ -168,6 +169,7 @@ def _estimate(recipe: str, overrides: list[str], as_json: bool, processes: int) 
     Console().print(table)
     counts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in result.parameters.items())
     print(f"parameters: {counts}; {result.highest / 2**30:.1f} GiB a process at the highest")
+    print(f"in the host's memory, for decoded videos: {result.host / 2**30:.1f} GiB a process")
 
 
 @app.command()

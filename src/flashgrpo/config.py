@@ -93,7 +93,9 @@ class RunConfig(Part):
         """The same run, whatever folder it is started from."""
 
         def absolute(path: str) -> str:
-            return str(Path(path).absolute()) if Path(path).exists() else path
+            kind, colon, name = path.rpartition("datasets:")  # the name of a data set may be a folder
+            there = Path(name).expanduser()
+            return f"{kind}{colon}{there.absolute()}" if there.exists() else path
 
         def absolute_call(call: str) -> str:
             file, colon, function = call.rpartition(":")

@@ -192,9 +192,9 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def alone() -> Team:
-    """This process by itself, on the first GPU when there is one, else on the CPU."""
-    return Team(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+def alone(computes: bool = True) -> Team:
+    """This process by itself, on the first GPU when there is one and it `computes`, else on the CPU."""
+    return Team(torch.device("cuda", 0) if computes and torch.cuda.is_available() else torch.device("cpu"))
 
 
 def use_threads(threads: int | None) -> None:

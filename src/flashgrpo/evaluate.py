@@ -142,7 +142,13 @@ def decode(model: VideoModel, latents: Tensor, micro_batch: int) -> Tensor:
     """
     if not len(latents):
         return torch.empty(0, 1, 3, 1, 1)
-    return torch.cat([model.decode(part).cpu() for part in latents.split(micro_batch)])
+    first = model.decode(latents[:micro_batch])
+    videos = torch.empty(len(latents), *first.shape[1:])
+    videos[: len(first)] = first
+    del first
+    for done in range(micro_batch, len(latents), micro_batch):
+        videos[done : done + micro_batch] = model.decode(latents[done : done + micro_batch])
+    return videos
 
 
 def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, samples_per_prompt: int) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def export(
         raise UserError(f"--out: {out} exists and is not empty; choose another folder")
     update = checkpoint.choose(directory.checkpoints, checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
-    model = load_model(config.model.model_copy(update={"compute_dtype": None}), alone(), config.seed)
+    plain = {"compute_dtype": None, "offload": False, "attention": None, "compile": False}
+    model = load_model(config.model.model_copy(update=plain), alone(computes=False), config.seed)
     directory.check_model(model.identity)
     with write_aside(folder) as aside:
         aside.mkdir()

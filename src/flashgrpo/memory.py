@@ -23,6 +23,12 @@ def peak(device: torch.device, reset: bool = False) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def wait_for_device() -> None:
+    """Until the GPU has done what it was asked for, where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def total(device: torch.device) -> int:
     """Bytes that the device has."""
     if device.type == "cuda":

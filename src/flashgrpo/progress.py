@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from flashgrpo.memory import wait_for_device
+
 
 class Reporter:
     """Shows a run's progress on `console`, which defaults to standard error; `quiet` shows warnings only."""
@@ -97,6 +99,7 @@ class Clock:
         try:
             yield
         finally:
+            wait_for_device()  # what a GPU still computes belongs to the phase that asked for it
             self._phases[phase] += time.perf_counter() - started
 
     def lap(self) -> dict[str, float]:

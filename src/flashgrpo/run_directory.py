@@ -21,8 +21,9 @@ from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, explain_os_errors, write_aside
 from flashgrpo.types import Prompt
+from flashgrpo.video import image_bytes
 
-FREE_TO_CHANGE = ("out", "updates", "checkpoint", "parallel", "tracking")  # between the starts of one run
+FREE_TO_CHANGE = ("out", "updates", "checkpoint", "parallel", "tracking", "model.condition_cache")  # by a later start
 
 
 class RunDirectory:
@@ -69,7 +70,8 @@ class RunDirectory:
         if not self.evaluations() and not any(self.checkpoints.glob("*")):
             return  # nothing was done yet that other settings could contradict
         before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
-        changed = [key for key in _differences(before, now) if key.split(".")[0] not in FREE_TO_CHANGE]
+        differences = _differences(before, now)
+        changed = [key for key in differences if not {key, key.split(".")[0]} & set(FREE_TO_CHANGE)]
         if changed:
             raise UserError(
                 f"out: {self.path} is a run with another {', '.join(changed[:3])}; "
@@ -179,8 +181,15 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    text = json.dumps([[prompt.text, dict(prompt.columns)] for prompt in prompts], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    rows = [
+        [prompt.text, {name: _content(name, value) for name, value in prompt.columns.items()}] for prompt in prompts
+    ]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _content(name: str, value: Any) -> Any:
+    """A column's value; of an image what is in it, not where it lies."""
+    return hashlib.sha256(image_bytes(value)).hexdigest() if name == "image" else value
 
 
 def _environment(team: Team) -> dict[str, Any]:

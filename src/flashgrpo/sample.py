@@ -31,6 +31,7 @@ def sample(
     num_steps: int | None = None,
     size: Size | None = None,
     checkpoint_update: int | None = None,
+    from_image: bool = False,
 ) -> Path:
     """Write one mp4: the base model's video on the left, the tuned model's on the right.
 
@@ -41,6 +42,7 @@ def sample(
         num_steps: denoising steps; the evaluation's when not given.
         size: (height, width, frames); those of the run when not given.
         checkpoint_update: the best checkpoint when not given.
+        from_image: refuse a model that would not look at the prompts' images.
 
     Raises:
         UserError: no run or checkpoint, an empty prompt, a size that the model cannot take, or `out` is no .mp4 that
@@ -57,6 +59,8 @@ def sample(
     with joined(config, strict=False) as team:
         model = load_model(_resized(config.model, size), team, config.seed, prompts)
         directory.check_model(model.identity)
+        if from_image and not model.takes_image:
+            raise UserError("--image: this run's model makes videos from text only; leave it out")
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
 
         def videos() -> list[Video]:

@@ -61,7 +61,7 @@ class ModelConfig(Part):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights; adapters, latents and densities are always float32."""
     compute_dtype: Literal["bfloat16"] | None = None
-    """Casts weights for each computation and reduces gradients in float32 (FSDP2); as `dtype` when not given."""
+    """Casts all weights, norms too, for each computation and reduces gradients in float32 (FSDP2)."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the autoencoder."""
     train: Annotated[Lora | Full, Field(discriminator="kind")] = Lora()

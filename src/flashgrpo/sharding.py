@@ -54,6 +54,10 @@ def _split_tokens(network: nn.Module, team: Team) -> None:
     plan = getattr(network, "_cp_plan", None)
     if plan is None:
         raise UserError(f"parallel.context: diffusers has no plan to split {type(network).__name__} by tokens")
+    if any("encoder_hidden_states" in inputs for inputs in plan.values() if isinstance(inputs, dict)):
+        raise UserError(
+            f"parallel.context: diffusers would also split the texts of {type(network).__name__}; use parallel.shard"
+        )
     heads = network.config["num_attention_heads"]  # type: ignore[index]
     if team.context_kind == "ring" and team.device.type == "cpu":
         raise UserError(

@@ -1,5 +1,6 @@
 """The main loop: roll out, score, compare within groups, update."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flashgrpo.progress import Clock, Interrupt, Reporter
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run_directory import RunDirectory
 from flashgrpo.settings import Lora
+from flashgrpo.types import PromptGroup
 from flashgrpo.update import policy_update
 
 
@@ -48,18 +50,24 @@ def _train(run: "Run", interrupt: Interrupt) -> None:
         if run.is_stale or run.team.any(interrupt.requested):
             break
         groups = prompt_groups(parts.prompts, config.seed, update, config.rollout.prompts, config.rollout.group_size)
-        drawn = experience(parts, groups, clock)
-        with clock("update"):
-            own = drawn.advantages[drawn.mine]
-            metrics = describe_rewards(drawn, config.rollout.group_size)
-            metrics |= policy_update(
-                parts.policy, parts.optimizer, drawn.transitions, own, config.algorithm, config.optim, run.team
-            )
+        metrics = _update(parts, groups, clock)
         run.log(metrics, clock.lap())
         with clock("evaluate"):
             run.evaluate_if_due()
         with clock("checkpoint"):
             run.save_if_due()
+
+
+def _update(parts: Assembly, groups: Sequence[PromptGroup], clock: Clock) -> dict[str, Any]:
+    """Draw, compare, learn; nothing that was drawn is kept, for videos are large."""
+    config = parts.config
+    drawn = experience(parts, groups, clock)
+    with clock("update"):
+        own = drawn.advantages[drawn.mine]
+        metrics = describe_rewards(drawn, config.rollout.group_size)
+        return metrics | policy_update(
+            parts.policy, parts.optimizer, drawn.transitions, own, config.algorithm, config.optim, parts.team
+        )
 
 
 class Run:

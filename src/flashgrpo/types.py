@@ -191,6 +191,11 @@ class VideoModel(Protocol):
         ...
 
     @property
+    def takes_image(self) -> bool:
+        """Whether each prompt has to come with its video's first frame, in a column `image`."""
+        ...
+
+    @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) of one sample's latents."""
         ...

@@ -1,6 +1,7 @@
 """Videos are float tensors (B, F, 3, H, W) in [0, 1]; on disk they are H.264 mp4 files."""
 
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -64,3 +65,39 @@ def side_by_side(*videos: Video, gap: int = 4) -> Float[Tensor, "frames 3 height
     white = torch.ones(*videos[0].shape[:-1], gap)
     panels = [panel for video in videos for panel in (video.cpu().float(), white)]
     return torch.cat(panels[:-1], dim=-1)
+
+
+def open_image(image: Any) -> Any:
+    """A prompt's image, a path or a picture, as an RGB picture.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if not isinstance(image, str):
+        raise UserError(f"column image must hold paths or pictures, not {type(image).__name__}")
+    try:
+        return Image.open(image).convert("RGB")
+    except OSError as error:
+        reason = (error.strerror or "no picture that is known").lower()
+        raise UserError(f"image {image} cannot be read: {reason}") from error
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {image} cannot be read: {' '.join(str(error).split())[:150]}") from error
+
+
+def image_bytes(image: Any) -> bytes:
+    """What tells a prompt's image from others: a file's bytes, or a picture's size and pixels.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if isinstance(image, str):
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise UserError(f"image {image} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    picture = open_image(image)
+    return f"{picture.size}".encode() + bytes(picture.tobytes())

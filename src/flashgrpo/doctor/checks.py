@@ -157,7 +157,7 @@ def planted_pairs(parts: Assembly, trial: Trial) -> Finding:
     """Rewards that declare a better and a worse video rank them so."""
     wrong, right = list[str](), list[str]()
     for name, pair in parts.rewards.planted_pairs().items():
-        videos = torch.stack([pair.worse, pair.better]).to(parts.team.device)
+        videos = torch.stack([pair.worse, pair.better])
         table = parts.rewards.score(videos, [pair.prompt, pair.prompt], watched=True, only=name)
         mean = table.values.mean(dim=1)
         (right if mean[1] > mean[0] else wrong).append(name)
@@ -195,8 +195,8 @@ def prompts(parts: Assembly, trial: Trial) -> Finding:
 
 
 def text_embeddings(parts: Assembly, trial: Trial) -> Finding:
-    """Every prompt has an embedding, and it is finite."""
-    texts = {prompt.text: prompt for prompt in [*parts.prompts, *parts.heldout]}
+    """Every prompt that the run will use has an embedding, and it is finite."""
+    texts = {prompt.text: prompt for prompt in parts.used}
     encode = parts.policy.model.encode
     rows = {text: encode([prompt]).tensors.values() for text, prompt in texts.items()}
     bad = [text for text, row in rows.items() if not all(tensor.isfinite().all() for tensor in row)]

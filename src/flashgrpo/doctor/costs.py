@@ -85,6 +85,8 @@ def in_words(size: int) -> str:
 def _bytes_per_sample(trial: Trial) -> int:
     """What a sample keeps from its rollout to the end of its update."""
     drawn, samples = trial.drawn, max(1, len(trial.drawn.latents))
-    kept = [drawn.latents, drawn.videos, drawn.transitions.x, drawn.transitions.x_next]
+    kept = [drawn.latents, drawn.transitions.x, drawn.transitions.x_next]
+    if drawn.latents.device.type == "cpu":  # where videos are, too
+        kept.append(drawn.videos)
     kept += drawn.transitions.condition.tensors.values()
     return sum(tensor.numel() * tensor.element_size() for tensor in kept) // samples

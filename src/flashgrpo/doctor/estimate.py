@@ -35,10 +35,12 @@ class Estimate:
     Args:
         parameters: numbers of the network, of what is trained of it, and of the autoencoder.
         phases: phase -> part -> bytes.
+        host: bytes of the CPU's memory that a process's decoded videos take.
     """
 
     parameters: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
+    host: int
 
     @property
     def totals(self) -> dict[str, int]:
@@ -112,7 +114,8 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
         "trained": sum(p.numel() for p in trained_parameters(model.network).values()),
         "vae": sum(p.numel() for p in model.pipeline.vae.parameters()),
     }
-    return Estimate(counts, phases)
+    video = config.model.num_frames * 3 * config.model.height * config.model.width * 4
+    return Estimate(counts, phases, host=own * video)
 
 
 class LiveBytes(TorchDispatchMode):

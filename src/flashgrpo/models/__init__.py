@@ -12,8 +12,6 @@ from flashgrpo.recipe import resolve_path
 from flashgrpo.settings import ModelConfig
 from flashgrpo.types import Prompt, VideoModel
 
-FAMILIES = ("WanPipeline", "WanImageToVideoPipeline", "LTXPipeline")
-
 
 def load_model(
     config: ModelConfig,
@@ -68,13 +66,7 @@ def find_architecture(config: ModelConfig) -> tuple[Architecture, Path]:
         if config.random_init:
             raise UserError(f"model.path: the sizes of {path} are not known; known are {', '.join(KNOWN)}")
         folder = _download(path)
-    architecture = Architecture.of_folder(folder)
-    if architecture.family not in FAMILIES:
-        raise UserError(
-            f"model.path: {path} is a {architecture.family}, which is not supported; "
-            f"supported are {', '.join(FAMILIES)}"
-        )
-    return architecture, folder
+    return Architecture.of_folder(folder), folder
 
 
 def _download(repository: str) -> Path:

@@ -16,6 +16,7 @@ from torch import nn
 from flashgrpo.errors import UserError
 from flashgrpo.settings import ModelConfig
 
+FAMILIES = ("WanPipeline", "WanImageToVideoPipeline", "LTXPipeline")
 BUILT = ("transformer", "transformer_2", "vae", "scheduler")
 """Components that are built from their settings; the encoders are not."""
 
@@ -45,7 +46,7 @@ class Architecture:
         """Read a pipeline's folder.
 
         Raises:
-            UserError: the folder is no diffusers pipeline, or a component has no readable settings.
+            UserError: the folder is no diffusers pipeline of a supported family, or lacks a component.
         """
         index = folder / "model_index.json"
         if not index.is_file():
@@ -54,13 +55,24 @@ class Architecture:
         family = content.get("_class_name")
         if not isinstance(family, str):
             raise UserError(f"model.path: {index} is no readable model_index.json")
+        if family not in FAMILIES:
+            raise UserError(
+                f"model.path: {folder} is a {family}, which is not supported; supported are {', '.join(FAMILIES)}"
+            )
         components = {}
         for name in BUILT:
-            library, kind = content.get(name) or (None, None)
-            if library and kind:
+            entry: Any = content.get(name)
+            if _is_part(entry) and all(entry):
+                kind = entry[1]
                 file = "scheduler_config.json" if name == "scheduler" else "config.json"
                 components[name] = (str(kind), _read_json(folder / name / file))
         settings = {key: value for key, value in content.items() if not key.startswith("_") and not _is_part(value)}
+        needed = {"transformer", "vae", "scheduler"}
+        needed |= {"transformer_2"} if settings.get("boundary_ratio") is not None else set()
+        if missing := sorted(needed - set(components)):
+            raise UserError(f"model.path: {folder} has no {missing[0]}, which a {family} with its settings needs")
+        if components["transformer"][1].get("pos_embed_seq_len") is not None:
+            raise UserError(f"model.path: {folder} goes from a first frame to a last one, which is not supported")
         return cls(family, components, settings)
 
     def build(self, names: Sequence[str], dtypes: Mapping[str, torch.dtype], empty: bool = False) -> dict[str, Any]:

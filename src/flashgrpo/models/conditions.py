@@ -7,11 +7,14 @@ entry appears whole under a name of its own, and whoever finds it there does not
 
 import contextlib
 import hashlib
+import importlib.metadata as metadata
 import json
 import os
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashgrpo.errors import UserError
 from flashgrpo.files import explain_os_errors
 from flashgrpo.types import Condition, Prompt
+from flashgrpo.video import image_bytes
 
 SAMPLE = 2**20  # bytes read at the start, in the middle and at the end of a file to tell it from others
 
@@ -51,6 +54,13 @@ def fingerprint(folder: Path, parts: Sequence[str], settings: Mapping[str, Any])
     return digest.hexdigest()
 
 
+def entries_of(folder: Path, parts: Sequence[str], settings: Mapping[str, Any], cache: str | None = None) -> Path:
+    """Where the rows lie that the encoders in `folder` make: below `cache`, or the usual folder."""
+    packages = {name: metadata.version(name) for name in ("diffusers", "transformers")}  # they clean and cut texts
+    digest = fingerprint(folder, parts, {**settings, **packages})[:32]
+    return (Path(cache).expanduser() if cache else default_folder()) / digest
+
+
 class Conditions:
     """The condition of any prompt: from memory, from disk, or from the encoders.
 
@@ -58,17 +68,18 @@ class Conditions:
         folder: of this model's entries; None keeps nothing on disk.
         compute: the row of one prompt: name -> tensor (1, ...). It loads the encoders where they are not loaded yet.
         images: whether a prompt's image counts.
-        keep: so many rows stay in memory, those used last.
+        keep: so many bytes of rows stay in memory, those used last.
     """
 
     def __init__(
-        self, folder: Path | None, compute: Callable[[Prompt], Row], images: bool = False, keep: int = 256
+        self, folder: Path | None, compute: Callable[[Prompt], Row], images: bool = False, keep: int = 2**30
     ) -> None:
         self._folder = folder
         self._compute = compute
         self._images = images
         self._keep = keep
-        self._rows: OrderedDict[str, Row] = OrderedDict()
+        self._rows: OrderedDict[str, _Short] = OrderedDict()
+        self._held = 0
 
     def __call__(self, prompts: Sequence[Prompt]) -> Condition:
         """The rows of the prompts, on the CPU.
@@ -94,6 +105,7 @@ class Conditions:
         Raises:
             UserError: the folder cannot be written, or a prompt cannot be encoded.
         """
+        self._clear_leftovers()
         todo = self.missing(prompts)
         first = int(begin * len(todo))
         for prompt in todo[first:] + todo[:first]:
@@ -104,40 +116,37 @@ class Conditions:
         key = self._key(prompt)
         if key not in self._rows:
             self._rows[key] = self._read(key) or self._store(prompt)
+            self._held += self._rows[key].size
         self._rows.move_to_end(key)
-        while len(self._rows) > self._keep:
-            self._rows.popitem(last=False)
-        return self._rows[key]
+        while self._held > self._keep and len(self._rows) > 1:
+            self._held -= self._rows.popitem(last=False)[1].size
+        return self._rows[key].row()
 
-    def _store(self, prompt: Prompt) -> Row:
-        row = {name: tensor.detach().cpu() for name, tensor in self._compute(prompt).items()}
+    def _store(self, prompt: Prompt) -> "_Short":
+        row = _Short.of(self._compute(prompt))
         if self._folder is None:
             return row
         key = self._key(prompt)
-        file = self._file(key)
-        aside = file.with_name(f".partial-{uuid.uuid4().hex}")
-        short, lengths = {}, {}
-        for name, tensor in row.items():
-            short[name] = _without_padding(tensor).contiguous()
-            lengths[name] = str(tensor.shape[1])
+        file, aside = self._file(key), self._folder / f".partial-{uuid.uuid4().hex}"
         with explain_os_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(short, aside, metadata=lengths)
+                lengths = {name: str(length) for name, length in row.lengths.items()}
+                save_file(dict(row.tensors), aside, metadata=lengths)
                 os.replace(aside, file)
             finally:
                 with contextlib.suppress(OSError):
                     aside.unlink(missing_ok=True)
-        return self._read(key) or row  # what a later run will see
+        return row
 
-    def _read(self, key: str) -> Row | None:
+    def _read(self, key: str) -> "_Short | None":
         if self._folder is None:
             return None
         try:
             with safe_open(self._file(key), framework="pt") as file:
-                lengths = file.metadata()
-                return {name: _padded(file.get_tensor(name), int(lengths[name])) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there, or damaged: made anew
+                lengths = {name: int(length) for name, length in file.metadata().items()}
+                return _Short({name: file.get_tensor(name) for name in lengths}, lengths)
+        except (OSError, SafetensorError, AttributeError, ValueError):  # not there, or damaged: made anew
             return None
 
     def _key(self, prompt: Prompt) -> str:
@@ -147,41 +156,38 @@ class Conditions:
             digest.update(image_bytes(image))
         return digest.hexdigest()
 
+    def _clear_leftovers(self) -> None:
+        """Remove what processes that were killed while they wrote have left, long enough ago to be sure."""
+        for leftover in self._folder.glob(".partial-*") if self._folder else ():
+            with contextlib.suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > 24 * 3600:
+                    leftover.unlink()
+
     def _file(self, key: str) -> Path:
         assert self._folder is not None
         return self._folder / key[:2] / f"{key}.safetensors"
 
 
-def image_bytes(image: Any) -> bytes:
-    """The content of a prompt's image: a file's bytes, or the pixels of a picture in memory.
+@dataclass(frozen=True)
+class _Short:
+    """A row without the zeros at the end of L in (1, L, ...), which most of a text's places are."""
 
-    Raises:
-        UserError: the file cannot be read.
-    """
-    if isinstance(image, str):
-        try:
-            return Path(image).read_bytes()
-        except OSError as error:
-            raise UserError(f"image {image} cannot be read: {(error.strerror or str(error)).lower()}") from error
-    if hasattr(image, "tobytes"):
-        return bytes(image.tobytes())
-    raise UserError(f"column image must hold paths or pictures, not {type(image).__name__}")
+    tensors: Mapping[str, Tensor]
+    lengths: Mapping[str, int]
 
+    @classmethod
+    def of(cls, row: Row) -> "_Short":
+        tensors = {name: _without_padding(tensor.detach().cpu()).contiguous() for name, tensor in row.items()}
+        return cls(tensors, {name: tensor.shape[1] for name, tensor in row.items()})
 
-def open_image(image: Any) -> Any:
-    """A prompt's image as an RGB picture.
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-    Raises:
-        UserError: it cannot be read.
-    """
-    from PIL import Image
-
-    if not isinstance(image, str):
-        return image.convert("RGB")
-    try:
-        return Image.open(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {image} cannot be read: {' '.join(str(error).split())[:150]}") from error
+    def row(self) -> Row:
+        """With the zeros."""
+        return {name: _padded(tensor, self.lengths[name]) for name, tensor in self.tensors.items()}
 
 
 def _is_whole(file: Path) -> bool:

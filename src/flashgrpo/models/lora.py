@@ -96,6 +96,18 @@ def save_adapters(
 
 
 @contextlib.contextmanager
+def adapters_off(networks: Sequence[Any]) -> Iterator[None]:
+    """Compute as before training inside this context."""
+    for network in networks:
+        network.disable_adapters()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.enable_adapters()
+
+
+@contextlib.contextmanager
 def weights_replaced(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Compute with other values of the trained parameters inside this context (the average, the base).
 

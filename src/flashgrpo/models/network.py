@@ -1,5 +1,7 @@
 """One network made ready: what is trained of it, how it computes, where it lies."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,15 +25,24 @@ def prepare_network(network: Any, config: ModelConfig, team: Team, seed: int, pr
     prepare(network, config.train, seed, prefix)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    if config.attention:
-        _set_attention(network, config.attention)
     if config.compile:
         network.compile_repeated_blocks()
     place(network, team, getattr(torch, config.compute_dtype) if config.compute_dtype else None)
+    if config.attention and team.context > 1 and team.context_kind == "ring":
+        raise UserError("model.attention: ring attention has a back end of its own; leave the setting out")
+    if config.attention:
+        with explain_attention(
+            network, config.attention
+        ):  # after its tokens are split, which not every back end supports
+            network.set_attention_backend(config.attention)
 
 
-def _set_attention(network: Any, backend: str) -> None:
+@contextlib.contextmanager
+def explain_attention(network: Any, backend: str | None) -> Iterator[None]:
+    """Turn what a back end refuses into one sentence, and take it out again: diffusers has one for all networks."""
     try:
-        network.set_attention_backend(backend)
+        yield
     except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
-        raise UserError(f"model.attention: {' '.join(str(error).split())[:300]}") from error
+        network.set_attention_backend("native")
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.attention: {backend} does not serve this model here: {reason}") from error

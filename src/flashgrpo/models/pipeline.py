@@ -1,8 +1,7 @@
 """A diffusers pipeline as a `VideoModel`: all that families have in common. A family's own file says what differs."""
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
-from flashgrpo.models.conditions import Conditions, Row, default_folder, fingerprint
-from flashgrpo.models.lora import save_adapters, trained_parameters, weights_replaced
-from flashgrpo.models.network import prepare_network
+from flashgrpo.models.conditions import Conditions, Row, entries_of, fingerprint
+from flashgrpo.models.lora import adapters_off, save_adapters, trained_parameters, weights_replaced
+from flashgrpo.models.network import explain_attention, prepare_network
 from flashgrpo.models.residence import Residence
 from flashgrpo.models.source import Source
 from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
@@ -65,7 +64,6 @@ class PipelineModel(ABC):
         self.latent_shape = self.shape_of_latents()
         self._conditions = Conditions(self._cache_folder(), self._row, self.takes_image)
         self._encode_all(prompts, team, say or (lambda _: None))
-        source.load(self.expert_names)
         self._experts = self._prepare_experts(team)
         self.network: nn.Module = (
             nn.ModuleDict(self._experts) if len(self._experts) > 1 else self._experts[self.expert_names[0]]
@@ -76,6 +74,8 @@ class PipelineModel(ABC):
             if keep_reference and not isinstance(config.train, Lora)
             else None
         )
+        if config.attention:
+            self._try_attention()
 
     # What a family says
 
@@ -127,7 +127,10 @@ class PipelineModel(ABC):
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """The rows of the prompts' texts, and of their images where the family takes them."""
         self._check_images(prompts)
-        return self._conditions(prompts).to(self.device)
+        rows = self._conditions(prompts).to(self.device)
+        if self._residence is not None:  # a prompt that was not known before, or whose entry was lost
+            self.source.drop(self.encoder_names)
+        return rows
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, with the pipeline's own cleaning left out; 0 where there is no tokenizer."""
@@ -165,14 +168,11 @@ class PipelineModel(ABC):
         return {**text, **(self.encode_image(image) if image is not None else {})}
 
     def _cache_folder(self) -> Path | None:
-        if self.source.folder is None:
-            return None
-        config = self.config
+        config, folder = self.config, self.source.folder
         settings: dict[str, Any] = {"length": config.max_sequence_length, "dtype": config.dtype}
         if self.takes_image:
             settings |= {"size": (config.num_frames, config.height, config.width), "vae": config.vae_dtype}
-        folder = Path(config.condition_cache) if config.condition_cache else default_folder()
-        return folder / fingerprint(self.source.folder, self.cached_parts, settings)[:32]
+        return entries_of(folder, self.cached_parts, settings, config.condition_cache) if folder else None
 
     # The network
 
@@ -182,15 +182,24 @@ class PipelineModel(ABC):
             raise UserError(
                 f"parallel.context: the {tokens} tokens of such a video cannot be split over {team.context} processes"
             )
-        found = {name: getattr(self.pipeline, name, None) for name in self.expert_names}
-        experts: dict[str, Any] = {name: network for name, network in found.items() if network is not None}
-        for name, network in experts.items():
-            prefix = f"{name}." if len(experts) > 1 else ""
-            prepare_network(network, config, team, self.seed, prefix)
+        names = [name for name in self.expert_names if self.source.architecture.has(name)]
+        experts: dict[str, Any] = {}
+        for name in names:  # each is placed before the next is loaded
+            self.source.load([name])
+            experts[name] = getattr(self.pipeline, name)
+            prepare_network(experts[name], config, team, self.seed, prefix=f"{name}." if len(names) > 1 else "")
         for wanted, switch in ((config.vae_tiling, "enable_tiling"), (config.vae_slicing, "enable_slicing")):
             if wanted:
                 getattr(self.pipeline.vae, switch)()
         return experts
+
+    @torch.no_grad()
+    def _try_attention(self) -> None:
+        """Call each network once: many back ends refuse a mask, a type or a device only when they are called."""
+        x, one = torch.zeros(1, *self.latent_shape, device=self.device), torch.ones(1)
+        for network in self._experts.values():
+            with explain_attention(network, self.config.attention):
+                self.forward(network, x, Moment(one, one.double(), one), self.nothing())
 
     @property
     def identity(self) -> str:
@@ -251,20 +260,9 @@ class PipelineModel(ABC):
     def reference(self) -> AbstractContextManager[None]:
         """Adapters off, or the kept base weights."""
         if isinstance(self.config.train, Lora):
-            return self._adapters_off()
+            return adapters_off(list(self._experts.values()))
         assert self._base is not None, "load with keep_reference to compare a fully trained model with its base"
         return weights_replaced(self.network, self._base)
-
-    @contextlib.contextmanager
-    def _adapters_off(self) -> Iterator[None]:
-        networks: list[Any] = list(self._experts.values())
-        for network in networks:
-            network.disable_adapters()
-        try:
-            yield
-        finally:
-            for network in networks:
-                network.enable_adapters()
 
     # Getting the result out
 

@@ -31,8 +31,9 @@ class Residence:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(device)
             frozen = [parameter for parameter in part.parameters() if not parameter.requires_grad]
-            pinned = device.type == "cuda"
-            self._kept[name] = [(p, p.data.pin_memory() if pinned else p.data) for p in frozen]
+            for parameter in frozen if device.type == "cuda" else ():
+                parameter.data = parameter.data.pin_memory()
+            self._kept[name] = [(parameter, parameter.data) for parameter in frozen]
 
     def bring(self, name: str) -> nn.Module:
         """The part, on the device."""

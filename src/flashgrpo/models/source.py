@@ -64,8 +64,11 @@ class Source:
 
     def drop(self, names: Sequence[str]) -> None:
         """Take components out of memory."""
-        for name in self._among(names):
+        loaded = [name for name in self._among(names) if getattr(self.pipeline, name, None) is not None]
+        for name in loaded:
             setattr(self.pipeline, name, None)
+        if not loaded:
+            return
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -15,12 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flashgrpo.errors import UserError
 from flashgrpo.models.architectures import checked_size
-from flashgrpo.models.conditions import Row, open_image
+from flashgrpo.models.conditions import Row
 from flashgrpo.models.pipeline import PipelineModel, Size
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents, Moment
+from flashgrpo.video import open_image
 
+CLIP_LENGTH = 512  # places of text that diffusers' attention splits off from what CLIP says about an image
 ImageRow = Float[Tensor, "1 channels frames height width"]
 
 
@@ -87,7 +90,7 @@ class WanModel(PipelineModel):
             return encoded
         given = torch.zeros(1, vae.config.scale_factor_temporal, *encoded.shape[2:], device=self.device)
         given[:, :, 0] = 1  # the first frame of latents stands for one frame of the video, which is given
-        return torch.cat([given, encoded], dim=1)
+        return torch.cat([given, encoded], dim=1).to(self.dtype)  # as the network takes it; half as much to keep
 
     def nothing(self) -> Condition:
         """The negative prompt, and zeros for an image."""
@@ -157,6 +160,11 @@ class WanModel(PipelineModel):
     def shape_of_latents(self) -> Size:
         """(C, F, H, W); a side is a multiple of what the autoencoder and the network's patches need."""
         vae, network = self.pipeline.vae.config, self.source.architecture.of("transformer")
+        if network.get("image_dim") is not None and self.config.max_sequence_length != CLIP_LENGTH:
+            raise UserError(
+                f"model.max_sequence_length: this network tells text from image by {CLIP_LENGTH} places of text, "
+                f"not {self.config.max_sequence_length}"
+            )
         scale, (_, patch, _) = vae.scale_factor_spatial, network["patch_size"]
         frames = checked_size(self.config, scale * patch, vae.scale_factor_temporal)
         return vae.z_dim, frames, self.config.height // scale, self.config.width // scale
