@@ -5,11 +5,12 @@ through the model's own image processor.
 """
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flashgrpo.distributed import current_device
@@ -77,8 +78,8 @@ def aesthetic(
 
     Args:
         videos: (B, F, 3, H, W) in [0, 1].
-        head: file with the layers' weights (.safetensors, or .pth of tensors): `linear.weight` of the first predictor,
-            or `layers.N.weight` of the improved one, applied in the order of N.
+        head: .safetensors file with the layers' weights: `linear.weight` of the first predictor, or `layers.N.weight`
+            of the improved one, applied in the order of N. What is released is a pickle; docs/rewards.md converts it.
         path: the CLIP checkpoint that the head was made for.
         frames: looked at, spread evenly over the video.
 
@@ -134,14 +135,9 @@ def _load(path: str, processor: str, device: torch.device) -> tuple[Any, Any]:
 def _head(file: str) -> list[tuple[Tensor, Tensor]]:
     """(weight, bias) of each linear layer, in order."""
     try:
-        if Path(file).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = load_file(file)
         names = [name.removesuffix("weight") for name in tensors if name.endswith("weight")]
         names.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
         return [(tensors[f"{name}weight"].float(), tensors[f"{name}bias"].float()) for name in names]
-    except Exception as error:  # of many kinds: no file, no tensors, another pickle
+    except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"the aesthetic head {file} could not be read: {first_line(error)[:200]}") from error

@@ -58,7 +58,7 @@ def flicker(videos: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         videos: (B, F, 3, H, W) in [0, 1], three frames at least.
 
     Returns:
-        (B,), 0 where the brightness is constant or changes steadily, below 0 where it flickers. Gamed by standing still.
+        (B,), 0 where the brightness is constant or changes steadily, below 0 where it flickers. Gamed by a still.
     """
     brightness = torch.stack([luma(video.float()).mean(dim=(1, 2)) for video in videos])
     return -255 * brightness.diff(n=2, dim=1).abs().mean(dim=1)
