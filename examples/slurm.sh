@@ -11,7 +11,7 @@
 #SBATCH --requeue
 set -euo pipefail
 
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # reads to the end: head would break the pipe
 port=$((20000 + SLURM_JOB_ID % 20000))
 
 # One torchrun a node; they meet at the first node (c10d rendezvous) and start one process a GPU.

@@ -203,9 +203,9 @@ class PipelineModel(ABC):
 
     @property
     def identity(self) -> str:
-        """A digest of samples from the checkpoint's weights."""
-        folder = self.source.folder
-        return fingerprint(folder, [*self.expert_names, "vae"], {}) if folder else f"random {self.source.architecture}"
+        """A digest of samples from the checkpoint's weights, or of the sizes where weights are random."""
+        folder, sizes = self.source.folder, {"random": repr(self.source.architecture)}
+        return fingerprint(folder, [*self.expert_names, "vae"], {}) if folder else fingerprint(Path(), [], sizes)
 
     def expert(self, timestep: float) -> nn.Module:
         """The component that computes at a timestep, which is all of `network` where there is one only."""
