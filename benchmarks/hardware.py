@@ -21,10 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashgrpo import RunConfig
 from flashgrpo.assembly import Assembly, experience
-from flashgrpo.distributed import Team, joined
-from flashgrpo.doctor.estimate import META, estimate
+from flashgrpo.distributed import joined
+from flashgrpo.doctor.estimate import META, estimate, records_per_sample, weightless
 from flashgrpo.doctor.trial import Meter
-from flashgrpo.models import load_model
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.types import Moment
 from flashgrpo.update import policy_update
@@ -43,7 +42,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         device = team.device
         rate = matmul_rate(device, getattr(torch, config.model.dtype))
         counted = estimate(config).totals
-        work = operations(config, parts)
+        work = operations(config)
         return {
             "device": team.device_name,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -70,15 +69,12 @@ def one_update(parts: Assembly, update: int, meter: Meter) -> None:
             torch.cuda.synchronize()
 
 
-def operations(config: RunConfig, parts: Assembly) -> dict[str, float]:
+def operations(config: RunConfig) -> dict[str, float]:
     """Floating-point operations of the network in a phase, counted on a network without weights.
 
     An update counts its forward, what checkpointing computes again, and the gradients that adapters really need.
     """
-    plain = config.model.model_copy(
-        update={"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
-    )
-    model: Any = load_model(plain, Team(META), config.seed)
+    model = weightless(config)
     x = torch.zeros(1, *model.latent_shape, device=META)
     moment = Moment(torch.zeros(1), torch.ones(1, dtype=torch.float64), torch.ones(1))
     counts = []
@@ -92,12 +88,9 @@ def operations(config: RunConfig, parts: Assembly) -> dict[str, float]:
     settings = config.rollout
     branches = 2 if settings.guidance_scale > 1 else 1
     rows = branches * settings.prompts * settings.group_size
-    trained = parts.config.algorithm.steps.trained(
-        config.seed, 1, torch.arange(settings.prompts), settings.num_steps, members=torch.zeros(settings.prompts).long()
-    )
     return {
         "rollout": counts[0] * rows * settings.num_steps,
-        "update": counts[1] * rows * config.optim.passes * float(trained.sum()) / settings.prompts,
+        "update": counts[1] * rows * config.optim.passes * records_per_sample(config),
     }
 
 

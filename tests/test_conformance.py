@@ -226,8 +226,8 @@ def test_diffusers_loads_the_adapters(model, kind, folder, prompts, style, tmp_p
     with model.reference():
         base = model.velocity(x, moment, condition)
     assert not torch.allclose(tuned, base, atol=1e-3)
-    model._experts = {name: getattr(pipeline, name) for name in experts}  # the same calls through what was loaded
-    model._residence._parts.update(model._experts)
+    model.experts = {name: getattr(pipeline, name) for name in experts}  # the same calls through what was loaded
+    model._residence._parts.update(model.experts)
     torch.testing.assert_close(model.velocity(x, moment, condition), tuned, rtol=1e-4, atol=1e-5)
 
 

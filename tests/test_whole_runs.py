@@ -14,6 +14,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.evaluate import evaluate
 from flashgrpo.export import export
 from flashgrpo.models import load_model
+from flashgrpo.models.source import Source
 from flashgrpo.run_directory import read_lines
 from flashgrpo.train import train
 from flashgrpo.types import Prompt
@@ -216,3 +217,14 @@ def test_a_lost_entry_is_made_again_without_an_encoder_that_stays(tmp_path):
     model.encode([Prompt("a red circle", {})])
     assert model.pipeline.text_encoder is None
     assert len(list(cache.rglob("*.safetensors"))) == 2  # and that of the negative prompt
+
+
+def test_a_checkpoint_without_an_encoder_is_opened_once_for_all_prompts(tmp_path, monkeypatch):
+    """Wan 2.2 I2V names a CLIP encoder and ships none: that must not be looked for again at every prompt."""
+    path = recipe(tmp_path, "wan22-a14b-image")
+    opened = []
+    usual = Source._from_folder
+    monkeypatch.setattr(Source, "_from_folder", lambda self, known: opened.append(1) or usual(self, known))
+    prompts = [Prompt(f"a red circle {n}", {"image": str(tmp_path / "first.png")}) for n in range(5)]
+    load_model(RunConfig.load(path).model, alone(), 0, prompts)
+    assert len(opened) == 4  # the small parts, the encoders, two experts

@@ -7,7 +7,7 @@ the same time is added up. It tells on a laptop whether a recipe fits a card.
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
+from flashgrpo.sharding import blocks_of
 from flashgrpo.types import Condition, Moment
 
 META = torch.device("meta")
@@ -62,60 +63,81 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     Raises:
         UserError: the sizes of the model are neither known nor in a folder, or do not fit the video's.
     """
-    plain = {"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
-    model: Any = load_model(config.model.model_copy(update=plain), Team(META), config.seed)
-    settings, parallel = config.rollout, config.parallel
-    guided = 2 if settings.guidance_scale > 1 else 1
-    shared = parallel.shard * parallel.context
-    experts: list[nn.Module] = [model._experts[name] for name in model._experts]
-    network = [_bytes(expert.parameters()) for expert in experts]
-    trained = sum(p.numel() * 4 for p in trained_parameters(model.network).values()) // shared
-    vae = _bytes(model.pipeline.vae.parameters())
-    resident = max(network) if config.model.offload else sum(network)
-    blocks = 0 if shared == 1 else 2 * max(_bytes(block.parameters()) for block in _largest(experts[0]))
-    weights = resident // shared + blocks
-    learning = trained * (MOMENTS + GRADIENTS + (BY_STEP if config.optim.grad_norm_by_step else 0))
-    row = model.nothing()
+    model, settings, parallel = weightless(config), config.rollout, config.parallel
     own = math.ceil(settings.prompts * settings.group_size * parallel.context / processes)
-    one = math.prod(model.latent_shape) * 4
-    records = _records_per_sample(config)
-    kept = round(own * (one * (1 + 2 * records) + _bytes(row.tensors.values())))
-
-    def call(rows: int, learn: bool) -> int:
-        condition = Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in row.tensors.items()})
-        x = torch.zeros(rows, *model.latent_shape, device=META)
-        moment = Moment(torch.zeros(rows), torch.ones(rows, dtype=torch.float64), torch.ones(rows))
-        live = LiveBytes([*experts[0].parameters(), x, *condition.tensors.values()])
-        with _without_scores(), torch.set_grad_enabled(learn), live:
-            v = model.forward(experts[0], x, moment, condition)
-            if learn:
-                v.square().mean().backward()
-        return live.peak // parallel.context + x.numel() * 4
-
-    decoder = LiveBytes(model.pipeline.vae.parameters())
-    latents = torch.zeros(min(own, settings.decode_micro_batch), *model.latent_shape, device=META)
-    with _without_scores(), torch.no_grad(), decoder:
-        model.decode_latents(model.pipeline.vae, latents)
-    both = 0 if config.model.offload else vae
-    alone = trained if config.model.offload else weights
-    rows = min(own, settings.micro_batch) * guided
+    networks = list(model.experts.values())
+    vae, offload = model.pipeline.vae, config.model.offload
+    shared = parallel.shard * parallel.context
+    trained = sum(p.numel() * 4 for p in trained_parameters(model.network).values()) // shared
+    sizes = [_bytes(network.parameters()) for network in networks]
+    gathered = 0 if shared == 1 else 2 * max(_bytes(block.parameters()) for block in blocks_of(networks[0]))
+    weights = (max(sizes) if offload else sum(sizes)) // shared + gathered
+    while_drawing = weights + (0 if offload else _bytes(vae.parameters()))
+    while_decoding = (trained if offload else weights) + _bytes(vae.parameters())
+    rest = {
+        "learning": trained * (MOMENTS + GRADIENTS + (BY_STEP if config.optim.grad_norm_by_step else 0)),
+        "samples": round(own * _bytes_per_sample(model, records_per_sample(config))),
+    }
+    guided = 2 if settings.guidance_scale > 1 else 1
+    rollout = _call(model, min(own, settings.micro_batch) * guided, parallel.context, learn=False)
+    update = _call(model, min(own, config.optim.micro_batch) * guided, parallel.context, learn=True)
     phases = {
-        "rollout": {"weights": weights + both, "learning": learning, "samples": kept, "work": call(rows, False)},
-        "decode": {"weights": alone + vae, "learning": learning, "samples": kept, "work": decoder.peak},
-        "update": {
-            "weights": weights + both,
-            "learning": learning,
-            "samples": kept,
-            "work": call(min(own, config.optim.micro_batch) * guided, True),
-        },
+        "rollout": {"weights": while_drawing, **rest, "work": rollout},
+        "decode": {"weights": while_decoding, **rest, "work": _decode(model, min(own, settings.decode_micro_batch))},
+        "update": {"weights": while_drawing, **rest, "work": update},
     }
     counts = {
         "network": sum(p.numel() for p in model.network.parameters()),
         "trained": sum(p.numel() for p in trained_parameters(model.network).values()),
-        "vae": sum(p.numel() for p in model.pipeline.vae.parameters()),
+        "vae": sum(p.numel() for p in vae.parameters()),
     }
     video = config.model.num_frames * 3 * config.model.height * config.model.width * 4
     return Estimate(counts, phases, host=own * video)
+
+
+def weightless(config: RunConfig) -> Any:
+    """The run's model in its full size on the meta device."""
+    plain = {"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
+    return load_model(config.model.model_copy(update=plain), Team(META), config.seed)
+
+
+def records_per_sample(config: RunConfig) -> float:
+    """Trained steps of a sample, mean over the groups of the first update."""
+    settings = config.rollout
+    groups = torch.arange(settings.prompts)
+    members = torch.zeros_like(groups)
+    trained = config.algorithm.steps.trained(config.seed, 0, groups, settings.num_steps, members=members)
+    return float(trained.sum()) / settings.prompts
+
+
+def _bytes_per_sample(model: Any, records: float) -> float:
+    """Its latents, its recorded steps and its condition."""
+    return math.prod(model.latent_shape) * 4 * (1 + 2 * records) + _bytes(model.nothing().tensors.values())
+
+
+def _call(model: Any, rows: int, context: int, learn: bool) -> int:
+    """Bytes at the highest of one call of the network on so many rows, with its input."""
+    network = model.experts[model.expert_names[0]]
+    row = model.nothing().tensors
+    condition = Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in row.items()})
+    x = torch.zeros(rows, *model.latent_shape, device=META)
+    moment = Moment(torch.zeros(rows), torch.ones(rows, dtype=torch.float64), torch.ones(rows))
+    live = LiveBytes([*network.parameters(), x, *condition.tensors.values()])
+    with _without_scores(), torch.set_grad_enabled(learn), live:
+        v = model.forward(network, x, moment, condition)
+        if learn:
+            v.square().mean().backward()
+    return live.peak // context + x.numel() * 4
+
+
+def _decode(model: Any, rows: int) -> int:
+    """Bytes at the highest of decoding so many rows at once."""
+    vae = model.pipeline.vae
+    latents = torch.zeros(rows, *model.latent_shape, device=META)
+    live = LiveBytes(vae.parameters())
+    with _without_scores(), torch.no_grad(), live:
+        model.decode_latents(vae, latents)
+    return live.peak
 
 
 class LiveBytes(TorchDispatchMode):
@@ -189,21 +211,6 @@ def _without_scores() -> Iterator[None]:
             yield
     finally:
         nn.functional.scaled_dot_product_attention = usual
-
-
-def _records_per_sample(config: RunConfig) -> float:
-    settings = config.rollout
-    groups = torch.arange(settings.prompts)
-    trained = config.algorithm.steps.trained(
-        config.seed, 0, groups, settings.num_steps, members=torch.zeros_like(groups)
-    )
-    return float(trained.sum()) / settings.prompts
-
-
-def _largest(network: nn.Module) -> Sequence[nn.Module]:
-    from flashgrpo.sharding import blocks_of
-
-    return blocks_of(network) or [network]
 
 
 def _bytes(tensors: Any) -> int:

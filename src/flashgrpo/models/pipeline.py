@@ -30,7 +30,8 @@ class PipelineModel(ABC):
     Attributes:
         pipeline: of the class that the checkpoint names; its encoders are None while nothing is encoded.
         latent_shape: (C, F, H, W) of one sample.
-        network: the transformer, or an `nn.ModuleDict` of them.
+        experts: component -> transformer, one or two.
+        network: the transformer, or an `nn.ModuleDict` of both.
         takes_image: whether each prompt has to come with an image.
     """
 
@@ -64,11 +65,11 @@ class PipelineModel(ABC):
         self.latent_shape = self.shape_of_latents()
         self._conditions = Conditions(self._cache_folder(), self._row, self.takes_image)
         self._encode_all(prompts, team, say or (lambda _: None))
-        self._experts = self._prepare_experts(team)
+        self.experts = self._prepare_experts(team)
         self.network: nn.Module = (
-            nn.ModuleDict(self._experts) if len(self._experts) > 1 else self._experts[self.expert_names[0]]
+            nn.ModuleDict(self.experts) if len(self.experts) > 1 else self.experts[self.expert_names[0]]
         )
-        self._residence = Residence({**self._experts, "vae": self.pipeline.vae}, self.device, config.offload)
+        self._residence = Residence({**self.experts, "vae": self.pipeline.vae}, self.device, config.offload)
         self._base = (
             {name: parameter.detach().clone() for name, parameter in trained_parameters(self.network).items()}
             if keep_reference and not isinstance(config.train, Lora)
@@ -88,8 +89,8 @@ class PipelineModel(ABC):
         """Rows of the same shapes, drawn by the text, for networks with random weights, which have no encoder."""
 
     def encode_image(self, image: Any) -> Row:
-        """What a prompt's image adds to its row; families that take one say so by `takes_image`."""
-        raise NotImplementedError
+        """What a prompt's image adds to its row: nothing, but in a family that `takes_image`."""
+        return {}
 
     @abstractmethod
     def forward(self, network: nn.Module, x: Latents, moment: Moment, condition: Condition) -> Tensor:
@@ -197,7 +198,7 @@ class PipelineModel(ABC):
     def _try_attention(self) -> None:
         """Call each network once: many back ends refuse a mask, a type or a device only when they are called."""
         x, one = torch.zeros(1, *self.latent_shape, device=self.device), torch.ones(1)
-        for network in self._experts.values():
+        for network in self.experts.values():
             with explain_attention(network, self.config.attention):
                 self.forward(network, x, Moment(one, one.double(), one), self.nothing())
 
@@ -209,7 +210,7 @@ class PipelineModel(ABC):
 
     def expert(self, timestep: float) -> nn.Module:
         """The component that computes at a timestep, which is all of `network` where there is one only."""
-        return self._experts[self.expert_at(timestep)]
+        return self.experts[self.expert_at(timestep)]
 
     def velocity(self, x: Latents, moment: Moment, condition: Condition) -> Latents:
         """v_negative + scale (v_text - v_negative); rows of different experts one expert after the other."""
@@ -260,7 +261,7 @@ class PipelineModel(ABC):
     def reference(self) -> AbstractContextManager[None]:
         """Adapters off, or the kept base weights."""
         if isinstance(self.config.train, Lora):
-            return adapters_off(list(self._experts.values()))
+            return adapters_off(list(self.experts.values()))
         assert self._base is not None, "load with keep_reference to compare a fully trained model with its base"
         return weights_replaced(self.network, self._base)
 
@@ -272,22 +273,22 @@ class PipelineModel(ABC):
         `load_lora_weights` of the family's pipeline reads both styles. The one of ComfyUI has the layers' original
         names and the factor alpha / rank inside of B.
         """
-        if len(self._experts) == 1:
+        if len(self.experts) == 1:
             names = {self.expert_names[0]: ("", "pytorch_lora_weights.safetensors")}
         else:
             files = ("high_noise.safetensors", "low_noise.safetensors")
-            names = {name: (f"{name}.", file) for name, file in zip(self._experts, files, strict=True)}
+            names = {name: (f"{name}.", file) for name, file in zip(self.experts, files, strict=True)}
         for name, (prefix, file) in names.items():
             own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             original_name = self.original_name if style == "comfyui" else None
-            save_adapters(self._experts[name], own, folder / file, type(self.pipeline), original_name)
+            save_adapters(self.experts[name], own, folder / file, type(self.pipeline), original_name)
         return [file for _, file in names.values()]
 
     def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write the pipeline with the adapters added to its weights, or with the fully trained weights."""
         for name, parameter in trained_parameters(self.network).items():
             parameter.data.copy_(tensors[name])
-        networks: list[Any] = list(self._experts.values())
+        networks: list[Any] = list(self.experts.values())
         for network in networks if isinstance(self.config.train, Lora) else ():
             network.fuse_lora()
             network.unload_lora()

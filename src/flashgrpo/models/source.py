@@ -35,6 +35,7 @@ class Source:
         self.folder = folder
         self._config = config
         self._empty = empty
+        self._lacking: set[str] = set()  # components that the checkpoint turned out not to have
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
             library.utils.logging.set_verbosity_error()  # what they warn of here is not the user's to mend
@@ -54,13 +55,15 @@ class Source:
 
     def load(self, names: Sequence[str]) -> None:
         """Load those of the components that the checkpoint has and that are not loaded."""
-        wanted = [name for name in self._among(names) if getattr(self.pipeline, name, None) is None]
+        absent = [name for name in self._among(names) if getattr(self.pipeline, name, None) is None]
+        wanted = [name for name in absent if name not in self._lacking]
         if self.folder is None:
             self.pipeline.register_modules(**self._build(wanted))
         elif wanted:
             known = {name: part for name, part in self.pipeline.components.items() if name not in wanted}
             fresh = self._from_folder(known)
             self.pipeline.register_modules(**{name: getattr(fresh, name) for name in wanted})
+            self._lacking |= {name for name in wanted if getattr(fresh, name) is None}
 
     def drop(self, names: Sequence[str]) -> None:
         """Take components out of memory."""
