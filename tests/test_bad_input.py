@@ -161,7 +161,7 @@ def {}(videos, prompts, threshold=0.5, **columns): return [threshold] * len(prom
         ("inf", "reward mine returned inf for video 0"),
         ("text", "reward mine must return 2 numbers"),
         ("none", "reward mine returned an empty mapping"),
-        ("changes", "a reward changed the videos in place"),
+        ("changes", "changed the videos in place"),
         ("gone", "has no function 'gone'"),
     ],
 )

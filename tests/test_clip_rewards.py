@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from flashgrpo.errors import UserError
 from flashgrpo.models.tiny.architecture import make_tokenizer
-from flashgrpo.rewards.clip import aesthetic, clip_score, pick_score
+from flashgrpo.rewards.clip import Aesthetic, ClipScore, PickScore
 
 PROMPTS = ["a red circle moving left slowly", "a blue square"]
 
@@ -46,12 +46,13 @@ def by_hand(folder, videos) -> tuple[torch.Tensor, float]:
 
 def test_scores_are_those_of_the_model_itself(folder, videos):
     cosines, scale = by_hand(folder, videos)
-    scores = clip_score(videos, PROMPTS, path=folder, frames=2)
+    reward = ClipScore(path=folder, frames=2)
+    scores = reward(videos, PROMPTS)
     torch.testing.assert_close(scores, cosines.mean(dim=1), rtol=1e-4, atol=1e-5)
-    picked = pick_score(videos, PROMPTS, path=folder, processor=folder, frames=2)
+    picked = PickScore(path=folder, processor=folder, frames=2)(videos, PROMPTS)
     torch.testing.assert_close(picked, scale * cosines.mean(dim=1), rtol=1e-4, atol=1e-4)
-    assert torch.equal(scores, clip_score(videos, PROMPTS, path=folder, frames=2))
-    assert clip_score(videos, [PROMPTS[0] * 40, "a"], path=folder).isfinite().all()  # cut at 77 tokens
+    assert torch.equal(scores, reward(videos, PROMPTS))
+    assert reward(videos, [PROMPTS[0] * 40, "a"]).isfinite().all()  # cut at 77 tokens
 
 
 def test_the_aesthetic_head_is_applied_in_its_order(folder, videos, tmp_path):
@@ -60,7 +61,7 @@ def test_the_aesthetic_head_is_applied_in_its_order(folder, videos, tmp_path):
     weights = {f"{name}.weight": torch.randn(shape, generator=source) for name, shape in shapes.items()}
     biases = {f"{name}.bias": torch.randn(shape[0], generator=source) for name, shape in shapes.items()}
     save_file({**weights, **biases}, tmp_path / "head.safetensors")
-    scores = aesthetic(videos, PROMPTS, head=str(tmp_path / "head.safetensors"), path=folder)
+    scores = Aesthetic(head=str(tmp_path / "head.safetensors"), path=folder)(videos, PROMPTS)
     (a, b, c), (d, e, f) = weights.values(), biases.values()
     whole, offset = c @ b @ a, c @ (b @ d + e) + f  # layers without activations are one
     model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
@@ -74,10 +75,10 @@ def test_the_aesthetic_head_is_applied_in_its_order(folder, videos, tmp_path):
 
 def test_what_cannot_be_loaded(folder, videos, tmp_path):
     with pytest.raises(UserError, match=r"CLIP model .*nothing could not be loaded"):
-        clip_score(videos, PROMPTS, path=str(tmp_path / "nothing"))
+        ClipScore(path=str(tmp_path / "nothing"))
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"aesthetic head .*bad.safetensors could not be read"):
-        aesthetic(videos, PROMPTS, head=str(tmp_path / "bad.safetensors"), path=folder)
+        Aesthetic(head=str(tmp_path / "bad.safetensors"), path=folder)(videos, PROMPTS)
     save_file({"linear.weight": torch.zeros(1, 5), "linear.bias": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"takes embeddings of width 5, and .* gives 12"):
-        aesthetic(videos, PROMPTS, head=str(tmp_path / "other.safetensors"), path=folder)
+        Aesthetic(head=str(tmp_path / "other.safetensors"), path=folder)(videos, PROMPTS)

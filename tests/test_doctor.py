@@ -154,8 +154,11 @@ def test_noise_that_stays_in_the_videos(diagnose, monkeypatch):
     real = flashgrpo.assembly.rollout
 
     def noisy(*arguments):
-        latents, transitions = real(*arguments)
-        return latents + 0.1 * torch.randn_like(latents), transitions
+        *rest, drawn = arguments
+        latents, transitions = real(*rest)
+        latents = latents + 0.1 * torch.randn_like(latents)
+        drawn(torch.arange(len(latents)), latents)
+        return latents, transitions
 
     monkeypatch.setattr(flashgrpo.assembly, "rollout", noisy)
     assert "not what their recorded step leads to" in only_fault(diagnose(), "residual noise")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from flashgrpo.errors import UserError
+from flashgrpo.reward_set import Rewards
 from flashgrpo.rewards.frames import exposure, pick, sharpness
 from flashgrpo.rewards.text import agreement, edit_distance, spelling
-from flashgrpo.scoring import Rewards
 from flashgrpo.settings import RewardConfig
 from flashgrpo.types import Prompt
 

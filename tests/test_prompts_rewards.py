@@ -9,8 +9,9 @@ import torch
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import bootstrap_interval
 from flashgrpo.prompts import columns_of, prompt_groups, read_prompts
+from flashgrpo.reward_set import Rewards
 from flashgrpo.rewards.jpeg import compressibility
-from flashgrpo.scoring import Rewards, load_reward
+from flashgrpo.rewards.loading import load_reward
 from flashgrpo.seeds import generator, keyed_bits, normal
 from flashgrpo.settings import RewardConfig
 from flashgrpo.types import Prompt, RewardTable

@@ -10,15 +10,16 @@ from torch import Tensor
 from flashgrpo.advantage import combine_advantages
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team, use_threads
-from flashgrpo.evaluate import Evaluator, decode
+from flashgrpo.evaluate import Evaluator
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.optim import Optimizer
 from flashgrpo.policy import Policy, guidance_by_step
 from flashgrpo.prompts import prompt_groups, read_prompts
+from flashgrpo.reward_set import Rewards
 from flashgrpo.rollout import rollout
-from flashgrpo.scoring import Rewards, score_all
-from flashgrpo.types import Latents, PromptGroup, RewardTable, Sample, Transitions, Videos
+from flashgrpo.scoring import Scoring, untimed
+from flashgrpo.types import Latents, Prompt, PromptGroup, RewardTable, Sample, Transitions
 
 Phases = Callable[[str], AbstractContextManager[None]]  # a clock: `with clock("rollout"): ...`
 
@@ -31,7 +32,7 @@ class Assembly:
         self.team = team
         self.prompts = read_prompts(config.prompts.train, "prompts.train")
         self.heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
-        self.rewards = Rewards(config.rewards)
+        self.rewards = Rewards(config.rewards, config.model.fps)
         self.rewards.check_columns(self.prompts[0], "prompts.train")
         self.rewards.check_columns(self.heldout[0], "prompts.heldout")
         use_threads(config.parallel.threads)
@@ -39,6 +40,7 @@ class Assembly:
         drawn = (prompt_groups(self.prompts, config.seed, update, groups, size) for update in range(config.updates))
         self.used = [*{id(g.prompt): g.prompt for update in drawn for g in update}.values(), *self.heldout]
         model = load_model(config.model, team, config.seed, self.used, config.algorithm.kl_coef > 0, say)
+        self.rewards.load(team)  # after the prompts' encoders have made room, and before anything is drawn
         grid, settings = model.grid(config.rollout.num_steps), config.rollout
         table = config.algorithm.noise(grid.sigmas)
         guidance = guidance_by_step(model, grid, settings.guidance_scale, settings.guidance_scale_2)
@@ -46,39 +48,52 @@ class Assembly:
         self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
         self.evaluator = Evaluator(model, config, self.heldout, self.rewards, team)
 
+    def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
+        """The trained rewards of samples that are about to be drawn, of all ranks."""
+        config, batch = self.config, self.config.rollout.decode_micro_batch
+        offloads = config.model.offload
+        model = self.policy.model
+        return Scoring(self.rewards, model, self.team, prompts, False, batch, at_once=offloads, clock=clock)
+
 
 @dataclass(frozen=True)
 class Experience:
     """One rollout batch of B samples in all, of which this rank has drawn `mine`.
 
-    `latents`, `videos` and `transitions` are this rank's; `rewards` and `advantages` (B,) are those of all samples.
+    `latents` and `transitions` are this rank's; `rewards` and `advantages` (B,) are those of all samples. Videos are
+    large and are not kept: they are gone when every reward has seen them.
     """
 
     mine: slice
     latents: Latents
     transitions: Transitions
-    videos: Videos
     rewards: RewardTable
     advantages: Float[Tensor, " batch"]
 
 
 def experience(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) -> Experience:
-    """Draw the samples of the groups, decode and score them, compare them within their groups."""
+    """Draw the samples of the groups, decode and score them meanwhile, compare them within their groups."""
     config, team, policy, settings = parts.config, parts.team, parts.policy, parts.config.rollout
     samples = [Sample(group, member) for group in groups for member in range(group.size)]
     share = team.slice(len(samples))
     mine = samples[share]
+    scoring = parts.scoring([sample.group.prompt for sample in samples], clock)
     with clock("rollout"):
         condition = policy.model.encode([sample.group.prompt for sample in mine or samples[:1]])
         latents, transitions = rollout(
-            policy, mine, condition, config.algorithm, settings.solver, config.seed, settings.micro_batch, team
+            policy,
+            mine,
+            condition,
+            config.algorithm,
+            settings.solver,
+            config.seed,
+            settings.micro_batch,
+            team,
+            scoring.add,
         )
-    with clock("decode"):
-        videos = decode(policy.model, latents, settings.decode_micro_batch)
-    with clock("reward"):
-        rewards = score_all(team, parts.rewards, videos, [sample.group.prompt for sample in samples], watched=False)
-        columns, grouping = list(rewards.trained), config.algorithm.grouping
-        by_group = rewards.values[:, columns].unflatten(0, (len(groups), -1))
-        weights = rewards.weights[columns]
-        advantages = combine_advantages(by_group, weights, grouping.std, config.algorithm.adv_clip, grouping.combine)
-    return Experience(share, latents, transitions, videos, rewards, advantages.flatten())
+    rewards = scoring.table()
+    columns, grouping = list(rewards.trained), config.algorithm.grouping
+    by_group = rewards.values[:, columns].unflatten(0, (len(groups), -1))
+    weights = rewards.weights[columns]
+    advantages = combine_advantages(by_group, weights, grouping.std, config.algorithm.adv_clip, grouping.combine)
+    return Experience(share, latents, transitions, rewards, advantages.flatten())

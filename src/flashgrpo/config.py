@@ -44,6 +44,11 @@ def algorithm_from(value: Any) -> Any:
     return merge_choices(asdict(PRESETS[name]), changes)
 
 
+def without_null(value: Any) -> Any:
+    """A mapping without the entries that are null."""
+    return {key: entry for key, entry in value.items() if entry is not None} if isinstance(value, Mapping) else value
+
+
 class RunConfig(Part):
     """A run, whole."""
 
@@ -56,7 +61,8 @@ class RunConfig(Part):
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OptimConfig()
     prompts: PromptsConfig
-    rewards: dict[str, RewardConfig] = Field(min_length=1)
+    rewards: Annotated[dict[str, RewardConfig], BeforeValidator(without_null)] = Field(min_length=1)
+    """Name -> reward; `rewards.NAME=null` takes one out of a recipe."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -92,6 +92,11 @@ class Team:
             return range(0)
         return self.share(total, rank)
 
+    @property
+    def scores(self) -> bool:
+        """Whether this rank computes rewards."""
+        return self.rank in self.reward_ranks if self.reward_ranks else self.rank % self.context == 0
+
     def gather(self, value: T) -> list[T]:
         """The JSON values of all data ranks, in the order of their samples."""
         return self.exchange(value)[:: self.context]

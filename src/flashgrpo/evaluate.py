@@ -20,10 +20,12 @@ from flashgrpo.noise import Ode
 from flashgrpo.policy import Policy, guidance_by_step
 from flashgrpo.progress import Reporter
 from flashgrpo.prompts import read_prompts
+from flashgrpo.reward_set import Rewards
 from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
-from flashgrpo.scoring import Rewards, score_all
+from flashgrpo.scoring import Scoring
 from flashgrpo.seeds import normal
+from flashgrpo.settings import RewardConfig
 from flashgrpo.types import Prompt, RewardTable, VideoModel
 from flashgrpo.video import Video, write_mp4
 
@@ -47,13 +49,14 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     if is_run and overrides:
         config = RunConfig.load(Path(target) / "config.yaml", overrides)
     use_threads(config.parallel.threads)
-    rewards = Rewards(config.rewards)
+    rewards = Rewards(config.rewards, config.model.fps)
     prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
     update = checkpoint.choose(run.checkpoints, checkpoint_update, Reporter().warn) if run else None
     with joined(config, strict=False) as team:
         model = load_model(config.model, team, config.seed, prompts, say=Reporter().say)
         if run:
             run.check_model(model.identity)
+        rewards.load(team)
         evaluator = Evaluator(model, config, prompts, rewards, team)
         base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
         if run is None or update is None:
@@ -104,14 +107,21 @@ class Evaluator:
         rows = self._team.share(len(every))
         prompts = [every[row] for row in rows]
         condition = self.policy.model.encode(prompts or self._prompts[:1])
-        solver = self._config.evaluation.solver
-        latents = denoise(self.policy, self._noise(rows), condition, solver, settings.micro_batch, self._team)
-        videos = decode(self.policy.model, latents, settings.decode_micro_batch)
-        table = score_all(self._team, self._rewards, videos, every, watched=True)
+        solver, model = self._config.evaluation.solver, self.policy.model
         shown = self._shown_rows()
-        writes = self._team.rank % self._team.context == 0  # the ranks of a context have the same videos
-        kept = {row: videos[i] for i, row in enumerate(rows) if row in shown and writes}
-        return Evaluation(every, table, shown, kept)
+        scoring = Scoring(
+            self._rewards,
+            model,
+            self._team,
+            every,
+            True,
+            settings.decode_micro_batch,
+            keep=shown,
+            at_once=self._config.model.offload,
+        )
+        denoise(self.policy, self._noise(rows), condition, solver, settings.micro_batch, self._team, scoring.add)
+        table = scoring.table()
+        return Evaluation(every, table, shown, scoring.videos)
 
     def _shown_rows(self) -> list[int]:
         """The samples whose videos are kept, spread evenly over the prompts: files often list like beside like."""
@@ -135,27 +145,11 @@ def deterministic_policy(model: VideoModel, config: RunConfig, num_steps: int) -
     return Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
 
 
-def decode(model: VideoModel, latents: Tensor, micro_batch: int) -> Tensor:
-    """Videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
-
-    A full-size video is a hundred times larger than its latents: the device holds one micro-batch.
-    """
-    if not len(latents):
-        return torch.empty(0, 1, 3, 1, 1)
-    first = model.decode(latents[:micro_batch])
-    videos = torch.empty(len(latents), *first.shape[1:])
-    videos[: len(first)] = first
-    del first
-    for done in range(micro_batch, len(latents), micro_batch):
-        videos[done : done + micro_batch] = model.decode(latents[done : done + micro_batch])
-    return videos
-
-
 def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, samples_per_prompt: int) -> dict[str, Any]:
     """A line of evaluations.jsonl: the means, and the paired difference to the base model's line (`base`).
 
     The interval is a 95 % percentile bootstrap over prompts: a prompt's samples are no independent evidence for other
-    prompts. It is None where there are fewer than two prompts.
+    prompts. It is None where there are fewer than two prompts. `watched_intervals` are those of the watched components.
     """
     table = tuned.table
     totals = table.total.tolist()
@@ -166,6 +160,14 @@ def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, sampl
     for sample, before in zip(samples, base_samples, strict=True):
         sample |= {f"base_{key}": before[key] for key in ("reward", "rewards", "watched")}
     differences = [sample["reward"] - sample["base_reward"] for sample in samples]
+    falls = {
+        name: [sample["watched"][name] - sample["base_watched"][name] for sample in samples]
+        for name in table.means(trained=False)
+    }
+
+    def interval(values: Sequence[float]) -> list[float] | None:
+        return bootstrap_interval(np.reshape(values, (-1, samples_per_prompt)).mean(axis=1))
+
     means = {
         "reward": float(np.mean(totals)),
         "rewards": table.means(trained=True),
@@ -177,9 +179,29 @@ def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, sampl
         **means,
         **base_means,
         "difference": float(np.mean(differences)),
-        "interval": bootstrap_interval(np.reshape(differences, (-1, samples_per_prompt)).mean(axis=1)),
+        "interval": interval(differences),
+        "watched_intervals": {name: interval(values) for name, values in falls.items()},
         "samples": samples,
     }
+
+
+def broken_watch(line: Mapping[str, Any], rewards: Mapping[str, RewardConfig]) -> str | None:
+    """Why a run is to end: a watched reward has fallen by more than its `max_fall` while the trained reward rose.
+
+    It has when the whole 95 % interval of its paired difference to the base lies below -max_fall.
+    """
+    if line["difference"] <= 0:
+        return None
+    for name, config in rewards.items():
+        for component, interval in line["watched_intervals"].items():
+            belongs = component == name or component.startswith(f"{name}.")
+            if belongs and config.max_fall is not None and interval and interval[1] < -config.max_fall:
+                low, high = (f"{-bound:.3g}" for bound in reversed(interval))
+                return (
+                    f"the watched reward {component} has fallen by {low} to {high} (95 % interval), more than the "
+                    f"{config.max_fall:g} of its max_fall, while the trained reward rose by {line['difference']:.3g}"
+                )
+    return None
 
 
 def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> list[float] | None:

@@ -55,7 +55,13 @@ def _walk(location: Sequence[Any], schema: Mapping[str, Any]) -> tuple[list[str]
 
 
 def _resolve(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follow a `$ref` to its definition."""
-    while "$ref" in node:
-        node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    """Follow a `$ref` to its definition, and what may be null to what it is otherwise."""
+    while "$ref" in node or "anyOf" in node:
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+        else:
+            choices = [choice for choice in node["anyOf"] if choice.get("type") != "null"]
+            if len(choices) > 1:
+                return node
+            node = choices[0]
     return node

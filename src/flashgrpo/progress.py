@@ -86,21 +86,31 @@ def describe(record: Mapping[str, Any]) -> str:
 
 
 class Clock:
-    """Seconds by phase since the last lap; `total` is the wall clock, so what is in no phase shows as the rest."""
+    """Seconds by phase since the last lap; `total` is the wall clock, so what is in no phase shows as the rest.
+
+    Phases may lie inside of one another; the time of an inner one is not counted for the outer.
+    """
 
     def __init__(self) -> None:
         self._phases: dict[str, float] = defaultdict(float)
+        self._inside: list[float] = []  # of each phase that is open, the seconds of those inside of it
         self._started = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the time inside for `phase`."""
+        if self._inside:
+            wait_for_device()
         started = time.perf_counter()
+        self._inside.append(0.0)
         try:
             yield
         finally:
             wait_for_device()  # what a GPU still computes belongs to the phase that asked for it
-            self._phases[phase] += time.perf_counter() - started
+            spent = time.perf_counter() - started
+            self._phases[phase] += spent - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += spent
 
     def lap(self) -> dict[str, float]:
         """The seconds of each phase and their `total`; starts over."""

@@ -1,6 +1,6 @@
 """The only denoising loop: samples of prompt groups -> latents, and the transitions that the update will replay."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Int64
@@ -13,6 +13,12 @@ from flashgrpo.seeds import normal
 from flashgrpo.solvers import Solver
 from flashgrpo.types import Condition, Latents, Sample, Transitions
 
+Drawn = Callable[[Tensor, Latents], None]  # hears of the rows (B,) and latents of each micro-batch when it is done
+
+
+def _nobody(rows: Tensor, latents: Latents) -> None:
+    """Hears of what is drawn where nobody waits for it."""
+
 
 @torch.no_grad()
 def rollout(
@@ -24,6 +30,7 @@ def rollout(
     seed: int,
     micro_batch: int,
     team: Team,
+    drawn: Drawn = _nobody,
 ) -> tuple[Latents, Transitions]:
     """Draw samples of one update: stochastic where `algorithm.steps` says, deterministic elsewhere.
 
@@ -31,6 +38,7 @@ def rollout(
         samples: this rank's B samples; any part of the update's, also none.
         condition: a row per sample (at least one row where there is no sample).
         micro_batch: samples denoised at once; it changes speed and memory, and the videos at most in the last bits.
+        drawn: hears of each micro-batch before the next is begun.
 
     Returns:
         Final latents (B, C, F, H, W), and the trained transitions in the order of the samples.
@@ -51,6 +59,7 @@ def rollout(
             policy, solver, x, condition[rows], stochastic[rows], trained[rows], calls, seed, mine
         )
         latents.append(x)
+        drawn(rows, x)
         records += [(int(rows[row]), k, *rest) for row, k, *rest in transitions]
     records.sort(key=lambda record: record[:2])  # by sample, then by step
     nothing = [torch.empty(0, *shape, device=device)] * 2 + [torch.empty(0, device=device)]
@@ -60,13 +69,22 @@ def rollout(
 
 
 @torch.no_grad()
-def denoise(policy: Policy, x: Latents, condition: Condition, solver: Solver, micro_batch: int, team: Team) -> Latents:
+def denoise(
+    policy: Policy,
+    x: Latents,
+    condition: Condition,
+    solver: Solver,
+    micro_batch: int,
+    team: Team,
+    drawn: Drawn = _nobody,
+) -> Latents:
     """Deterministic sampling of every row from its noise: evaluation, and `flashgrpo sample`."""
     never = torch.zeros(len(x), policy.grid.num_steps, dtype=torch.bool)
     parts = torch.arange(len(x)).split(micro_batch) if len(x) else ()
     done = [torch.empty_like(x[:0])]
     for rows, calls in _in_step(policy, never, parts, team):
         done.append(_denoise(policy, solver, x[rows], condition[rows], never[rows], never[rows], calls, 0, [])[0])
+        drawn(rows, done[-1])
     return torch.cat(done)
 
 

@@ -71,7 +71,8 @@ class RunDirectory:
             return  # nothing was done yet that other settings could contradict
         before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
         differences = _differences(before, now)
-        changed = [key for key in differences if not {key, key.split(".")[0]} & set(FREE_TO_CHANGE)]
+        free = {*FREE_TO_CHANGE, *(key for key in differences if key.endswith(".max_fall"))}
+        changed = [key for key in differences if not {key, key.split(".")[0]} & free]
         if changed:
             raise UserError(
                 f"out: {self.path} is a run with another {', '.join(changed[:3])}; "

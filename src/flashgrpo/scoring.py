@@ -1,119 +1,145 @@
-"""All rewards of a batch of videos, concurrently -> RewardTable."""
+"""The samples of an update or an evaluation decoded and scored while later ones are being drawn -> RewardTable."""
 
-import importlib
-import importlib.util
-import inspect
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashgrpo.distributed import Team, current_device, use_in_thread
-from flashgrpo.errors import SharedError, UserError
-from flashgrpo.explain import first_line, suggest
-from flashgrpo.prompts import columns_of
-from flashgrpo.settings import RewardConfig
+from flashgrpo.distributed import Team
+from flashgrpo.errors import SharedError
+from flashgrpo.inputs import LatentVideos
+from flashgrpo.reward_set import Batch, Columns, Rewards
 from flashgrpo.shares import overlap
-from flashgrpo.types import PlantedPair, Prompt, Reward, RewardTable, Videos
+from flashgrpo.types import Latents, Prompt, RewardTable, VideoModel
 
 
-class Rewards:
-    """The rewards of a run, by name, with their weights."""
-
-    def __init__(self, configs: Mapping[str, RewardConfig]) -> None:
-        self.configs = dict(configs)
-        self._calls = {name: _bind(name, config) for name, config in configs.items()}
-
-    def check_columns(self, prompt: Prompt, key: str) -> None:
-        """Whether every reward takes the columns of a prompt file.
-
-        Raises:
-            UserError: one does not, or has one of them fixed by its `args`; `key` is the setting that names the file.
-        """
-        for name, call in self._calls.items():
-            fixed = [column for column in prompt.columns if column in self.configs[name].args]
-            if fixed:
-                raise UserError(f"rewards.{name}.args: {fixed[0]!r} is a column of {key} as well; rename one of them")
-            try:
-                inspect.signature(call).bind([], [], **prompt.columns)
-            except TypeError as error:
-                raise UserError(
-                    f"rewards.{name}: the function cannot take the columns of {key} ({first_line(error)}); "
-                    "give it a **columns parameter"
-                ) from error
-
-    def planted_pairs(self) -> dict[str, PlantedPair]:
-        """Reward -> the pair of videos that its function declares in an attribute `planted_pair`, where it does."""
-        declared = {name: getattr(call.func, "planted_pair", None) for name, call in self._calls.items()}
-        return {name: pair() if callable(pair) else pair for name, pair in declared.items() if pair is not None}
-
-    @torch.no_grad()
-    def score(self, videos: Videos, prompts: Sequence[Prompt], watched: bool, only: str | None = None) -> RewardTable:
-        """Score videos (B, F, 3, H, W) against B prompts; watched rewards only where asked for.
-
-        A reward that returns a mapping becomes several components `reward.component`, which share its weight.
-
-        Raises:
-            UserError: a reward returned the wrong number of values or one that is not finite, or raised ValueError.
-        """
-        names = [only] if only else [name for name, config in self.configs.items() if watched or not config.watched]
-        texts, columns = [prompt.text for prompt in prompts], columns_of(prompts)
-        version = videos._version
-        alike = (torch.get_num_threads(), current_device())  # settings of each thread
-        with ThreadPoolExecutor(len(names), initializer=use_in_thread, initargs=alike) as pool:
-            futures = [pool.submit(_call, name, self._calls[name], videos, texts, columns) for name in names]
-            returned = [future.result() for future in futures]
-        if videos._version != version:
-            raise UserError("a reward changed the videos in place, which others read at the same time; work on a copy")
-        components: list[tuple[str, Tensor, float]] = []
-        for name, values in zip(names, returned, strict=True):
-            config = self.configs[name]
-            parts = values if isinstance(values, Mapping) else {"": values}
-            if not parts:
-                raise UserError(f"reward {name} returned an empty mapping for {len(texts)} videos")
-            weight = 0.0 if config.watched else config.weight / len(parts)
-            for part, numbers in parts.items():
-                label = f"{name}.{part}" if part else name
-                components.append((label, _column(label, numbers, len(texts)), weight))
-        return RewardTable(
-            names=tuple(label for label, _, _ in components),
-            values=torch.stack([column for _, column, _ in components], dim=1),
-            weights=torch.tensor([weight for _, _, weight in components], dtype=torch.float64),
-        )
+def untimed(phase: str) -> AbstractContextManager[None]:
+    """A clock that does not run."""
+    return nullcontext()
 
 
-def score_all(team: Team, rewards: Rewards, videos: Videos, prompts: Sequence[Prompt], watched: bool) -> RewardTable:
-    """The table of all ranks' videos in the order of the samples, the same on every rank.
+class Scoring:
+    """The rewards of all samples of an update or an evaluation, begun while the later ones are still being drawn.
 
     Args:
-        videos: those of this rank's share of the samples.
-        prompts: of all samples.
-
-    Raises:
-        SharedError: as `Rewards.score`, on every rank.
+        prompts: of all samples, of which this rank draws `team.share`.
+        watched: whether watched rewards are computed too.
+        micro_batch: latents decoded at once.
+        keep: numbers of the samples, among all, whose videos are kept in `videos`.
+        at_once: decode and score at the end, all in one: with parts of the model that take turns on the device, and
+            where ranks score what others have drawn.
     """
-    rows = team.scored_by(len(prompts), team.rank)
-    videos = hand_over(team, videos, len(prompts))
 
-    def score() -> dict[str, Any] | None:
-        if not rows:
+    def __init__(
+        self,
+        rewards: Rewards,
+        model: VideoModel,
+        team: Team,
+        prompts: Sequence[Prompt],
+        watched: bool,
+        micro_batch: int,
+        keep: Sequence[int] = (),
+        at_once: bool = False,
+        clock: Callable[[str], AbstractContextManager[None]] = untimed,
+    ) -> None:
+        self.videos: dict[int, Tensor] = {}
+        self._rewards, self._model, self._team, self._prompts = rewards, model, team, prompts
+        self._micro_batch, self._keep, self._clock = micro_batch, set(keep), clock
+        self._names = rewards.names(watched)
+        takes = [rewards.takes(name) for name in self._names]
+        self._decodes = bool(keep) or not all(isinstance(one, LatentVideos) for one in takes)
+        self._hands_latents = any(isinstance(one, LatentVideos) for one in takes)
+        self._at_once = at_once or bool(team.reward_ranks)
+        self._first = team.share(len(prompts)).start
+        self._waiting: list[Tensor] = []
+        self._futures: dict[str, list[Future[Columns]]] = {name: [] for name in self._names}
+        self._failures = rewards.failures()
+
+    def add(self, rows: Tensor, latents: Latents) -> None:
+        """This rank has drawn the samples `rows` of its share, which come in their order; (B,) and (B, C, F, H, W)."""
+        if not len(rows) or self._team.rank % self._team.context:  # ranks of one context have drawn the same
+            return
+        if self._at_once:
+            self._waiting.append(latents)
+            return
+        videos = self._decode(latents, self._first + int(rows[0]))
+        first, last = self._first + int(rows[0]), self._first + int(rows[-1])
+        self._submit(self._prompts[first : last + 1], videos, latents if self._hands_latents else None)
+
+    def table(self) -> RewardTable:
+        """The rewards of all ranks' samples in their order, the same on every rank; all ranks call this together.
+
+        Raises:
+            SharedError: a reward failed, on any rank.
+        """
+        if self._at_once:
+            self._score_at_once()
+        with self._clock("reward"):
+            tables = [table for table in self._team.agree(self._own_table) if table]
+        if any(tuple(table["names"]) != tuple(tables[0]["names"]) for table in tables):
+            raise SharedError(f"a reward's components differ from one process to another: {tables[0]['names']}")
+        return RewardTable(
+            names=tuple(tables[0]["names"]),
+            values=torch.tensor([row for table in tables for row in table["values"]], dtype=torch.float64),
+            weights=torch.tensor(tables[0]["weights"], dtype=torch.float64),
+            failures={name: sum(table["failures"][name] for table in tables) for name in tables[0]["failures"]},
+        )
+
+    def _own_table(self) -> dict[str, Any] | None:
+        if not any(self._futures.values()):
             return None
-        table = rewards.score(videos, prompts[rows.start : rows.stop], watched)
-        return {"names": table.names, "values": table.values.tolist(), "weights": table.weights.tolist()}
+        table = self._rewards.table(self._futures, self._failures)
+        exact = {"values": table.values.tolist(), "weights": table.weights.tolist()}
+        return {"names": table.names, "failures": dict(table.failures), **exact}
 
-    tables = [table for table in team.agree(score) if table]
-    if any(tuple(table["names"]) != tuple(tables[0]["names"]) for table in tables):
-        raise SharedError(f"a reward's components differ from one process to another: {tables[0]['names']}")
-    return RewardTable(
-        names=tuple(tables[0]["names"]),
-        values=torch.tensor([row for table in tables for row in table["values"]], dtype=torch.float64),
-        weights=torch.tensor(tables[0]["weights"], dtype=torch.float64),
-    )
+    def _score_at_once(self) -> None:
+        none = torch.empty(0, *self._model.latent_shape, device=self._model.device)
+        latents = torch.cat([none, *self._waiting])
+        self._waiting.clear()
+        videos = self._decode(latents, self._first)
+        with self._clock("reward"):
+            rows = self._team.scored_by(len(self._prompts), self._team.rank)
+            if self._decodes:
+                videos = hand_over(self._team, videos, len(self._prompts))
+            if self._hands_latents:
+                latents = hand_over(self._team, latents, len(self._prompts))
+            if rows:
+                prompts = self._prompts[rows.start : rows.stop]
+                self._submit(prompts, videos, latents if self._hands_latents else None)
+
+    def _submit(self, prompts: Sequence[Prompt], videos: Tensor, latents: Tensor | None) -> None:
+        batch = Batch(prompts, self._rewards.fps, videos if self._decodes else None, latents)
+        for name, future in self._rewards.submit(batch, self._names).items():
+            self._futures[name].append(future)
+
+    def _decode(self, latents: Latents, first: int) -> Tensor:
+        if not self._decodes:
+            return torch.empty(0)
+        with self._clock("decode"):
+            videos = decode(self._model, latents, self._micro_batch)
+        self.videos |= {first + i: videos[i].clone() for i in range(len(videos)) if first + i in self._keep}
+        return videos
+
+
+@torch.no_grad()
+def decode(model: VideoModel, latents: Tensor, micro_batch: int) -> Tensor:
+    """Videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
+
+    A full-size video is a hundred times larger than its latents: the device holds one micro-batch.
+    """
+    if not len(latents):
+        return torch.empty(0, 1, 3, 1, 1)
+    first = model.decode(latents[:micro_batch])
+    videos = torch.empty(len(latents), *first.shape[1:])
+    videos[: len(first)] = first
+    del first
+    for done in range(micro_batch, len(latents), micro_batch):
+        videos[done : done + micro_batch] = model.decode(latents[done : done + micro_batch])
+    return videos
 
 
 def hand_over(team: Team, rows: Tensor, total: int) -> Tensor:
@@ -139,73 +165,3 @@ def hand_over(team: Team, rows: Tensor, total: int) -> Tensor:
     for transfer in filter(None, transfers):
         transfer.wait()
     return received
-
-
-def load_reward(call: str, key: str) -> Reward:
-    """Import `package.module:function` or `path/to/file.py:function`.
-
-    Raises:
-        UserError: no such module, file or function; the sentence starts with `key`.
-    """
-    module_name, colon, function = call.rpartition(":")
-    if not colon or not module_name or not function:
-        raise UserError(f"{key}: {call!r} must have the form package.module:function or path/to/file.py:function")
-    try:
-        if module_name.endswith(".py"):
-            module = _load_file(Path(module_name), key)
-        else:
-            module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{key}: {module_name} cannot be imported: {first_line(error)}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise UserError(f"{key}: {module_name} has no function {function!r}; {suggest(function, public)}")
-    return cast(Reward, found)
-
-
-def _bind(name: str, config: RewardConfig) -> Any:
-    """The callable with its fixed arguments, which have to be named parameters: `**columns` would swallow others."""
-    call = load_reward(config.call, f"rewards.{name}.call")
-    named = {p.name for p in inspect.signature(call).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD}
-    for argument in config.args:
-        if argument not in named:
-            raise UserError(
-                f"rewards.{name}.args: the function has no parameter {argument!r}; {suggest(argument, named)}"
-            )
-    return partial(call, **config.args)
-
-
-def _load_file(path: Path, key: str) -> Any:
-    if not path.is_file():
-        raise UserError(f"{key}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"flashgrpo_reward_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@torch.no_grad()  # gradient mode belongs to a thread, so the caller's does not reach here
-def _call(name: str, call: Any, videos: Videos, texts: list[str], columns: dict[str, list[Any]]) -> Any:
-    try:
-        return call(videos, texts, **columns)
-    except ValueError as error:  # what a reward raises to refuse its input; anything else is a bug and keeps its trace
-        raise UserError(f"reward {name} refused its input: {first_line(error)}") from error
-
-
-def _column(label: str, values: Any, count: int) -> Tensor:
-    """Check what a reward returned: `count` finite numbers, as float64."""
-    try:
-        column = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"reward {label} must return {count} numbers, not {type(values).__name__}") from error
-    if column.shape != (count,):
-        raise UserError(
-            f"reward {label} returned shape {tuple(column.shape)} for {count} videos; it must be ({count},)"
-        )
-    if not torch.isfinite(column).all():
-        bad = int((~torch.isfinite(column)).nonzero()[0])
-        raise UserError(f"reward {label} returned {float(column[bad])} for video {bad}; rewards must be finite")
-    return column

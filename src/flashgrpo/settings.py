@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flashgrpo.inputs import LatentVideos, Pixels, VideoFiles
 from flashgrpo.solvers import Euler, UniPC
 
 
@@ -143,18 +144,26 @@ class PromptsConfig(Part):
 
 
 class RewardConfig(Part):
-    """A reward: any callable, named by `package.module:function` or `path/to/file.py:function`."""
+    """A reward: any callable, or a class whose instances are."""
 
     call: str
+    """`package.module:function`, `path/to/file.py:function`, or `http://host:port` of a server; several with commas."""
     weight: float = 1.0
     """Negative to train against a quantity."""
     watched: bool = False
     """Scored at evaluation only and never trained on: a watch for reward hacking."""
+    max_fall: float | None = Field(default=None, ge=0)
+    """Of a watched reward: end the run when it has fallen by more than this, with 95 % confidence, in every component's
+    own units, while the trained reward has risen."""
+    input: Annotated[Pixels | LatentVideos | VideoFiles, Field(discriminator="kind")] | None = None
+    """What it is handed; as the reward says itself when not given."""
     args: dict[str, Any] = {}
     """Further keyword arguments of the callable."""
 
     @model_validator(mode="after")
     def _counts(self) -> "RewardConfig":
+        if self.max_fall is not None and not self.watched:
+            raise ValueError("max_fall is for a reward that is watched; say watched: true, or leave it out")
         if self.weight == 0:
             raise ValueError("weight must not be 0; a reward that is only to be looked at says watched: true")
         if self.watched and self.weight != 1:

@@ -15,7 +15,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team, joined, whole
 from flashgrpo.doctor import refuse_unsound
 from flashgrpo.errors import SharedError, UserError
-from flashgrpo.evaluate import record, write_videos
+from flashgrpo.evaluate import broken_watch, record, write_videos
 from flashgrpo.files import write_aside
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.progress import Clock, Interrupt, Reporter
@@ -47,7 +47,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
 def _train(run: "Run", interrupt: Interrupt) -> None:
     config, parts, clock = run.config, run.parts, Clock()
     for update in range(run.progress.update, config.updates):
-        if run.is_stale or run.team.any(interrupt.requested):
+        if run.ending or run.team.any(interrupt.requested):
             break
         groups = prompt_groups(parts.prompts, config.seed, update, config.rollout.prompts, config.rollout.group_size)
         metrics = _update(parts, groups, clock)
@@ -150,18 +150,21 @@ class Run:
         if self._saved.update < self.progress.update:
             self.reporter.warn(f"updates after {self._saved.update} could not be saved and will be done again")
         if kind is None and self.progress.update < self.config.updates:
-            reason = f"no new best in {self.progress.stale} evaluations" if self.is_stale else "interrupted"
-            self.reporter.say(f"stopped after update {self.progress.update}: {reason}")
+            self.reporter.say(f"stopped after update {self.progress.update}: {self.ending or 'interrupted'}")
 
     def _close(self) -> None:
         self.reporter.stop()
+        self.parts.rewards.close()
         self.directory.close()
 
     @property
-    def is_stale(self) -> bool:
-        """Whether so many evaluations passed without a new best that the run is to stop."""
-        patience = self.config.evaluation.patience
-        return patience is not None and self.progress.stale >= patience
+    def ending(self) -> str | None:
+        """Why the run is to end before its last update: a watched reward has fallen, or nothing gets better."""
+        patience, best = self.config.evaluation.patience, self.progress.best_update
+        if fallen := broken_watch(self._evaluations[-1], self.config.rewards):
+            return f"{fallen}; " + (f"the best checkpoint is that of update {best}" if best else "keep the base model")
+        stale = patience is not None and self.progress.stale >= patience
+        return f"no new best in {self.progress.stale} evaluations" if stale else None
 
     def log(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
         """Append the update's line to metrics.jsonl; the update counts as done from here on."""
@@ -194,8 +197,9 @@ class Run:
         evaluation = self.parts.evaluator()
         earlier = self._evaluations
         line = record(update, evaluation, earlier[0] if earlier else None, self.config.evaluation.samples_per_prompt)
-        line["best"] = line["reward"] > max((e["reward"] for e in earlier), default=float("-inf"))
-        if line["best"] or update == self.config.updates:
+        line["watch"] = broken_watch(line, self.config.rewards)
+        line["best"] = not line["watch"] and line["reward"] > max((e["reward"] for e in earlier), default=float("-inf"))
+        if line["best"] or line["watch"] or update == self.config.updates:
             base = (earlier[0] if earlier else line)["samples"]
             fps = self.config.model.fps
             for row, video in self.team.agree(lambda: write_videos(self.directory, update, evaluation, fps))[0].items():
@@ -240,6 +244,7 @@ def describe_rewards(drawn: Experience, group_size: int) -> dict[str, Any]:
         "reward_std": float(total.std(correction=0)),
         "rewards": rewards.means(trained=True),
         "rewards_std": spread,
+        "reward_failures": dict(rewards.failures),
         "advantage_mean": float(advantages.mean()),
         "advantage_std": float(advantages.std(correction=0)),
         "advantage_max": float(advantages.abs().max()),

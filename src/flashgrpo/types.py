@@ -9,7 +9,7 @@ Shapes are written with these letters throughout:
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -149,12 +149,14 @@ class PlantedPair:
 class RewardTable:
     """The rewards of B videos by component: `values[b, r]` is component `names[r]` of video b, `weights[r]` its weight.
 
-    Components of a watched reward have weight 0: they are recorded and never trained on.
+    Components of a watched reward have weight 0: they are recorded and never trained on. `failures[reward]` counts the
+    attempts that failed and were repeated.
     """
 
     names: tuple[str, ...]
     values: Float64[Tensor, "batch components"]
     weights: Float64[Tensor, " components"]
+    failures: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> Float64[Tensor, " batch"]:
@@ -249,11 +251,20 @@ class VideoModel(Protocol):
 class Reward(Protocol):
     """Any callable that scores videos: higher is better.
 
-    `videos` is (B, F, 3, H, W) in [0, 1], on the CPU; `prompts` has B texts; each further column of the prompt file
-    arrives as a keyword with a list of B values. It returns B numbers (list or tensor), or a mapping component -> B
-    numbers, whose components share the reward's weight equally and get a curve each.
+    `videos` is (B, F, 3, H, W) in [0, 1], on the CPU, or what an attribute `takes` of the reward asks for
+    (`inputs.py`); `prompts` has B texts; each further column of the prompt file arrives as a keyword with a list of B
+    values. It returns B numbers (list or tensor), or a mapping component -> B numbers, whose components share the
+    reward's weight equally and get a curve each. It may be called with any part of an update's samples, and is never
+    called twice at once.
+
+    A class is a reward too: its constructor loads what its instances need. What either may say about itself:
+
+        takes: Input                                frames at a stride, size or rate; latents; or files
+        score_range: tuple[float | None, float | None]      the lowest and highest score there is
+        planted_pair: PlantedPair                   or a function that makes one: what the doctor tries it on
+        failures: int                               attempts that failed and were repeated, so far
     """
 
     def __call__(
-        self, videos: Videos, prompts: list[str], **columns: list[Any]
+        self, videos: Any, prompts: list[str], **columns: list[Any]
     ) -> Sequence[float] | Tensor | Mapping[str, Sequence[float] | Tensor]: ...

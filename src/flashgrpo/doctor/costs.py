@@ -9,6 +9,7 @@ from flashgrpo import memory
 from flashgrpo.assembly import Assembly
 from flashgrpo.doctor.checks import Finding
 from flashgrpo.doctor.trial import Trial
+from flashgrpo.settings import ModelConfig
 
 MP4_BITS = 1.0  # bits per pixel and frame of the videos that evaluations keep; crf 18 rarely needs more
 
@@ -18,7 +19,7 @@ def memory_needed(parts: Assembly, trial: Trial) -> Finding:
     settings = parts.config.rollout
     tried = max(1, len(trial.drawn.latents))
     own = math.ceil(settings.prompts * settings.group_size / parts.team.data_size)
-    held = max(0, own - tried) * _bytes_per_sample(trial)
+    held = max(0, own - tried) * _bytes_per_sample(trial, parts.config.model)
     needed = {}
     for phase, highest in trial.memory.items():
         batch = {"rollout": settings.micro_batch, "decode": settings.decode_micro_batch}.get(phase)
@@ -82,11 +83,12 @@ def in_words(size: int) -> str:
     return f"{size / unit:.3g} {'GiB' if unit == 2**30 else 'MiB'}"
 
 
-def _bytes_per_sample(trial: Trial) -> int:
+def _bytes_per_sample(trial: Trial, model: ModelConfig) -> int:
     """What a sample keeps from its rollout to the end of its update."""
     drawn, samples = trial.drawn, max(1, len(trial.drawn.latents))
     kept = [drawn.latents, drawn.transitions.x, drawn.transitions.x_next]
-    if drawn.latents.device.type == "cpu":  # where videos are, too
-        kept.append(drawn.videos)
     kept += drawn.transitions.condition.tensors.values()
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept) // samples
+    video = 0
+    if drawn.latents.device.type == "cpu":  # where videos are, too, and all of them at once if rewards are slow
+        video = model.num_frames * 3 * model.height * model.width * 4
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept) // samples + video

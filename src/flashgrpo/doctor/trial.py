@@ -17,7 +17,6 @@ from flashgrpo.optim import GradientSum
 from flashgrpo.policy import Policy
 from flashgrpo.progress import Clock
 from flashgrpo.prompts import prompt_groups
-from flashgrpo.scoring import score_all
 from flashgrpo.types import Transitions
 from flashgrpo.update import policy_update
 
@@ -62,15 +61,25 @@ class Meter:
         self.clock = Clock()
         self.memory: dict[str, int] = {}
         self._device = device
+        self._open: list[str] = []
         self.before = memory.peak(device, reset=True)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time and the memory inside for `phase`."""
+        """Count the time and the memory inside for `phase`, of which others may lie inside."""
+        self._note()
         memory.peak(self._device, reset=True)
+        self._open.append(phase)
         with self.clock(phase):
             yield
-        self.memory[phase] = max(self.memory.get(phase, 0), memory.peak(self._device))
+        self._note()
+        self._open.pop()
+        memory.peak(self._device, reset=True)
+
+    def _note(self) -> None:
+        """What the phase that is open has used at the highest since the last note."""
+        for phase in self._open[-1:]:
+            self.memory[phase] = max(self.memory.get(phase, 0), memory.peak(self._device))
 
 
 def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Trial:
@@ -83,7 +92,9 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
     first = prompt_groups(parts.prompts, config.seed, 0, groups, group_size)
     drawn = experience(parts, first, meter)
     prompts = [group.prompt for group in first for _ in range(group_size)]
-    again = score_all(team, parts.rewards, drawn.videos, prompts, watched=False).values
+    once_more = parts.scoring(prompts)
+    once_more.add(torch.arange(len(drawn.latents)), drawn.latents)
+    again = once_more.table().values
     recorder = _Recorder(parts, steps=thorough)
     with meter("update"):
         advantages = drawn.advantages[drawn.mine]

@@ -15,7 +15,7 @@ whatever is missing is named on the page. The same files give the same page, byt
 import base64
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,14 @@ def render(run: Run) -> str:
         result=findings.result(shown, run.evaluations, form) if shown else None,
         tiles=findings.tiles(run, shown, form),
         form=form,
+        two=findings.Numbers(2),
         rewards=reward_charts(run, shown),
+        watch=watch_note(run.evaluations),
+        correlations=[
+            (title, findings.correlations(shown, of_changes))
+            for title, of_changes in (("Tuned videos", False), ("Changes, tuned − base", True))
+            if findings.correlations(shown, of_changes)
+        ],
         pairs=pairs,
         pairs_update=pairs_update,
         video_note=video_note,
@@ -111,9 +118,26 @@ def reward_charts(run: Run, shown: Row | None) -> dict[str, Any]:
     for is_watched, name in [*((False, name) for name in rewards), *((True, name) for name in watched)]:
         chart = charts.component_curve(run.metrics, run.evaluations, name, is_watched)
         part = at_end.get((is_watched, name))
-        panels.append({"name": name, "watched": is_watched, "chart": Markup(chart), "part": part})
+        spread = column(run.metrics, "rewards_std", name)
+        failures = column(run.metrics, "reward_failures", name.split(".")[0])
+        panels.append(
+            {
+                "name": name,
+                "watched": is_watched,
+                "chart": Markup(chart),
+                "part": part,
+                "spread": findings.mean(spread),
+                "failures": int(np.nansum(failures)),
+            }
+        )
     curves = both_shapes(lambda size: charts.reward_curves(run.metrics, run.evaluations, best, size), (740, 300))
     return {"curves": curves, "difference": Markup(charts.difference_curve(run.evaluations)), "panels": panels}
+
+
+def watch_note(evaluations: Sequence[Row]) -> str:
+    """Why the run was ended by a watched reward, where it was."""
+    why = evaluations[-1].get("watch") if evaluations else None
+    return f"The run was ended after update {evaluations[-1]['update']}: {why}." if isinstance(why, str) else ""
 
 
 def health_charts(run: Run) -> dict[str, Any]:

@@ -110,10 +110,11 @@ def component_curve(metrics: Sequence[Row], evaluations: Sequence[Row], name: st
     """One component of the reward, in training and on held-out prompts; or one that is watched, on held-out prompts."""
     figure, axes = canvas(height=180)
     kind, colour, marker = ("watched", WATCHED, "s") if watched else ("rewards", HELD_OUT, "o")
-    x, mean = binned(column(metrics, "update"), column(metrics, kind, name))
+    x, mean, std = binned(column(metrics, "update"), column(metrics, kind, name), column(metrics, "rewards_std", name))
     when, tuned, base = (column(evaluations, *keys) for keys in (("update",), (kind, name), (f"base_{kind}", name)))
     if not np.isfinite([*mean, *tuned]).any():
         return ""
+    axes.fill_between(x, mean - std, mean + std, color=TRAINING, alpha=0.13, linewidth=0)
     line(axes, x, mean, TRAINING, width=1.2)
     line(axes, when, base, MUTED, dashes=(4, 3))
     line(axes, when, tuned, colour, width=2.0, marker=marker)

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 
 from flashgrpo.report.record import Row, Run, Values, bounds, column, names, number, samples_of
 
@@ -167,6 +168,37 @@ def components(row: Row | None) -> list[dict[str, Any]]:
                 {"name": name, "watched": kind == "watched", "base": base, "tuned": tuned, "change": tuned - base}
             )
     return parts
+
+
+class Correlations(NamedTuple):
+    """Rank correlations of all rewards with each other; `table[i]` is (name, watched, one value for each name)."""
+
+    names: list[str]
+    table: list[tuple[str, bool, list[float]]]
+
+
+def correlations(shown: Row | None, of_changes: bool) -> Correlations | None:
+    """Spearman's rank correlation between all components, trained and watched, over the videos of an evaluation.
+
+    Args:
+        of_changes: of the changes from the base model's video to the tuned model's, rather than of the tuned videos.
+
+    Returns:
+        None where there are fewer than two components or three videos; nan for one that never changes.
+    """
+    samples = samples_of(shown)
+    series = [
+        (name, kind, pair(samples, kind, name)) for kind in ("rewards", "watched") for name in names(samples, kind)
+    ]
+    if len(series) < 2 or len(samples) < 3:
+        return None
+    ranks = np.array([rankdata(after - before if of_changes else after) for _, _, (before, after) in series])
+    ranks = ranks - ranks.mean(axis=1, keepdims=True)
+    size = np.sqrt((ranks**2).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        matrix = (ranks @ ranks.T) / np.outer(size, size)
+    rows = [(name, kind == "watched", row) for (name, kind, _), row in zip(series, matrix.tolist(), strict=True)]
+    return Correlations([name for name, _, _ in series], rows)
 
 
 def phases(metrics: Sequence[Row]) -> dict[str, Values]:

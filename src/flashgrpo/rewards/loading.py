@@ -1,0 +1,123 @@
+"""From the name of a reward to what scores videos.
+
+A name stands for a function, `reward(videos, prompts, **columns)`, or for a class whose constructor loads what its
+instances need to be called in the same way: a recipe's `args` go to the function's call, or to the constructor.
+"""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from flashgrpo.errors import UserError
+from flashgrpo.explain import first_line, suggest
+from flashgrpo.inputs import Input, Pixels
+from flashgrpo.types import Reward
+
+
+def load_reward(call: str, key: str) -> Any:
+    """Import `package.module:function`, `path/to/file.py:function`, or make `http://host:port` a client of that server.
+
+    Returns:
+        A function, or a class (or partial of one) whose instances are the reward.
+
+    Raises:
+        UserError: no such module, file or function; the sentence starts with `key`.
+    """
+    if call.startswith(("http://", "https://")):
+        from flashgrpo.rewards.remote import Remote
+
+        return partial(Remote, call.replace(",", " ").split())
+    module_name, colon, function = call.rpartition(":")
+    if not colon or not module_name or not function:
+        raise UserError(
+            f"{key}: {call!r} must have the form package.module:function, path/to/file.py:function or http://host:port"
+        )
+    try:
+        if module_name.endswith(".py"):
+            module = _load_file(Path(module_name), key)
+        else:
+            module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{key}: {module_name} cannot be imported: {first_line(error)}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UserError(f"{key}: {module_name} has no function {function!r}; {suggest(function, public)}")
+    return found
+
+
+def check_arguments(found: Any, args: Mapping[str, Any], key: str) -> None:
+    """Whether `args` are named parameters: `**columns` would swallow a misspelt one.
+
+    Raises:
+        UserError: one is none, or a class needs more than is given; the sentence starts with `key`.
+    """
+    parameters = inspect.signature(found).parameters.values()
+    named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    for argument in args:
+        if argument not in named:
+            raise UserError(f"{key}: the function has no parameter {argument!r}; {suggest(argument, named)}")
+    if makes_reward(found):
+        try:
+            inspect.signature(found).bind(**args)
+        except TypeError as error:
+            raise UserError(f"{key}: {first_line(error)}") from error
+
+
+def check_columns(found: Any, args: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+    """Whether the reward takes a prompt file's columns.
+
+    Raises:
+        TypeError: it does not, or needs one that is not there.
+    """
+    if isinstance(found, partial):
+        found = found.func
+    if inspect.isclass(found):
+        inspect.signature(found.__call__).bind(None, [], [], **columns)
+    else:
+        inspect.signature(partial(found, **args)).bind([], [], **columns)
+
+
+def makes_reward(found: Any) -> bool:
+    """Whether it is called to make the reward, rather than to score."""
+    return inspect.isclass(found) or isinstance(found, partial)
+
+
+def bind(found: Any, args: Mapping[str, Any], key: str) -> Reward:
+    """The reward itself: an instance, which has loaded what it needs, or a function with its arguments fixed.
+
+    Raises:
+        UserError: arguments that it does not take, or something that it needs is not there.
+    """
+    check_arguments(found, args, key)
+    return cast(Reward, found(**args) if makes_reward(found) else partial(found, **args))
+
+
+def declared(reward: Any, name: str, default: Any = None) -> Any:
+    """What a reward says about itself: `takes`, `planted_pair`, `score_range` or `failures` (see `types.Reward`)."""
+    return getattr(reward.func if isinstance(reward, partial) else reward, name, default)
+
+
+def takes_of(reward: Any) -> Input:
+    """What the reward looks at; all frames where it does not say."""
+    return cast(Input, declared(reward, "takes", Pixels()))
+
+
+def components_of(values: Any) -> Mapping[str, Any]:
+    """What a reward returned, by component; one without a name where it returned B numbers."""
+    return values if isinstance(values, Mapping) else {"": values}
+
+
+def _load_file(path: Path, key: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"{key}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"flashgrpo_reward_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
