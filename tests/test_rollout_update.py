@@ -8,12 +8,14 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
+from flashgrpo import update
 from flashgrpo.distributed import alone
+from flashgrpo.loss import NoiseLevel, NormalizedRatio, StepLength
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.noise import Ode
 from flashgrpo.optim import Optimizer
 from flashgrpo.policy import Policy
-from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, Algorithm
+from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, PRESETS, Algorithm
 from flashgrpo.rollout import rollout
 from flashgrpo.settings import OptimConfig
 from flashgrpo.solvers import Euler
@@ -249,3 +251,78 @@ def test_the_saved_lora_gives_the_pipeline_the_tuned_velocity(make_model, tmp_pa
         tuned = model.network(x, torch.tensor([500.0]), text, return_dict=False)[0]
     assert not torch.allclose(loaded, base, atol=1e-3)
     torch.testing.assert_close(loaded, tuned, rtol=1e-5, atol=1e-5)
+
+
+GUARD = dataclasses.replace(FLOW_GRPO, weighting=StepLength(), ratio=NormalizedRatio())
+
+
+def updated(model, algorithm: Algorithm, drawn, advantages: Tensor, **settings) -> dict:
+    policy, _, transitions = drawn
+    config = OptimConfig(micro_batch=2, **settings)
+    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
+    return policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_draws_and_updates_without_drift(make_model, name):
+    model = make_model()
+    drawn = draw(model, PRESETS[name], groups=2, size=2)
+    metrics = updated(model, PRESETS[name], drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]), lr=1e-4)
+    assert (metrics["drift"], metrics["clip_fraction"]) == (0, 0)
+    assert metrics["grad_norm"] > 0
+    candidates = PRESETS[name].steps.candidates(6)
+    assert {int(step) for step in metrics["transitions_by_step"]} <= set(candidates)
+
+
+@pytest.mark.parametrize("settings", [{}, {"passes": 2}, {"minibatches": 2}])
+def test_the_normalized_ratio_starts_at_one_and_moves(make_model, settings):
+    model = make_model()
+    perturb(model)
+    drawn = draw(model, GUARD, groups=2, size=2, steps=4)
+    metrics = updated(model, GUARD, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]), lr=1e-3, **settings)
+    assert metrics["drift"] == 0
+    assert (metrics["ratio_max_dev"] > 0) == bool(settings)
+
+
+@pytest.mark.parametrize("change", [{"ratio": NormalizedRatio()}, {"weighting": NoiseLevel()}])
+def test_the_options_do_not_depend_on_the_micro_batch(make_model, change):
+    model = make_model()
+    perturb(model)
+    algorithm = dataclasses.replace(FLOW_GRPO, **change)
+    policy, _, transitions = draw(model, algorithm, groups=2, size=3, steps=4)
+    advantages = torch.linspace(-1, 1, 6)
+    whole = gradient(model, policy, transitions, advantages, algorithm, 6)
+    for size in (1, 4):
+        cut = gradient(model, policy, transitions, advantages, algorithm, size)
+        for name, expected in whole.items():
+            torch.testing.assert_close(cut[name], expected, rtol=2e-3, atol=1e-3 * float(expected.abs().max()) + 1e-12)
+
+
+def test_the_normalized_ratio_is_of_the_policy_that_drew(make_model, monkeypatch):
+    """At every optimizer step `old_v` is the velocity of the rollout, though the weights have moved since."""
+    model = make_model()
+    perturb(model)
+    policy, _, transitions = drawn = draw(model, GUARD, groups=2, size=2, steps=4)
+    with torch.no_grad():
+        v = policy.exact_velocity(transitions.k, transitions.x, transitions.condition[transitions.sample])
+    seen = []
+
+    def spied(policy, batch, advantage, weight, algorithm, metrics, old_v):
+        rows = [
+            int(((transitions.log_prob == value) & (transitions.k == k)).nonzero())
+            for value, k in zip(batch.log_prob, batch.k, strict=True)
+        ]
+        assert torch.equal(old_v, v[rows])
+        seen.extend(rows)
+        return replay(policy, batch, advantage, weight, algorithm, metrics, old_v)
+
+    monkeypatch.setattr(update, "replay", spied)
+    updated(model, GUARD, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]), lr=1e-2, passes=2, minibatches=2)
+    assert sorted(seen) == sorted(2 * list(range(len(transitions))))
+
+
+def test_the_plain_ratio_computes_no_velocity_twice(make_model, monkeypatch):
+    model = make_model()
+    drawn = draw(model, FLASH_GRPO, groups=2, size=2)
+    monkeypatch.delattr(update, "drawn_velocities")
+    updated(model, FLASH_GRPO, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]), passes=2)

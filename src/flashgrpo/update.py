@@ -14,7 +14,7 @@ from flashgrpo.optim import GradientSum
 from flashgrpo.policy import Policy, uncompiled
 from flashgrpo.presets import Algorithm
 from flashgrpo.settings import OptimConfig
-from flashgrpo.types import Transitions
+from flashgrpo.types import Latents, Transitions
 
 
 def policy_update(
@@ -47,6 +47,9 @@ def policy_update(
     weights = algorithm.weighting.weights(policy.table, candidates, k)[mine].to(device)
     advantages = advantages.to(device)
     metrics = UpdateMetrics(algorithm)
+    old_v = None
+    if algorithm.ratio.needs_old_velocity and config.passes * config.minibatches > 1:
+        old_v = drawn_velocities(policy, transitions, k, owner, config.micro_batch, team)
     for _ in range(config.passes):
         for first in range(config.minibatches):
             rows = torch.arange(first, len(k), config.minibatches)  # some of every rank's
@@ -55,7 +58,10 @@ def policy_update(
                     local = rows[part] - mine[0]
                     batch = transitions[local]
                     with uncompiled():  # the backward pass may compute blocks again
-                        loss = replay(policy, batch, advantages[batch.sample], weights[local], algorithm, metrics)
+                        drawn = None if old_v is None else old_v[local]
+                        loss = replay(
+                            policy, batch, advantages[batch.sample], weights[local], algorithm, metrics, drawn
+                        )
                         (loss.sum() * (team.loss_scale / len(rows))).backward()
                 for _ in range(idle if team.wraps else 0):
                     idle_replay(policy, algorithm, step)
@@ -88,6 +94,27 @@ def micro_batches(
         yield step, parts, most - len(parts)
 
 
+@torch.no_grad()
+def drawn_velocities(
+    policy: Policy,
+    transitions: Transitions,
+    k: Int64[Tensor, " rows"],
+    owner: Int64[Tensor, " rows"],
+    micro_batch: int,
+    team: Team,
+) -> Latents:
+    """The velocities of this rank's T transitions, (T, C, F, H, W), by the policy that drew them: before it moves."""
+    v = torch.empty_like(transitions.x)
+    first = int((owner < team.data_rank).sum())
+    for step, parts, idle in micro_batches(k, owner, team.data_rank, micro_batch):
+        for part in parts:
+            batch = transitions[part - first]
+            v[part - first] = policy.exact_velocity(batch.k, batch.x, batch.condition[batch.sample])
+        for _ in range(idle if team.wraps else 0):
+            policy.idle(step)
+    return v
+
+
 def idle_replay(policy: Policy, algorithm: Algorithm, step: int) -> None:
     """Take part in the collectives of a replay of a step without a gradient of one's own."""
     v = policy.idle(step)
@@ -104,19 +131,26 @@ def replay(
     weight: Float[Tensor, " transitions"],
     algorithm: Algorithm,
     metrics: "UpdateMetrics",
+    old_v: Latents | None = None,
 ) -> Float[Tensor, " transitions"]:
-    """Compute the recorded steps again, with gradient; the loss of each transition."""
+    """Compute the recorded steps again, with gradient; the loss of each transition.
+
+    Args:
+        old_v: velocities by the policy that drew the transitions; None where this still is that policy. They count for
+            the ratio of GRPO-Guard alone (arXiv 2510.22319, eq. 8).
+    """
     condition = batch.condition[batch.sample]
     v = policy.exact_velocity(batch.k, batch.x, condition)
     log_prob = policy.table.log_prob(batch.k, batch.x_next, batch.x, v)
-    loss = policy_losses(log_prob, batch.log_prob, advantage, weight, algorithm.clip_range)
+    new, old = algorithm.ratio.scores(policy.table, batch.k, log_prob, batch.log_prob, v, v if old_v is None else old_v)
+    loss = policy_losses(new, old, advantage, weight, algorithm.clip_range)
     kl = None
     if algorithm.kl_coef:
         with torch.no_grad(), policy.model.reference():
             v_ref = policy.exact_velocity(batch.k, batch.x, condition)
         kl = policy.table.kl(batch.k, v, v_ref)
         loss = loss + algorithm.kl_coef * kl
-    metrics.add_batch(log_prob, batch.log_prob, loss, kl)
+    metrics.add_batch(new, old, loss, kl)
     return loss
 
 

@@ -1,0 +1,94 @@
+"""docs/papers.md says what the presets are: every block is the preset, and every preset has a block."""
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from flashgrpo.config import RunConfig, algorithm_from
+from flashgrpo.loss import NoiseLevel, NormalizedRatio, PlainRatio, StepLength
+from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO, PRESETS, Algorithm
+
+PAGE = (Path(__file__).parent.parent / "docs" / "papers.md").read_text()
+BLOCKS = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+ENTRIES = {block["preset"]: block for block in BLOCKS if "preset" in block}
+EXAMPLES = [block["algorithm"] for block in BLOCKS if "algorithm" in block]
+ALGORITHM = TypeAdapter(Algorithm)
+CHOICES = {"steps", "noise", "grouping", "weighting"}
+
+
+def test_every_preset_has_one_entry_and_every_block_is_one_of_the_two_sorts():
+    assert list(ENTRIES) == list(PRESETS)
+    assert len(BLOCKS) == len(ENTRIES) + len(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_entry_builds_its_preset_from_nothing(name):
+    entry = {key: value for key, value in ENTRIES[name].items() if key != "preset"}
+    assert entry.keys() >= CHOICES
+    assert ALGORITHM.validate_python(entry) == PRESETS[name]
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> set[str]:
+    """Keys, with dots, whose values differ; a choice of another kind is one difference."""
+    found = set()
+    for key in a.keys() | b.keys():
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict) and x.get("kind") == y.get("kind"):
+            found |= differences(x, y, f"{prefix}{key}.")
+        elif x != y:
+            found.add(f"{prefix}{key}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "parent", "changed"),
+    [
+        ("flow-grpo-fast-2", "flow-grpo-fast", {"steps.count"}),
+        ("one-step", "flash-grpo", {"steps.per", "weighting"}),
+        ("grouping-only", "flash-grpo", {"weighting"}),
+        ("grouping-only", "flow-grpo-fast", {"grouping.shared_noise"}),
+        ("rectification-only", "flash-grpo", {"steps.per"}),
+        ("flash-grpo-whole-grid", "flash-grpo", {"steps.window"}),
+        ("flash-grpo-stratified", "flash-grpo", {"steps.draw"}),
+        ("flash-grpo-cps", "flash-grpo", {"noise"}),
+        ("flash-grpo-shared-noise", "flash-grpo", {"grouping.shared_noise"}),
+    ],
+)
+def test_an_ablation_changes_what_its_name_says(name, parent, changed):
+    assert differences(asdict(PRESETS[name]), asdict(PRESETS[parent])) == changed
+
+
+def test_presets_are_told_apart():
+    assert len(set(PRESETS.values())) == len(PRESETS)
+
+
+def test_the_options_are_read_as_the_page_writes_them():
+    found = [ALGORITHM.validate_python(algorithm_from(example)) for example in EXAMPLES]
+    assert [(a.weighting, a.ratio) for a in found] == [(NoiseLevel(), PlainRatio()), (StepLength(), NormalizedRatio())]
+    assert found[1] == replace(FLOW_GRPO, weighting=StepLength(), ratio=NormalizedRatio(), clip_range=4e-6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_its_yaml(make_run, tmp_path, name):
+    config = make_run(f"algorithm={name}", "rollout.num_steps=6")
+    assert config.algorithm == PRESETS[name]
+    (file := tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert RunConfig.load(file) == config
+
+
+@pytest.mark.parametrize("preset", ["one-step", "flow-grpo-fast"])
+def test_options_go_with_any_preset(make_run, tmp_path, preset):
+    config = make_run(f"algorithm={{preset: {preset}, weighting: {{kind: noise-level}}, ratio: {{kind: normalized}}}}")
+    assert config.algorithm == replace(PRESETS[preset], weighting=NoiseLevel(), ratio=NormalizedRatio())
+    (file := tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert RunConfig.load(file) == config
+
+
+def test_a_run_that_names_no_ratio_has_the_plain_one():
+    """Settings of runs from before there was a choice."""
+    old = {key: value for key, value in asdict(FLASH_GRPO).items() if key != "ratio"}
+    assert ALGORITHM.validate_python(old) == FLASH_GRPO
