@@ -220,8 +220,14 @@ class ParallelConfig(Part):
 
 
 class TrackingConfig(Part):
-    """What is shown while a run goes on."""
+    """What is shown while a run goes on, and to whom."""
 
     progress: bool = True
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow"], ...] = ()
+    """Get what metrics.jsonl and evaluations.jsonl get; each needs its package."""
+    project: str = "flash-grpo"
+    """The runs' common name there."""
+    offline: bool = True
+    """Nothing leaves this machine; a tracker with an account sends only where this is false."""
     preflight: Literal["refuse", "warn", "skip"] = "refuse"
     """What `train` does where the doctor's quick checks, before the first update, find the run unsound."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from flashgrpo import checkpoint
 from flashgrpo.assembly import Assembly, Experience, experience
 from flashgrpo.checkpoint import Progress
+from flashgrpo.compute import update_cost
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team, joined, whole
 from flashgrpo.doctor import refuse_unsound
@@ -21,7 +22,8 @@ from flashgrpo.models.lora import weights_replaced
 from flashgrpo.progress import Clock, Interrupt, Reporter
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run_directory import RunDirectory
-from flashgrpo.settings import Lora
+from flashgrpo.settings import Lora, TrackingConfig
+from flashgrpo.trackers import Trackers, check_installed
 from flashgrpo.types import PromptGroup
 from flashgrpo.update import policy_update
 
@@ -65,6 +67,7 @@ def _update(parts: Assembly, groups: Sequence[PromptGroup], clock: Clock) -> dic
     with clock("update"):
         own = drawn.advantages[drawn.mine]
         metrics = describe_rewards(drawn, config.rollout.group_size)
+        metrics["compute"] = asdict(update_cost(config, groups[0].update, (parts.policy.guidance > 1).tolist()))
         return metrics | policy_update(
             parts.policy, parts.optimizer, drawn.transitions, own, config.algorithm, config.optim, parts.team
         )
@@ -81,6 +84,7 @@ class Run:
         self._evaluations: list[dict[str, Any]] = []
         self._saved = self._begun = Progress()  # of the newest checkpoint on disk, and of the one that is being written
         self.directory = RunDirectory(Path(config.out))
+        team.lead(lambda: check_installed(config.tracking))
         team.lead(lambda: self.directory.check(config))
         self.parts = Assembly(config, team, reporter.say)
         self.optimizer = self.parts.optimizer
@@ -88,6 +92,8 @@ class Run:
         identity = self.parts.policy.model.identity
         prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}
         team.lead(lambda: self.directory.begin(config, team, prompts, identity))
+        shown = config.tracking if team.leads else TrackingConfig()
+        self.trackers = Trackers(shown, self.directory.path, config.model_dump(mode="json"), reporter.warn)
 
     def __enter__(self) -> "Run":
         try:
@@ -154,6 +160,7 @@ class Run:
 
     def _close(self) -> None:
         self.reporter.stop()
+        self.trackers.close()
         self.parts.rewards.close()
         self.directory.close()
 
@@ -170,6 +177,7 @@ class Run:
         """Append the update's line to metrics.jsonl; the update counts as done from here on."""
         line = {"update": self.progress.update + 1, **metrics, "seconds": seconds}
         self.team.lead(lambda: self.directory.log_metrics(line))
+        self.trackers.log("train", line)
         self.progress = replace(self.progress, update=line["update"])
         self.reporter.update(line)
 
@@ -202,9 +210,14 @@ class Run:
         if line["best"] or line["watch"] or update == self.config.updates:
             base = (earlier[0] if earlier else line)["samples"]
             fps = self.config.model.fps
-            for row, video in self.team.agree(lambda: write_videos(self.directory, update, evaluation, fps))[0].items():
+            videos = self.team.agree(lambda: write_videos(self.directory, update, evaluation, fps))[0]
+            for row, video in videos.items():
                 line["samples"][int(row)] |= {"video": video, "base_video": base[int(row)].get("video", video)}
+            self.trackers.videos(
+                update, {f"{int(row):03d}": self.directory.path / file for row, file in videos.items()}
+            )
         self.team.lead(lambda: self.directory.log_evaluation(line))
+        self.trackers.log("heldout", line)
         self._evaluations.append(line)
         self.reporter.evaluation(line)
         return line

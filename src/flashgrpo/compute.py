@@ -1,0 +1,59 @@
+"""What an update costs, in network forwards: the unit in which algorithms are compared whatever the machine.
+
+One unit is one forward of the network for one sample. A backward pass counts two, and one more where the blocks are
+computed again in it (`model.gradient_checkpointing`). A step with guidance runs the network on two branches and counts
+twice. So a rollout of B samples and N steps costs, with b_k branches at step k,
+
+    rollout = B sum_k b_k        update = sum over the trained transitions of b_k (passes (1 + 2 [+ 1] [+ 1]) [+ 1])
+
+where the second [+ 1] is the base model's forward that a KL penalty (`kl_coef` above 0) needs, and the third, once for
+all passes, that of the policy before it moves, where the ratio needs its velocity and the update has several optimizer
+steps. With flash-grpo at 20 steps that is 20 + 3 for each sample, with flow-grpo 20 + 57.
+
+Not counted are the rows that only fill a batch up (`Policy.exact_velocity`, and ranks that wait), decoding, rewards,
+the optimizer's step and evaluations: a comparison gives those to every algorithm alike, or not at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flashgrpo.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Network forwards of one update, in forwards of one sample."""
+
+    rollout: int
+    update: int
+
+    @property
+    def total(self) -> int:
+        """Of both."""
+        return self.rollout + self.update
+
+
+def update_cost(config: RunConfig, update: int, guided: Sequence[bool] | None = None) -> Cost:
+    """What update number `update` (from 0) of a run costs; which steps it trains is a function of the seed alone.
+
+    Args:
+        guided: whether step k runs two branches, (N,). When it is not given, as the guidance scales say; which of two
+            experts computes a step only the model knows, so where just one of the two scales is above 1, every step
+            counts as guided, and the cost is an upper bound.
+
+    Example: 4 samples of 20 steps without guidance cost 80 + 12 with flash-grpo, 80 + 228 with flow-grpo.
+    """
+    settings = config.rollout
+    steps, size, branches = settings.num_steps, settings.group_size, torch.ones(settings.num_steps, dtype=torch.int64)
+    if guided is None:
+        guided = [max(settings.guidance_scale, settings.guidance_scale_2 or 1) > 1] * steps
+    branches += torch.tensor(guided, dtype=torch.int64)
+    groups = torch.arange(settings.prompts).repeat_interleave(size)
+    members = torch.arange(size).repeat(settings.prompts)
+    trained = config.algorithm.steps.trained(config.seed, update, groups, steps, members=members)
+    algorithm, optim = config.algorithm, config.optim
+    each = optim.passes * (3 + config.model.gradient_checkpointing + (algorithm.kl_coef > 0))
+    each += algorithm.ratio.needs_old_velocity and optim.passes * optim.minibatches > 1
+    return Cost(len(groups) * int(branches.sum()), int((trained * branches).sum()) * each)
