@@ -22,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+reward_app = typer.Typer(help="Rewards that run beside the trainer.", no_args_is_help=True)
+app.add_typer(reward_app, name="reward")
 Recipe = Annotated[str, typer.Argument(help="A YAML recipe, or the name of one that ships with the package.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example updates=20.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
@@ -173,8 +175,41 @@ def _estimate(recipe: str, overrides: list[str], as_json: bool, processes: int) 
 
 
 @app.command()
+def compare(
+    recipe: Recipe,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings of all as key=value (algorithm.noise=... too); of one as NAME:key=value."),
+    ] = None,
+    algorithms: Annotated[
+        str, typer.Option(help="Presets, or NAME={preset: ..., ...}, with commas; the first is the baseline.")
+    ] = "flash-grpo,flow-grpo",
+    seeds: Annotated[int, typer.Option(help="So many runs of each, from the recipe's seed upwards.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="The folder; runs/compare-RECIPE when not given.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Network forwards of a run; what `updates` cost the first algorithm by default.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="Evaluations of a run, at equal shares of its compute.")] = 5,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    keep: Annotated[str, typer.Option(help="Parts of the recipe's own algorithm to keep, for example noise.")] = "",
+    level: Annotated[
+        list[float] | None, typer.Option(help="A held-out reward whose cost to find; may be repeated.")
+    ] = None,
+) -> None:
+    """Train several algorithms on one problem at equal compute, over seeds; goes on where it was interrupted."""
+    from flashgrpo.compare import compare as run_comparison
+    from flashgrpo.compare.table import as_markdown
+
+    comparison = run_comparison(
+        recipe, overrides or [], algorithms, seeds, out, budget, points, jobs, keep, level or []
+    )
+    print(as_markdown(comparison))
+    raise typer.Exit(0 if all(row["ended"] == row["seeds"] for row in comparison["summary"]) else 1)
+
+
+@app.command()
 def report(run: RunFolder) -> None:
-    """Write RUN/report.html, one file that opens offline."""
+    """Write RUN/report.html, one file that opens offline; of a comparison's folder likewise."""
     from flashgrpo.report import write_report
 
     print(write_report(run))
@@ -190,6 +225,64 @@ def config(recipe: Recipe, overrides: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+RewardName = Annotated[
+    str, typer.Argument(help="motion:amount, package.module:function, or path/to/file.py:function; classes too.")
+]
+RewardArguments = Annotated[list[str] | None, typer.Argument(help="The reward's arguments as key=value.")]
+Host = Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")]
+Batch = Annotated[int, typer.Option(min=1, help="Videos that the reward is called with at most.")]
+Queue = Annotated[int, typer.Option(min=1, help="Requests held at a time; others are told to come back.")]
+MaxMib = Annotated[float, typer.Option(min=0.001, help="MiB that a request may have.")]
+TokenEnv = Annotated[str, typer.Option(help="Environment variable with the token that clients have to know.")]
+
+
+@reward_app.command("serve")
+def serve_reward(
+    name: RewardName,
+    args: RewardArguments = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8765,
+    batch: Batch = 16,
+    queue: Queue = 16,
+    max_mib: MaxMib = 1024.0,
+    token_env: TokenEnv = "FLASHGRPO_REWARD_TOKEN",
+) -> None:
+    """Serve a reward over HTTP, for recipes with `call: "http://HOST:PORT"`."""
+    from flashgrpo.rewards.server import serve
+    from flashgrpo.rewards.service import Options
+
+    serve(name, args or [], Options(host, port, batch, queue, max_mib, token_env))
+
+
+@reward_app.command("env")
+def reward_environment(
+    name: RewardName,
+    args: RewardArguments = None,
+    requirements: Annotated[Path | None, typer.Option(help="Of the reward, in place of its own.")] = None,
+    constraint: Annotated[Path | None, typer.Option(help="A file of versions for everything, as pip's.")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the environment anew.")] = False,
+    host: Host = "127.0.0.1",
+    port: Port = 8765,
+    batch: Batch = 16,
+    queue: Queue = 16,
+    max_mib: MaxMib = 1024.0,
+    token_env: TokenEnv = "FLASHGRPO_REWARD_TOKEN",
+) -> None:
+    """Serve a reward in a virtual environment of its own, with the versions that it needs; made at the first call."""
+    from flashgrpo.rewards.environment import Environment, start
+
+    options = {
+        "host": host,
+        "port": port,
+        "batch": batch,
+        "queue": queue,
+        "max-mib": max_mib,
+        "token-env": token_env,
+    }
+    start(Environment.of(name, requirements, constraint), args or [], options, rebuild)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a run directory.
+"""One self-contained HTML page from a run directory, or from the folder of a comparison.
 
     write_report(Path("runs/demo"))  ->  runs/demo/report.html
 
@@ -9,22 +9,23 @@ whatever is missing is named on the page. The same files give the same page, byt
     record.py         reads the run directory
     findings.py       what the page says in words and figures
     charts.py         what it draws
-    template.html.j2  how it looks
+    template.html.j2  how it looks; style.css, page.py: what all pages share
+    comparison.py, comparison_charts.py, comparison.html.j2: the same for a comparison
 """
 
 import base64
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flashgrpo.files import write_aside
-from flashgrpo.report import charts, findings
+from flashgrpo.report import charts, comparison, findings
+from flashgrpo.report.page import both_shapes, template
 from flashgrpo.report.record import Row, Run, column, headline_evaluation, names, read_run, samples_of
 
 __all__ = ["write_report"]
@@ -43,9 +44,13 @@ HEALTH = {
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into the run directory and return its path; raises UserError where there is no run."""
+    """Write `report.html` into the folder of a run, or of a comparison, and return its path.
+
+    Raises:
+        UserError: it is neither.
+    """
     run = Path(run)
-    page = render(read_run(run))
+    page = comparison.render(run) if comparison.is_one(run) else render(read_run(run))
     target = run / "report.html"
     with write_aside(target) as aside:
         aside.write_text(page, encoding="utf-8")
@@ -57,14 +62,7 @@ def render(run: Run) -> str:
     form = findings.Numbers(findings.decimals(shown))
     pairs, pairs_update, video_note = video_pairs(run, shown)
     prompts = findings.by_prompt(samples_of(shown))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("template.html.j2").render(
+    return template("template.html.j2").render(
         name=run.path.resolve().name,
         date=findings.date(run.environment.get("started")),
         version=run.environment.get("flashgrpo", ""),
@@ -94,11 +92,6 @@ def render(run: Run) -> str:
         config=run.config,
         environment={key: plain_text(value) for key, value in run.environment.items()},
     )
-
-
-def both_shapes(draw: Callable[[tuple[int, int]], str], wide: tuple[int, int]) -> dict[str, Markup]:
-    """A broad chart is drawn twice, for wide screens and for phones, so that its text shrinks on neither."""
-    return {"wide": Markup(draw(wide)), "narrow": Markup(draw((380, 260)))}
 
 
 def plain_text(value: object) -> str:

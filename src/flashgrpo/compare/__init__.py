@@ -1,0 +1,126 @@
+"""Several algorithms on one problem at equal compute: the same base weights, prompts and evaluation noise, over seeds.
+
+    compare("tiny", ["updates=50"], "flash-grpo,flow-grpo", seeds=3)  ->  runs/compare-tiny/report.html
+
+    plan.py        what runs: settings of each algorithm, the updates that the budget buys it
+    folder.py      where it lies, and whether it may be gone on with
+    processes.py   each run in a process of its own
+    results.py     the run directories -> comparison.json; statistics.py: what they say together
+    table.py       comparison.md
+    figures.py     figures/*.svg, *.png; the page is `report/comparison.py`
+
+A comparison's folder:
+
+    plan.json                 what was asked for; another plan needs another folder, but for more seeds and algorithms
+    ALGORITHM/seed-S/         a run directory; beside it seed-S.yaml (its recipe), seed-S.log, seed-S.failed (why)
+    comparison.json           every evaluation and every update of every run, and what they say together
+    comparison.md  figures/  report.html
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from flashgrpo.compare.figures import write_figures
+from flashgrpo.compare.folder import ComparisonFolder, RunFiles
+from flashgrpo.compare.plan import Plan, make_plan
+from flashgrpo.compare.processes import run_all
+from flashgrpo.compare.results import collect, is_done
+from flashgrpo.compare.table import as_markdown
+from flashgrpo.errors import UserError
+from flashgrpo.files import write_aside
+from flashgrpo.report import write_report
+
+__all__ = ["compare"]
+
+
+def compare(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    algorithms: str | Sequence[str] = "flash-grpo,flow-grpo",
+    seeds: int = 3,
+    out: Path | str | None = None,
+    budget: int | None = None,
+    points: int = 5,
+    jobs: int = 1,
+    keep: str | Sequence[str] = "",
+    levels: Sequence[float] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train every algorithm with every seed until the budget is spent, and write down how they compare.
+
+    The same call goes on where it was interrupted: runs that are complete are left alone, the others resume, and those
+    that failed are tried again. A run that fails is reported and does not end the others.
+
+    Args:
+        recipe: the problem; its own `algorithm` is replaced by each of `algorithms`, but for what `keep` names.
+        overrides: `key=value` for all; `algorithm.noise={kind: cps, eta: 0.7}` for the algorithm of all, after its
+            preset; `NAME:optim.lr=1e-3` for the algorithm called NAME alone (its algorithm, rollout, optim, model.train
+            and model.gradient_checkpointing).
+        algorithms: presets, or `NAME={preset: flow-grpo, kl_coef: 0.1}`; the first is what the others are held against.
+        seeds: so many, from the recipe's `seed` upwards.
+        out: the folder; runs/compare-RECIPE when not given.
+        budget: of each run, in network forwards (`compute.py`); what the recipe's `updates` cost the first algorithm
+            when not given. A run gets as many whole updates as it pays for.
+        points: evaluations of a run after the base model's, at equal shares of its compute.
+        jobs: runs at a time.
+        keep: parts of the recipe's own algorithm that stay in place of every preset's, for instance `noise,steps`.
+        levels: held-out rewards whose cost is looked for; quarters of the first algorithm's gain when not given.
+
+    Returns:
+        What comparison.json holds.
+
+    Raises:
+        UserError: an unknown or doubled algorithm, a bad setting, a budget below one update, no seed, or a folder that
+            holds something else.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs: at least 1 run at a time, not {jobs}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compare starts processes of its own; call it without torchrun")
+    console = console or Console(stderr=True)
+    plan = make_plan(recipe, overrides, algorithms, seeds, budget, points, keep)
+    folder = ComparisonFolder(Path(out or Path("runs") / f"compare-{Path(recipe).stem}"))
+    with folder.claimed(plan):
+        _run(plan, folder, jobs, levels, console)
+        comparison = write_data(folder, levels)
+        write_figures(comparison, folder.figures)
+        write_report(folder.path)
+    return comparison
+
+
+def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console) -> None:
+    """Whatever of the plan is not done yet; comparison.json is written after each run."""
+    entries = plan.as_json()
+    runs = folder.runs(entries)
+    todo = {
+        run: plan.algorithms[run.algorithm] for run in runs if not is_done(run, entries["algorithms"][run.algorithm])
+    }
+
+    def say(sentence: str) -> None:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    def ended(run: RunFiles) -> None:
+        why = run.failure.read_text(encoding="utf-8").strip() if run.failure.exists() else None
+        words = f"failed: {why}; all of it is in {run.log}" if why else "ended"
+        say(f"{run.algorithm} seed {run.seed} {words}")
+        write_data(folder, levels)
+
+    lengths = ", ".join(f"{name} {config.updates} updates" for name, config in plan.algorithms.items())
+    count = f"{len(runs)} run" + "s" * (len(runs) > 1)
+    say(f"{folder.path}: {count} of {plan.budget:,} forwards each ({lengths}), {len(todo)} to do")
+    run_all(todo, jobs, console, ended)
+
+
+def write_data(folder: ComparisonFolder, levels: Sequence[float]) -> dict[str, Any]:
+    """comparison.json and comparison.md from the runs as far as they have come."""
+    comparison = collect(folder, levels)
+    with write_aside(folder.results) as aside:
+        aside.write_text(json.dumps(comparison, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with write_aside(folder.table) as aside:
+        aside.write_text(as_markdown(comparison), encoding="utf-8")
+    return comparison

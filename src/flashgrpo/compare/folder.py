@@ -1,0 +1,134 @@
+"""The folder of a comparison: where its runs lie, whose it is, and whether it may be gone on with."""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashgrpo.compare.plan import FORMAT, Plan
+from flashgrpo.errors import UserError
+from flashgrpo.files import explain_os_errors, write_aside
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """One run of a comparison: `OUT/ALGORITHM/seed-S`, an ordinary run directory, and what lies beside it."""
+
+    algorithm: str
+    seed: int
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The settings that it is started with."""
+        return self.path.with_name(f"{self.path.name}.yaml")
+
+    @property
+    def log(self) -> Path:
+        """What its process writes to standard output and error."""
+        return self.path.with_name(f"{self.path.name}.log")
+
+    @property
+    def failure(self) -> Path:
+        """Why its process ended, where it failed; a later start tries again."""
+        return self.path.with_name(f"{self.path.name}.failed")
+
+    @property
+    def busy(self) -> bool:
+        """Whether some process trains it, for instance one that outlived the comparison that started it."""
+        lock = self.path / ".lock"
+        if not lock.exists():
+            return False
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+
+class ComparisonFolder:
+    """The files of a comparison. Construction reads nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.plan_file = self.path / "plan.json"
+        self.results = self.path / "comparison.json"
+        self.table = self.path / "comparison.md"
+        self.figures = self.path / "figures"
+
+    def runs(self, plan: Mapping[str, Any]) -> list[RunFiles]:
+        """All runs of a plan.json, seed by seed, so that what is interrupted has come equally far everywhere."""
+        return [
+            RunFiles(name, seed, self.path / name / f"seed-{seed}")
+            for seed in plan["seeds"]
+            for name in plan["algorithms"]
+        ]
+
+    def plan(self) -> dict[str, Any]:
+        """What plan.json says.
+
+        Raises:
+            UserError: there is none, or one that this version cannot read.
+        """
+        try:
+            plan = json.loads(self.plan_file.read_text(encoding="utf-8"))
+            known = plan["format"] == FORMAT
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.path} is no comparison, for it has no plan.json that can be read") from error
+        if not known:
+            raise UserError(f"{self.plan_file} was written by another version of flashgrpo")
+        return plan
+
+    @contextmanager
+    def claimed(self, plan: Plan) -> Iterator[None]:
+        """Inside of it no other process compares into the folder, and plan.json is this plan.
+
+        A comparison may grow by seeds and by algorithms; what is in it stays.
+
+        Raises:
+            UserError: the folder holds something else, another comparison, or is in use.
+        """
+        with explain_os_errors(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            foreign = [entry.name for entry in self.path.glob("[!.]*")] if not self.plan_file.is_file() else []
+            if foreign:
+                raise UserError(f"--out: {self.path} holds {foreign[0]!r} and is no comparison; choose another folder")
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system, also after kill -9
+            except BlockingIOError as error:
+                raise UserError(f"--out: another process is comparing into {self.path}") from error
+            if self.plan_file.is_file():
+                self._check(plan.as_json())
+            with write_aside(self.plan_file) as aside:
+                aside.write_text(json.dumps(plan.as_json(), indent=1) + "\n", encoding="utf-8")
+            yield
+
+    def _check(self, now: Mapping[str, Any]) -> None:
+        before = self.plan()
+        gone = [name for name in before["algorithms"] if name not in now["algorithms"]]
+        gone += [f"seed {seed}" for seed in before["seeds"] if seed not in now["seeds"]]
+        if gone:
+            raise UserError(f"--out: {self.path} is a comparison that also has {gone[0]}; choose another folder")
+        names = before["algorithms"]
+        old, new = (_flat({"budget": p["budget"], **{n: p["algorithms"][n] for n in names}}) for p in (before, now))
+        changed = [key.replace(".settings.", ": ") for key in {**old, **new} if old.get(key) != new.get(key)]
+        if changed:
+            raise UserError(f"--out: {self.path} is a comparison with another {changed[0]}; choose another folder")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

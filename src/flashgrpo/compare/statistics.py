@@ -1,0 +1,134 @@
+"""What the runs of a comparison say together: intervals over seeds and prompts, curves, levels, spread, collapses.
+
+Numbers only: nothing here knows of files.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+Values = np.ndarray[Any, np.dtype[np.float64]]
+RESAMPLES = 10_000
+SMOOTHED = 10  # a run's training reward is looked at in so many stretches
+
+
+def interval_over_seeds_and_prompts(values: Sequence[Sequence[float]]) -> list[float] | None:
+    """[low, high] of the mean, 95 %, by a bootstrap in two levels with a fixed seed.
+
+    Seeds are drawn with replacement, and prompts with replacement; since every seed has the same prompts, a draw takes
+    the same prompts from all of its seeds (a crossed design: drawing them anew for each seed would count a prompt that
+    is easy for every seed as so many independent ones). With one seed the interval is over prompts alone.
+
+    Args:
+        values: a row for each seed, a column for each prompt.
+
+    Returns:
+        None where there is no row, or a single number.
+    """
+    table = np.array(values, dtype=np.float64)
+    if table.size < 2:
+        return None
+    rng = np.random.default_rng(0)
+    seeds, prompts = (rng.multinomial(n, [1 / n] * n, size=RESAMPLES) / n for n in table.shape)
+    means = np.einsum("rs,sp,rp->r", seeds, table, prompts)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def curve(runs: Sequence[Row], axis: str) -> tuple[Values, Values]:
+    """Held-out reward by compute or by seconds, evaluation by evaluation: x (n,) and a row for each run (runs, n).
+
+    x is the mean over the runs that came so far. A run that ended early keeps its last reward.
+    """
+    if not runs:
+        return np.zeros(0), np.zeros((0, 0))
+    updates, spent, rewards = (
+        [np.array([point[key] for point in run["points"]], dtype=np.float64) for run in runs]
+        for key in ("update", axis, "reward")
+    )
+    grid = np.unique(np.concatenate(updates))
+    x = np.array([np.interp(grid, u, s, right=np.nan) for u, s in zip(updates, spent, strict=True)])
+    held = np.array([np.interp(grid, u, r) for u, r in zip(updates, rewards, strict=True)])
+    return np.maximum.accumulate(np.nanmean(x, axis=0)), held
+
+
+def first_reached(x: Values, y: Values, level: float) -> float | None:
+    """The x at which the line through the points first comes to `level`, None where it never does.
+
+    Example: x = 0, 10, 20 and y = 0, 1, 3 reach 2 at 15.
+    """
+    above = np.flatnonzero(y >= level)
+    if not len(above):
+        return None
+    after = int(above[0])
+    if after == 0:
+        return float(x[0])
+    before = after - 1
+    share = (level - y[before]) / (y[after] - y[before])
+    return float(x[before] + share * (x[after] - x[before]))
+
+
+def gradient_spread(updates: Sequence[Row]) -> dict[str, Any]:
+    """How uneven a run's gradient norms are, as coefficients of variation (std / mean).
+
+    `over_updates` is over the updates; `over_steps` over the denoising steps, of each step's mean norm, which is
+    `by_step`: where it is large, some steps dominate the update and others vanish in it.
+    """
+    norms = [update["grad_norm"] for update in updates if update["grad_norm"] is not None]
+    by_step: dict[str, list[float]] = {}
+    for update in updates:
+        for step, norm in update["grad_norm_by_step"].items():
+            if norm is not None:
+                by_step.setdefault(step, []).append(norm)
+    means = {step: float(np.mean(by_step[step])) for step in sorted(by_step, key=int)}
+    return {
+        "over_updates": _variation(norms),
+        "over_steps": _variation(list(means.values())),
+        "by_step": means,
+    }
+
+
+def _variation(values: Sequence[float]) -> float | None:
+    mean = float(np.mean(values)) if len(values) > 1 else 0.0
+    return float(np.std(values)) / mean if mean > 0 else None
+
+
+def collapse(run: Row) -> str | None:
+    """Why a run counts as collapsed, None where it does not. It does when
+
+    - a gradient norm or a training reward was not finite, or the run failed over one;
+    - a watched reward fell so far that the run was ended (`max_fall`);
+    - at its last evaluation the held-out reward lies below the base model's with its whole 95 % interval over prompts;
+    - its training reward lost more than half of what it had gained: of about ten stretches of equal length (of at least
+      three updates each), the last has a mean nearer to the first one's than to the best one's. Gain and loss both have
+      to be more than three standard errors of the difference of two such means, or it is noise.
+    """
+    rewards = [update["reward"] for update in run["updates"]]
+    if any(update["grad_norm"] is None or update["reward"] is None for update in run["updates"]):
+        return "a gradient or a reward was not finite"
+    if run["status"] == "failed" and "the gradient of optimizer step" in (run["reason"] or ""):
+        return str(run["reason"])
+    last = run["points"][-1] if run["points"] else None
+    if run["status"] == "ended early" and last and last["watch"]:
+        return str(last["watch"])
+    if last and last["interval"] and last["interval"][1] < 0:
+        low, high = last["interval"]
+        return f"held-out reward fell below the base by {-high:.3g} to {-low:.3g}"
+    return _lost_its_gain(np.array(rewards, dtype=np.float64))
+
+
+def _lost_its_gain(rewards: Values) -> str | None:
+    size = max(3, math.ceil(len(rewards) / SMOOTHED))
+    if len(rewards) < 3 * size:
+        return None
+    stretches = rewards[len(rewards) % size :].reshape(-1, size)
+    means = stretches.mean(axis=1)
+    noise = 3 * math.sqrt(2 * float(stretches.var(axis=1, ddof=1).mean()) / size)
+    best = int(means.argmax())
+    gain, loss = float(means[best] - means[0]), float(means[best] - means[-1])
+    if gain > noise and loss > noise and loss > gain / 2:
+        return f"training reward fell from {means[best]:.3g} to {means[-1]:.3g}, having begun at {means[0]:.3g}"
+    return None

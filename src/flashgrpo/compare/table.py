@@ -1,0 +1,122 @@
+"""comparison.md: what a comparison found, in tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flashgrpo.report.findings import duration
+
+Row = Mapping[str, Any]
+
+
+def as_markdown(comparison: Row) -> str:
+    """The comparison as text that is read as it stands, and as Markdown."""
+    summary, runs = comparison["summary"], comparison["runs"]
+    first, base = summary[0]["algorithm"], comparison["base_reward"]
+    began = f"; the base model's held-out reward is {base:.3f}" if base is not None else ""
+    parts = [
+        f"# {', '.join(row['algorithm'] for row in summary)} on {comparison['recipe']}",
+        f"Every run has {comparison['budget']:,} network forwards to spend (a backward counts two, recomputation one "
+        f"more; evaluations are not counted). Base weights, prompts and evaluation noise are the same{began}; "
+        f"seeds {', '.join(map(str, comparison['seeds']))}.",
+        "## Result",
+        grid(
+            ["algorithm", "seeds", "updates", "final, 95 % interval", "best", f"above {first}"],
+            [
+                [
+                    row["algorithm"],
+                    f"{row['ended']} of {row['seeds']}",
+                    f"{comparison['algorithms'][row['algorithm']]['updates']:,}",
+                    score(row["final"]),
+                    score(row["best"]),
+                    change(row["over_first"]),
+                ]
+                for row in summary
+            ],
+        ),
+        "Held-out reward and its difference to the base model; intervals over seeds and prompts (two-level bootstrap, "
+        "which is rather narrow for few seeds). `best` is each run's best evaluation, which flatters it. "
+        f"`above {first}` is paired, by seed and prompt. Runs that failed or are unfinished are not in these figures.",
+    ]
+    if comparison["levels"]:
+        heads = [f"{level:.4g}" for level in comparison["levels"]]
+        rows = [[row["algorithm"], *(cost(reached) for reached in row["levels"])] for row in summary]
+        parts += [
+            "## Compute to reach a held-out reward",
+            grid(["algorithm", *heads], rows),
+            "Forwards (and time of training) at which the mean over the seeds first gets there, between evaluations by "
+            "interpolation; - where it never does.",
+        ]
+    parts += ["## Cost and stability", _stability(comparison)]
+    if troubled := _troubled(runs):
+        parts += ["## Runs to know of", troubled]
+    return "\n\n".join(parts) + "\n"
+
+
+def _stability(comparison: Row) -> str:
+    seconds = comparison["equal_seconds"]
+    rows = [
+        [
+            row["algorithm"],
+            percent(row["training_share"]),
+            duration(row["seconds_per_update"]) if row["seconds_per_update"] else "-",
+            "-" if row["at_equal_seconds"] is None else f"{row['at_equal_seconds']:+.3f}",
+            percent(row["gradient_spread"]["over_updates"]),
+            percent(row["gradient_spread"]["over_steps"]),
+            f"{row['collapsed']} of {row['seeds']}",
+        ]
+        for row in comparison["summary"]
+    ]
+    after = f"gain after {duration(seconds)}" if seconds else "gain at equal seconds"
+    heads = ["training's share", "an update", after, "gradient norm over updates", "over steps", "collapsed"]
+    return (
+        grid(["algorithm", *heads], rows)
+        + "\n\nTraining's share is of the forwards; time is of rollout, decoding, rewards and update. The spread of "
+        "the gradient norm is its standard deviation in per cent of its mean: over updates, and over the denoising "
+        "steps, of the mean norm of each."
+    )
+
+
+def _troubled(runs: Sequence[Row]) -> str:
+    rows = [
+        [run["algorithm"], str(run["seed"]), run["status"], "; ".join(filter(None, {run["reason"], run["collapse"]}))]
+        for run in runs
+        if run["status"] != "complete" or run["collapse"]
+    ]
+    return grid(["algorithm", "seed", "status", "why"], rows) if rows else ""
+
+
+def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it is one as plain text, too."""
+    table = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def score(of: Row | None) -> str:
+    """`0.712, +0.140 (+0.101 to +0.180)`."""
+    return "-" if of is None else f"{of['reward']:.3f}, {change(of)}"
+
+
+def change(of: Row | None) -> str:
+    """`+0.140 (+0.101 to +0.180)`."""
+    if of is None:
+        return "-"
+    between = "" if of["interval"] is None else " ({:+.3f} to {:+.3f})".format(*of["interval"])
+    return f"{of['difference']:+.3f}{between}"
+
+
+def cost(reached: Row) -> str:
+    """`12,300 (41.0 s)`; three digits are all that an interpolation supports."""
+    if reached["compute"] is None:
+        return "-"
+    seconds = "" if reached["seconds"] is None else f" ({duration(reached['seconds'])})"
+    return f"{float(format(reached['compute'], '.3g')):,.0f}{seconds}"
+
+
+def percent(share: float | None) -> str:
+    """`14 %`."""
+    return "-" if share is None else f"{100 * share:.0f} %"

@@ -1,0 +1,154 @@
+"""The page of a comparison, from its comparison.json alone."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from matplotlib.axes import Axes
+
+from flashgrpo.errors import UserError
+from flashgrpo.report import charts
+from flashgrpo.report import comparison_charts as drawings
+from flashgrpo.report.findings import Numbers, decimals, duration
+from flashgrpo.report.page import both_shapes, template
+
+Row = Mapping[str, Any]
+Draw = Callable[[Axes, Row, drawings.Palette], bool]
+
+
+def is_one(folder: Path) -> bool:
+    """Whether it is the folder of a comparison that has results."""
+    return (folder / "comparison.json").is_file()
+
+
+def render(folder: Path) -> str:
+    """The page.
+
+    Raises:
+        UserError: comparison.json is none.
+    """
+    file = folder / "comparison.json"
+    try:
+        comparison = json.loads(file.read_text(encoding="utf-8"))
+        summary = comparison["summary"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is no comparison's; run `flashgrpo compare` again to write it anew") from error
+    form = Numbers(max([3, *(decimals(row["final"]) for row in summary if row["final"])]))  # effects are compared
+    count = len(summary)
+    return template("comparison.html.j2").render(
+        name=folder.resolve().name,
+        comparison=comparison,
+        summary=summary,
+        first=summary[0]["algorithm"],
+        form=form,
+        headline=headline(summary, form),
+        differences=[difference(row, summary[0]["algorithm"], form) for row in summary if row["over_first"]],
+        notes=notes(comparison),
+        lines=[f"var(--phase-{drawings.ORDER[i % 8]})" for i in range(count)],
+        by_compute=chart(comparison, "compute", drawings.reward_by("compute"), (1080, 340)),
+        by_seconds=chart(comparison, "seconds", drawings.reward_by("seconds"), (1080, 300)),
+        costs=chart(comparison, "costs", drawings.cost_bars, (520, 70 + 40 * count)),
+        gradients=chart(comparison, "gradients", drawings.gradient_by_step, (520, 260)),
+        watched=sorted({name for row in summary if row["final"] for name in row["final"]["watched"]}),
+        unlike=unlike(comparison["algorithms"]),
+        settings={
+            name: yaml.safe_dump(entry["settings"], sort_keys=False, allow_unicode=True)
+            for name, entry in comparison["algorithms"].items()
+        },
+        duration=duration,
+        short=drawings.short,
+    )
+
+
+def headline(summary: Sequence[Row], form: Numbers) -> str:
+    """Which algorithm ended highest."""
+    scored = [row for row in summary if row["final"]]
+    if not scored:
+        return "No run has ended yet"
+    best = max(scored, key=lambda row: row["final"]["difference"])
+    gain, interval = best["final"]["difference"], best["final"]["interval"]
+    between = f" {form.interval(*interval)}" if interval else ""
+    return f"{best['algorithm']} ended highest: {form.signed(gain)}{between} over the base model"
+
+
+def difference(row: Row, first: str, form: Numbers) -> str:
+    """`flow-grpo ended 0.08 [0.03, 0.13] below flash-grpo, paired over 3 seeds.`"""
+    change, interval, seeds = (row["over_first"][key] for key in ("difference", "interval", "seeds"))
+    paired = f"paired over {len(seeds)} seed" + ("s" if len(seeds) > 1 else "")
+    if not interval:
+        return (
+            f"{row['algorithm']} ended {form.signed(change)} from {first}, {paired}, with no interval to judge it by."
+        )
+    low, high = interval
+    if low > 0:
+        return f"{row['algorithm']} ended {form.plain(change)} {form.interval(low, high)} above {first}, {paired}."
+    if high < 0:
+        return f"{row['algorithm']} ended {form.plain(-change)} {form.interval(-high, -low)} below {first}, {paired}."
+    between = f"{form.signed(change)} {form.interval(low, high)}"
+    return f"No clear difference between {row['algorithm']} and {first}: {between}, {paired}."
+
+
+def notes(comparison: Row) -> list[str]:
+    """What a reader has to know before the figures."""
+    found = []
+    for run in comparison["runs"]:
+        who = f"{run['algorithm']}, seed {run['seed']}"
+        if run["status"] != "complete":
+            found.append(f"{who}: {run['status']}" + (f" ({run['reason']})." if run["reason"] else "."))
+        if run["collapse"] and run["collapse"] != run["reason"]:
+            found.append(f"{who}: collapsed ({run['collapse']}).")
+    if len(comparison["seeds"]) == 1:
+        found.append("One seed: intervals are over prompts alone and say nothing of how runs differ.")
+    return found
+
+
+def unlike(algorithms: Mapping[str, Row]) -> list[tuple[str, list[str]]]:
+    """The settings in which the algorithms differ: key, and a value for each."""
+    flat = [_flat(entry["settings"]) for entry in algorithms.values()]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = [(key, [json.dumps(settings[key]) if key in settings else "" for settings in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1 and key != "evaluation.every"]
+
+
+def _flat(tree: Row, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def chart(comparison: Row, name: str, draw: Draw, wide: tuple[int, int]) -> dict[str, Any] | None:
+    """A chart in both shapes, None where there is nothing to draw."""
+
+    def drawn(size: tuple[int, int]) -> str:
+        with matplotlib.rc_context(charts.STYLE):
+            figure, axes = charts.canvas(size[0], wide[1] if name == "costs" else size[1])
+            there = draw(axes, comparison, drawings.PAGE)
+            return charts.svg(figure, f"comparison-{name}-{size[0]}", spoken(comparison, name)) if there else ""
+
+    shapes = both_shapes(drawn, wide)
+    return shapes if shapes["wide"] else None
+
+
+def spoken(comparison: Row, name: str) -> str:
+    """What a chart shows, for those who do not see it."""
+    if name == "costs":
+        costs = {name: entry["compute_per_update"] for name, entry in comparison["algorithms"].items()}
+        parts = [f"{name}: rollout {cost['rollout']}, update {cost['update']}" for name, cost in costs.items()]
+        return f"Network forwards of one update. {'; '.join(parts)}."
+    if name == "gradients":
+        parts = [
+            f"{row['algorithm']}: standard deviation {row['gradient_spread']['over_steps']:.2f} of the mean"
+            for row in comparison["summary"]
+            if row["gradient_spread"]["over_steps"] is not None
+        ]
+        return f"Gradient norm by denoising step, relative to its mean. {'; '.join(parts)}."
+    parts = [
+        f"{row['algorithm']}: {row['curves'][name]['mean'][0]:.3g} to {row['curves'][name]['mean'][-1]:.3g}"
+        for row in comparison["summary"]
+        if row["curves"][name]["x"]
+    ]
+    return f"Held-out reward by {name}. {'; '.join(parts)}."
