@@ -1,0 +1,251 @@
+"""One HTTP request with a deadline for all of it, and patience with a server that fails for a while.
+
+What may be over soon is a `Transient`: no connection, one that broke, a time limit, 408, 429, 502, 503, 504. `persist`
+repeats it until its patience ends. Any other answer than 200 is final, as it would be the same again.
+"""
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import re
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity.stop import stop_after_delay
+
+from flashgrpo.errors import UserError
+
+T = TypeVar("T")
+
+LOG = logging.getLogger("flashgrpo")
+TRANSIENT = (408, 429, 502, 503, 504)
+MENDS = {
+    401: "set {token_env} to the server's token",
+    403: "set {token_env} to a token that may do this",
+    404: "is this its address?",
+    413: "send fewer videos at once (batch)",
+}
+CHUNK = 256 * 2**10  # bytes of a body that are handed over at once: httpx copies what a send leaves over
+ANSWER_LIMIT = 16 * 2**20  # bytes
+DRAWN = wait_random_exponential(multiplier=0.25, max=15)  # seconds; random, so that many clients come back apart
+
+
+class Transient(Exception):
+    """A failure that may be over soon, as a sentence.
+
+    Args:
+        after: seconds after which the server wants to be asked again, where it says so.
+    """
+
+    def __init__(self, sentence: str, after: float | None = None) -> None:
+        super().__init__(sentence)
+        self.after = after
+
+
+class Endpoint:
+    """A server's address and how it is spoken to.
+
+    Args:
+        url: http:// or https://; paths of requests are appended to it.
+        token_env: the environment variable with the bearer token; none is sent where it is not set.
+        timeout: seconds that one request may take, from its connection to the last byte of its answer.
+
+    Raises:
+        UserError: no such URL, one with a name and password in it, or a token that no header can hold.
+    """
+
+    def __init__(self, url: str, token_env: str, timeout: float) -> None:
+        self.token_env, self.timeout = token_env, timeout
+        try:
+            parsed = httpx.URL(url.rstrip("/"))
+        except httpx.InvalidURL as error:
+            raise UserError(f"{url!r} is no URL of a server: {error}") from error
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+            raise UserError(f"{url!r} is no URL of a server; write http://host:port")
+        if parsed.userinfo:
+            raise UserError(f"the URL of {parsed.host} holds a password; put a token into ${token_env} instead")
+        self.url = str(parsed)
+        self._proxies = not is_loopback(parsed.host)
+        self._token = os.environ.get(token_env, "").strip()
+        if not re.fullmatch(r"[!-~]*", self._token):
+            raise UserError(f"the token in ${token_env} must be of visible ASCII characters without blanks")
+
+    def client(self) -> httpx.AsyncClient:
+        """Connections for requests of one event loop; to be closed."""
+        # The environment's proxies are for the world outside: asked for 127.0.0.1, they would take it for their own.
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        return httpx.AsyncClient(
+            headers={**headers, "Accept-Encoding": "identity"},
+            trust_env=self._proxies,
+            timeout=None,  # the whole request has one
+            verify=_certificates(),
+            limits=httpx.Limits(max_connections=None),
+        )
+
+    async def ask(
+        self, client: httpx.AsyncClient, method: str, path: str, body: bytes = b"", kind: str = "application/json"
+    ) -> bytes:
+        """The body of the answer to one request.
+
+        Raises:
+            Transient: a failure that may be over soon.
+            UserError: one that will not.
+        """
+        try:
+            return await asyncio.wait_for(self._ask(client, method, path, body, kind), self.timeout)
+        except asyncio.TimeoutError as error:
+            raise Transient(f"{self.url} had not answered after {self.timeout:g} s") from error
+        except httpx.ConnectError as error:
+            raise Transient(f"{self.url} cannot be reached ({_reason(error)})") from error
+        except httpx.TransportError as error:
+            raise Transient(f"the connection to {self.url} broke ({_reason(error)})") from error
+
+    async def _ask(self, client: httpx.AsyncClient, method: str, path: str, body: bytes, kind: str) -> bytes:
+        headers = {"Content-Length": str(len(body)), "Content-Type": kind} if body else {}
+        content = _chunks(body) if body else None
+        answer = bytearray()
+        async with client.stream(method, f"{self.url}{path}", content=content, headers=headers) as response:
+            async for chunk in response.aiter_raw(CHUNK):
+                answer += chunk
+                if len(answer) > ANSWER_LIMIT:
+                    raise UserError(f"{self.url} answers with more than {ANSWER_LIMIT} bytes; is this its address?")
+            status = response.status_code
+            if status == 200:
+                return bytes(answer)
+            said = f"HTTP {status}: {self._said(answer)}".rstrip(": ")
+            if status in TRANSIENT:
+                raise Transient(f"{self.url} cannot answer now ({said})", _after(response.headers))
+            mend = MENDS.get(status, "").format(token_env=self.token_env)
+            raise UserError(f"{self.url} refuses the request ({said})" + (f"; {mend}" if mend else ""))
+
+    def _said(self, answer: bytearray) -> str:
+        """What a server says of a failure, in few words and without the token, which it might repeat."""
+        try:
+            said = json.loads(answer)
+        except (ValueError, RecursionError):
+            said = answer[:2000].decode(errors="replace")
+        for key in ("error", "detail", "message"):
+            said = said.get(key, said) if isinstance(said, Mapping) else said
+        words = " ".join("".join(c if c.isprintable() else " " for c in str(said)).split())
+        return (words.replace(self._token, "[token]") if self._token else words)[:300]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine by its name alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def warn(failure: object, left: float) -> None:
+    """Say that something failed and is tried again."""
+    LOG.warning("%s; trying again for up to %.0f s", failure, left)
+
+
+async def persist(
+    attempt: Callable[[], Awaitable[T]],
+    patience: float,
+    mend: str,
+    tell: Callable[[object, float], None] = warn,
+) -> T:
+    """Repeat what fails in a `Transient` until it succeeds.
+
+    Args:
+        attempt: makes one attempt.
+        patience: seconds after the beginning of the first attempt during which others begin.
+        mend: what to do about a failure that stays.
+        tell: called at the first failure, with it and the seconds that are left.
+
+    Raises:
+        UserError: patience has ended; the sentence has the last failure. What else `attempt` raises passes.
+    """
+    started = time.monotonic()
+
+    def left() -> float:
+        return max(0.0, started + patience - time.monotonic())
+
+    def wait(state: RetryCallState) -> float:
+        after = getattr(_failure(state), "after", None)
+        return min(left(), DRAWN(state) if after is None else after + min(DRAWN(state), 1.0))
+
+    def before_sleep(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            tell(_failure(state), left())
+
+    def give_up(state: RetryCallState) -> None:
+        tries = f"{state.attempt_number} attempts in {time.monotonic() - started:.0f} s"
+        raise UserError(f"{_failure(state)}, at the last of {tries}; {mend}")
+
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type(Transient),
+        wait=wait,
+        stop=stop_after_delay(patience),
+        before_sleep=before_sleep,
+        retry_error_callback=give_up,
+    )
+
+    async def once() -> T:  # a lambda that returns a coroutine would not be awaited
+        return await attempt()
+
+    return await retrying(once)
+
+
+def _failure(state: RetryCallState) -> BaseException | None:
+    assert state.outcome is not None
+    return state.outcome.exception()
+
+
+async def all_of(tasks: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, or the first failure, after the others were stopped."""
+    running = [asyncio.ensure_future(task) for task in tasks]
+    try:
+        return list(await asyncio.gather(*running))
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run to its end, also where the calling thread has an event loop already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, main).result()
+
+
+async def _chunks(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), CHUNK):
+        yield body[start : start + CHUNK]
+
+
+def _after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a `Retry-After`, which is a number or a date."""
+    value = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,9}", value):
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _reason(error: httpx.TransportError) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@lru_cache(maxsize=1)
+def _certificates() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
