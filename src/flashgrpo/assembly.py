@@ -1,8 +1,9 @@
 """The parts of a run put together, and one rollout batch brought as far as its advantages."""
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +16,7 @@ from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.optim import Optimizer
 from flashgrpo.policy import Policy, guidance_by_step
+from flashgrpo.presets import Algorithm
 from flashgrpo.prompts import prompt_groups, read_prompts
 from flashgrpo.reward_set import Rewards
 from flashgrpo.rollout import rollout
@@ -54,6 +56,13 @@ class Assembly:
         offloads = config.model.offload
         model = self.policy.model
         return Scoring(self.rewards, model, self.team, prompts, False, batch, at_once=offloads, clock=clock)
+
+    def with_algorithm(self, algorithm: Algorithm) -> "Assembly":
+        """The same parts, none of them copied or loaded again, that draw and compare as another algorithm does."""
+        other = copy.copy(self)
+        other.config = self.config.model_copy(update={"algorithm": algorithm})
+        other.policy = replace(self.policy, table=algorithm.noise(self.policy.grid.sigmas))
+        return other
 
 
 @dataclass(frozen=True)
