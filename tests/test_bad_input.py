@@ -156,8 +156,8 @@ def {}(videos, prompts, threshold=0.5, **columns): return [threshold] * len(prom
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        ("few", "reward mine returned shape (1,) for 2 videos"),
-        ("nan", "reward mine returned nan for video 0"),
+        ("few", "reward mine has 1 numbers for 2 videos"),
+        ("nan", "reward mine is nan for video 0"),
         ("inf", "reward mine returned inf for video 0"),
         ("text", "reward mine must return 2 numbers"),
         ("none", "reward mine returned an empty mapping"),
@@ -200,7 +200,7 @@ def test_a_reward_that_fails_later_loses_nothing(command, recipe, tmp_path):
     path = recipe(
         rewards={"mine": {"call": f"{tmp_path}/mine.py:later"}}, updates=9, evaluation__every=9, checkpoint__every=9
     )
-    refused(command("train", path), "reward mine returned nan")
+    refused(command("train", path), "reward mine is nan")
     done = len(read_lines(tmp_path / "run/metrics.jsonl"))
     assert done >= 3
     assert checkpoint.updates(tmp_path / "run/checkpoints") == [done]

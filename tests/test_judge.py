@@ -101,7 +101,9 @@ def test_scores_come_in_the_order_of_the_videos_and_few_at_a_time(api):
 
 def test_an_answer_that_cannot_be_read_is_asked_for_again(api):
     server = api(lambda asked, number: "I would say three." if number == 1 else "Score: 3")
-    assert call(judge(server.url)) == [3.0]
+    reward = judge(server.url)
+    assert call(reward) == [3.0]
+    assert reward.failures == 1
     roles = [message["role"] for message in server.asked[1]["messages"]]
     assert roles == ["user", "assistant", "user"]
     assert server.asked[1]["messages"][1]["content"] == "I would say three."

@@ -172,8 +172,8 @@ def test_many_clients_share_calls_and_get_their_own(server, gate):
         (body(["refuse"]), 422, "such a prompt is not for me"),
         (body(["raise"]), 500, "the reward failed: KeyError: 'planted'"),
         (body(["exit"]), 500, "the reward failed: SystemExit"),
-        (body(["p", "nan"]), 500, "component 'tag' is nan"),
-        (body(["inf"]), 500, "component 'tag' is inf"),
+        (body(["p", "nan"]), 500, "component 'tag', is nan"),
+        (body(["inf"]), 500, "component 'tag', is inf"),
         (body(["p", "short"]), 500, "1 numbers for 2 videos"),
     ],
     ids=lambda value: value if isinstance(value, int | str) else "",
@@ -357,6 +357,7 @@ def test_a_server_that_is_killed_and_restarted_loses_and_doubles_nothing(gate):
         values = scored.result()
     assert close_to(values["tag"], tags(12))
     assert set(values) == {"tag", "batch", "seen"}
+    assert reward.failures >= 1
     second.kill()
 
 
@@ -426,7 +427,7 @@ def reply(**changes):
         (reply(components={"": [0.5]}), "1 numbers for 2 videos"),
         (reply(components={"": [0.5, 0.5, 0.5]}), "3 numbers for 2 videos"),
         (reply(components={"": [0.5, float("nan")]}), "no JSON"),
-        (reply(components={}), "no component"),
+        (reply(components={}), "an empty mapping"),
         (reply(id="x"), "another request"),
         (lambda connection, *_: connection.sendall(answer(200, "<html>it works</html>")), "no JSON"),
         (lambda connection, *_: connection.sendall(answer(200, "")), "no JSON"),

@@ -189,7 +189,7 @@ def test_what_a_reward_may_not_do():
         score({"spoils": config("spoils")}, Model())
     with pytest.raises(UserError, match=r"reward fickle returned \['a'\] for some videos and others for the rest"):
         score({"fickle": config("fickle")}, Model())
-    with pytest.raises(UserError, match="reward nan_at_the_end returned nan for video 0; rewards must be finite"):
+    with pytest.raises(UserError, match="reward nan_at_the_end is nan for video 0; rewards must be finite"):
         score({"nan_at_the_end": config("nan_at_the_end")}, Model())
 
 

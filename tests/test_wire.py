@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashgrpo.rewards import answers, mp4, wire
+from flashgrpo.rewards.loading import checked_values
 
 LIMIT = 2**30
 
@@ -195,8 +196,8 @@ def test_what_cannot_be_sent():
 def test_an_answer_comes_back():
     values = {"": [0.1, -1e300, 3.0]}
     assert answers.unpack_answer(answers.pack_answer("a", "r 1", values), "a", "r 1", 3) == values
-    assert answers.checked_values(torch.tensor([1, 2]), 2) == {"": [1.0, 2.0]}
-    assert answers.checked_values({"x": (1, 2)}, 2) == {"x": [1.0, 2.0]}
+    assert checked_values(torch.tensor([1, 2]), 2) == {"": [1.0, 2.0]}
+    assert checked_values({"x": (1, 2)}, 2) == {"x": [1.0, 2.0]}
 
 
 GOOD = {"id": "a", "reward": "r 1", "components": {"x": [1, 2.5]}}
@@ -213,7 +214,7 @@ GOOD = {"id": "a", "reward": "r 1", "components": {"x": [1, 2.5]}}
         ({**GOOD, "reward": "r 2"}, "another reward"),
         ({**GOOD, "more": 1}, "exactly the keys"),
         ({**GOOD, "components": [1, 2]}, "must be an object"),
-        ({**GOOD, "components": {}}, "no component"),
+        ({**GOOD, "components": {}}, "an empty mapping"),
         ({**GOOD, "components": {"x": [1]}}, "1 numbers for 2"),
         ({**GOOD, "components": {"x": [1, 2, 3]}}, "3 numbers for 2"),
         ({**GOOD, "components": {"x": "12"}}, "must be 2 numbers"),

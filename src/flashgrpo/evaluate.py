@@ -181,6 +181,7 @@ def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, sampl
         "difference": float(np.mean(differences)),
         "interval": interval(differences),
         "watched_intervals": {name: interval(values) for name, values in falls.items()},
+        "reward_failures": dict(table.failures),
         "samples": samples,
     }
 

@@ -25,7 +25,7 @@ from flashgrpo.rewards.loading import (
     bind,
     check_arguments,
     check_columns,
-    components_of,
+    checked_values,
     declared,
     load_reward,
     makes_reward,
@@ -176,13 +176,13 @@ class Rewards:
     @torch.no_grad()  # gradient mode belongs to a thread, so the caller's does not reach here
     def _score(self, name: str, reward: Reward, batch: "Batch") -> Columns:
         try:
-            values = components_of(batch.scored_by(name, reward, self.takes(name)))
+            return checked_values(batch.scored_by(name, reward, self.takes(name)), len(batch.prompts), f"reward {name}")
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from error
         finally:
             batch.done()
-        if not values:
-            raise UserError(f"reward {name} returned an empty mapping for {len(batch.prompts)} videos")
-        labels = {part: f"{name}.{part}" if part else name for part in values}
-        return {part: _column(labels[part], numbers, len(batch.prompts)) for part, numbers in values.items()}
 
 
 class Batch:
@@ -254,19 +254,3 @@ class Batch:
         for path, video in zip(paths, self._videos, strict=True):
             write_mp4(path, video, self._fps)
         return [str(path) for path in paths]
-
-
-def _column(label: str, values: Any, count: int) -> list[float]:
-    """Check what a reward returned: `count` finite numbers."""
-    try:
-        column = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"reward {label} must return {count} numbers, not {type(values).__name__}") from error
-    if column.shape != (count,):
-        raise UserError(
-            f"reward {label} returned shape {tuple(column.shape)} for {count} videos; it must be ({count},)"
-        )
-    if not torch.isfinite(column).all():
-        bad = int((~torch.isfinite(column)).nonzero()[0])
-        raise UserError(f"reward {label} returned {float(column[bad])} for video {bad}; rewards must be finite")
-    return column.tolist()

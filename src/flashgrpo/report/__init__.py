@@ -112,7 +112,7 @@ def reward_charts(run: Run, shown: Row | None) -> dict[str, Any]:
         chart = charts.component_curve(run.metrics, run.evaluations, name, is_watched)
         part = at_end.get((is_watched, name))
         spread = column(run.metrics, "rewards_std", name)
-        failures = column(run.metrics, "reward_failures", name.split(".")[0])
+        failures = column([*run.metrics, *run.evaluations], "reward_failures", name.split(".")[0])
         panels.append(
             {
                 "name": name,

@@ -6,17 +6,14 @@ The one component of a reward that returns no mapping is called "". What is not 
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from flashgrpo.errors import UserError
 from flashgrpo.inputs import Input
-from flashgrpo.rewards.loading import components_of
+from flashgrpo.rewards.loading import checked_values
 
 FORMAT = 1
 
@@ -90,30 +87,6 @@ def unpack_answer(body: bytes, id: str, reward: str, count: int) -> dict[str, li
     return checked_values(answer["components"], count)
 
 
-def checked_values(values: Any, count: int) -> dict[str, list[float]]:
-    """What a reward returned, or what came back, as component -> `count` finite numbers.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    parts = components_of(values)
-    if not parts:
-        raise ValueError("there is no component in what was returned")
-    checked = {}
-    for name, numbers in parts.items():
-        label = f"component {name!r}" if name else "the reward"
-        column = numbers.detach().to("cpu", torch.float64).tolist() if isinstance(numbers, Tensor) else numbers
-        if not isinstance(name, str) or not isinstance(column, Sequence) or isinstance(column, str):
-            raise ValueError(f"{label} must be {count} numbers, not {type(numbers).__name__}")
-        if len(column) != count:
-            raise ValueError(f"{label} has {len(column)} numbers for {count} videos")
-        for value in column:
-            if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-                raise ValueError(f"{label} must be numbers, not {type(value).__name__}")
-        checked[name] = [_finite(value, label) for value in column]
-    return checked
-
-
 def load_json(text: bytes, what: str) -> Any:
     """Strict JSON in UTF-8: no NaN, no nesting without end.
 
@@ -124,16 +97,6 @@ def load_json(text: bytes, what: str) -> Any:
         return json.loads(text.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is no JSON") from error
-
-
-def _finite(value: Any, label: str) -> float:
-    try:
-        number = float(value)
-    except OverflowError:  # an integer beyond all floats
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{label} is {number} for a video; rewards must be finite")
-    return number
 
 
 def _no_constant(name: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flashgrpo.explain import first_line
-from flashgrpo.rewards.answers import checked_values
+from flashgrpo.rewards.loading import checked_values
 from flashgrpo.rewards.wire import Request, read
 from flashgrpo.types import Reward
 

@@ -32,7 +32,7 @@ from flashgrpo.explain import first_line, suggest
 from flashgrpo.inputs import Pixels
 from flashgrpo.rewards.answers import load_json
 from flashgrpo.rewards.frames import pick
-from flashgrpo.rewards.http import Endpoint, all_of, persist, run
+from flashgrpo.rewards.http import Endpoint, Transient, all_of, persist, run
 
 MEND = "is the judge's server running there, and can this machine reach it?"
 AGAIN = "That is not an answer of the form that was asked for. Answer again, in exactly that form."
@@ -98,6 +98,7 @@ class Judge:
         self._concurrency, self._patience = concurrency, float(patience)
         self.score_range = (float(score_range[0]), float(score_range[1]))
         self.takes = Pixels(size=size)
+        self.failures = 0  # attempts that failed or could not be read, and were repeated
 
     def __call__(self, videos: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         """The scores of videos (B, F, 3, H, W) in [0, 1].
@@ -131,6 +132,7 @@ class Judge:
             score = self.read(answer)
             if score is not None:
                 return score
+            self.failures += 1
             # At temperature 0 the same question has the same answer, so it is told what was wrong with it.
             messages = [messages[0], {"role": "assistant", "content": answer}, {"role": "user", "content": AGAIN}]
         wanted = f"the pattern {self._pattern.pattern!r}" if self._pattern else f"a JSON object with {self._key!r}"
@@ -145,7 +147,11 @@ class Judge:
         body = json.dumps(asked).encode()
 
         async def ask() -> bytes:
-            return await self._endpoint.ask(client, "POST", "/chat/completions", body)
+            try:
+                return await self._endpoint.ask(client, "POST", "/chat/completions", body)
+            except Transient:
+                self.failures += 1
+                raise
 
         answer = await persist(ask, self._patience, MEND)
         try:

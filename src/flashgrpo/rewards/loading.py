@@ -7,7 +7,8 @@ instances need to be called in the same way: a recipe's `args` go to the functio
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -107,9 +108,45 @@ def takes_of(reward: Any) -> Input:
     return cast(Input, declared(reward, "takes", Pixels()))
 
 
-def components_of(values: Any) -> Mapping[str, Any]:
-    """What a reward returned, by component; one without a name where it returned B numbers."""
-    return values if isinstance(values, Mapping) else {"": values}
+def checked_values(values: Any, count: int, what: str = "the reward") -> dict[str, list[float]]:
+    """What a reward returned as component -> `count` finite numbers; one without a name where it returned no mapping.
+
+    Args:
+        what: the reward's name in the sentences.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    parts = values if isinstance(values, Mapping) else {"": values}
+    if not parts:
+        raise ValueError(f"{what} returned an empty mapping for {count} videos")
+    return {
+        name: _column(numbers, count, f"{what}, component {name!r}," if name else what)
+        for name, numbers in parts.items()
+    }
+
+
+def _column(numbers: Any, count: int, what: str) -> list[float]:
+    column = numbers.tolist() if hasattr(numbers, "tolist") else numbers  # of a tensor, or an array
+    if not isinstance(column, Sequence) or isinstance(column, str):
+        raise ValueError(f"{what} must be {count} numbers, not {type(numbers).__name__}")
+    if len(column) != count:
+        raise ValueError(f"{what} has {len(column)} numbers for {count} videos")
+    for value in column:
+        if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+            raise ValueError(f"{what} must be {count} numbers, not {type(value).__name__}")
+    finite = [_as_float(value) for value in column]
+    for row, value in enumerate(finite):
+        if not math.isfinite(value):
+            raise ValueError(f"{what} is {value} for video {row}; rewards must be finite")
+    return finite
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
 
 
 def _load_file(path: Path, key: str) -> Any:

@@ -62,6 +62,7 @@ class Remote:
     Attributes:
         takes: what it is called with, as the servers say.
         score_range: lowest and highest number, where the servers say so.
+        failures: attempts that failed and were repeated, so far.
 
     Raises:
         UserError: a server that is not there, serves another reward than the others, or another format.
@@ -85,6 +86,7 @@ class Remote:
         self._batch, self._patience = batch, float(patience)
         self._servers = [Server(Endpoint(url, token_env, float(timeout))) for url in dict.fromkeys(urls)]
         self._warned = -QUIET
+        self.failures = 0
         infos = run(all_of([self._info(server.endpoint) for server in self._servers]))
         self._reward = infos[0].reward
         for server, info in zip(self._servers, infos, strict=True):
@@ -165,6 +167,7 @@ class Remote:
                 answer = await server.endpoint.ask(call.clients[url], "POST", "/score", body, wire.MEDIA_TYPE)
                 server.rests_until = 0.0
             except Transient as failure:
+                self.failures += 1
                 server.rests_until = time.monotonic() + max(REST, failure.after or 0.0)
                 left.remove(server)
                 if not left:
