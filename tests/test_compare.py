@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from flashgrpo import diagnostics
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.cli import main
 from flashgrpo.compare import compare, statistics, write_data
@@ -387,6 +388,26 @@ def test_what_is_complete_is_left_alone_and_what_failed_goes_on(compared, proble
     assert others == same
     assert (mended["status"], mended["reason"], len(mended["updates"])) == ("complete", None, 2)
     assert (out / "flow-grpo/seed-1.log").read_text().count("# -m flashgrpo train") == 2
+
+
+def test_a_diagnosis_is_measured_once_and_told(compared, problem, monkeypatch):
+    out, _, _ = compared
+    little = diagnostics.Effort(prompts=3, members=2, updates=3)
+    real = diagnostics.diagnose
+    monkeypatch.setattr(diagnostics, "diagnose", lambda *a, **options: real(*a, effort=little, **options))
+    compare(str(problem), out=out, seeds=2, diagnose=True, console=Console(quiet=True), **OPTIONS)
+    told = (out / "comparison.md").read_text()
+    assert "## Diagnosis of the base model" in told
+    assert "| linear, eta 1; independent initial noise | whole grid |" in told
+    assert "| flow-grpo " in told.partition("Mean cosine")[2]
+    assert {file.name for file in (out / "figures").glob("*_figure.png")} == {
+        "gradient_figure.png",
+        "variance_figure.png",
+        "consistency_figure.png",
+    }
+    monkeypatch.setattr(diagnostics, "diagnose", lambda *a, **_: pytest.fail("measured a second time"))
+    compare(str(problem), out=out, seeds=2, diagnose=True, console=Console(quiet=True), **OPTIONS)
+    assert (out / "comparison.md").read_text() == told
 
 
 def children(process: subprocess.Popen) -> list[int]:

@@ -195,13 +195,16 @@ def compare(
     level: Annotated[
         list[float] | None, typer.Option(help="A held-out reward whose cost to find; may be repeated.")
     ] = None,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Also measure gradients by step, reward variance and consistency.")
+    ] = False,
 ) -> None:
     """Train several algorithms on one problem at equal compute, over seeds; goes on where it was interrupted."""
     from flashgrpo.compare import compare as run_comparison
     from flashgrpo.compare.table import as_markdown
 
     comparison = run_comparison(
-        recipe, overrides or [], algorithms, seeds, out, budget, points, jobs, keep, level or []
+        recipe, overrides or [], algorithms, seeds, out, budget, points, jobs, keep, level or [], diagnose
     )
     print(as_markdown(comparison))
     raise typer.Exit(0 if all(row["ended"] == row["seeds"] for row in comparison["summary"]) else 1)

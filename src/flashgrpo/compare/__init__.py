@@ -6,7 +6,7 @@
     folder.py      where it lies, and whether it may be gone on with
     processes.py   each run in a process of its own
     results.py     the run directories -> comparison.json; statistics.py: what they say together
-    table.py       comparison.md
+    table.py       comparison.md; measured.py: its end, where a diagnosis was asked for
     figures.py     figures/*.svg, *.png; the page is `report/comparison.py`
 
 A comparison's folder:
@@ -15,6 +15,7 @@ A comparison's folder:
     ALGORITHM/seed-S/         a run directory; beside it seed-S.yaml (its recipe), seed-S.log, seed-S.failed (why)
     comparison.json           every evaluation and every update of every run, and what they say together
     comparison.md  figures/  report.html
+    diagnosis.json            gradients by step, variance of rewards, consistency: `diagnostics.py`
 """
 
 import json
@@ -25,8 +26,10 @@ from typing import Any
 
 from rich.console import Console
 
+from flashgrpo import diagnostics
 from flashgrpo.compare.figures import write_figures
 from flashgrpo.compare.folder import ComparisonFolder, RunFiles
+from flashgrpo.compare.measured import diagnosis_as_markdown
 from flashgrpo.compare.plan import Plan, make_plan
 from flashgrpo.compare.processes import run_all
 from flashgrpo.compare.results import collect, is_done
@@ -49,6 +52,7 @@ def compare(
     jobs: int = 1,
     keep: str | Sequence[str] = "",
     levels: Sequence[float] = (),
+    diagnose: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train every algorithm with every seed until the budget is spent, and write down how they compare.
@@ -70,6 +74,7 @@ def compare(
         jobs: runs at a time.
         keep: parts of the recipe's own algorithm that stay in place of every preset's, for instance `noise,steps`.
         levels: held-out rewards whose cost is looked for; quarters of the first algorithm's gain when not given.
+        diagnose: also measure, at the base weights, what grouping and rectification have to work on (`diagnostics.py`).
 
     Returns:
         What comparison.json holds.
@@ -87,8 +92,12 @@ def compare(
     folder = ComparisonFolder(Path(out or Path("runs") / f"compare-{Path(recipe).stem}"))
     with folder.claimed(plan):
         _run(plan, folder, jobs, levels, console)
+        if diagnose:
+            _diagnose(plan, folder, console)
         comparison = write_data(folder, levels)
         write_figures(comparison, folder.figures)
+        if folder.diagnosis.exists():
+            diagnostics.figures(read_diagnosis(folder), folder.figures)
         write_report(folder.path)
     return comparison
 
@@ -116,11 +125,30 @@ def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float
     run_all(todo, jobs, console, ended)
 
 
+def _diagnose(plan: Plan, folder: ComparisonFolder, console: Console) -> None:
+    """Measure all algorithms at the base weights, once, with the first one's rollouts."""
+    if not folder.diagnosis.exists():
+        algorithms = {name: config.algorithm for name, config in plan.algorithms.items()}
+        first = next(iter(plan.algorithms.values()))
+        measured = diagnostics.diagnose(
+            first, algorithms, say=lambda sentence: console.print(sentence, highlight=False, markup=False)
+        )
+        with write_aside(folder.diagnosis) as aside:
+            aside.write_text(json.dumps(measured, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_diagnosis(folder: ComparisonFolder) -> dict[str, Any]:
+    """What diagnosis.json holds."""
+    measured: dict[str, Any] = json.loads(folder.diagnosis.read_text(encoding="utf-8"))
+    return measured
+
+
 def write_data(folder: ComparisonFolder, levels: Sequence[float]) -> dict[str, Any]:
     """comparison.json and comparison.md from the runs as far as they have come."""
     comparison = collect(folder, levels)
     with write_aside(folder.results) as aside:
         aside.write_text(json.dumps(comparison, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with write_aside(folder.table) as aside:
-        aside.write_text(as_markdown(comparison), encoding="utf-8")
+        measured = diagnosis_as_markdown(read_diagnosis(folder)) if folder.diagnosis.exists() else ""
+        aside.write_text("\n".join(filter(None, (as_markdown(comparison), measured))), encoding="utf-8")
     return comparison

@@ -60,6 +60,7 @@ class ComparisonFolder:
         self.plan_file = self.path / "plan.json"
         self.results = self.path / "comparison.json"
         self.table = self.path / "comparison.md"
+        self.diagnosis = self.path / "diagnosis.json"
         self.figures = self.path / "figures"
 
     def runs(self, plan: Mapping[str, Any]) -> list[RunFiles]:
