@@ -158,8 +158,8 @@ def {}(videos, prompts, threshold=0.5, **columns): return [threshold] * len(prom
     [
         ("few", "reward mine has 1 numbers for 2 videos"),
         ("nan", "reward mine is nan for video 0"),
-        ("inf", "reward mine returned inf for video 0"),
-        ("text", "reward mine must return 2 numbers"),
+        ("inf", "reward mine is inf for video 0"),
+        ("text", "reward mine must be 2 numbers"),
         ("none", "reward mine returned an empty mapping"),
         ("changes", "changed the videos in place"),
         ("gone", "has no function 'gone'"),

@@ -15,6 +15,8 @@ before the one that ships: the same, with the numbers of SMALL.
 """
 
 import contextlib
+import doctest
+import importlib
 import io
 import os
 import re
@@ -54,6 +56,7 @@ README_NOT_RUN = {
     "make ": "installs packages, or runs for minutes; the target has to exist",
     "torchrun ": "tests/test_launch.py does",
     "flashgrpo train wan21-1.3b-24gb": "needs a GPU and the checkpoint",
+    "flashgrpo reward ": "runs until it is told to end; tests/test_remote.py and tests/test_reward_environment.py do",
     "flashgrpo compare": "runs for minutes; tests/test_compare.py does",
 }
 TREE = yaml.safe_load(find_recipe("tiny").read_text())
@@ -90,10 +93,22 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(text: str) -> Iterator[str]:
-    """The lines of a block with continued lines joined, without comments and what stands for any settings."""
-    for line in re.sub(r"\\\n\s*", "", text).splitlines():
-        line = re.split(r"\s{2,}#?", line.strip())[0].replace("[key=value ...]", "").replace(" [--json]", "")
-        if line and not line.startswith("#"):
+    """The commands of a block: continued lines joined, without comments and what stands for any settings.
+
+    `flashgrpo reward serve | env NAME` is two.
+    """
+    begun = ""
+    for row in re.sub(r"\\\n\s*", "", text).splitlines():
+        line = begun + re.split(r"\s{2,}#?", row.strip())[0]
+        if line.startswith("flashgrpo ") and line.count("'") % 2:  # a quotation goes on in the next row
+            begun = f"{line} "
+            continue
+        begun = ""
+        line = line.replace("[key=value ...]", "").replace(" [--json]", "")
+        either = re.fullmatch(r"(flashgrpo reward) (\w+) \| (\w+) (.*)", line)
+        if either:
+            yield from (f"{either[1]} {name} {either[4]}" for name in (either[2], either[3]))
+        elif line and not line.startswith("#"):
             yield line
 
 
@@ -216,6 +231,14 @@ def run_listing(page: Path, block: Block) -> None:
                 small = yaml.safe_load(Path("tiny").read_text())
                 Path("RECIPE.yaml").write_text(yaml.safe_dump({**small, "out": "RUN"}), "utf-8")
             run_command(line)
+
+
+@pytest.mark.parametrize("name", ["advantage", "noise", "schedule", "steps"])
+def test_examples_in_docstrings(name):
+    """Which the API pages show."""
+    result = doctest.testmod(importlib.import_module(f"flashgrpo.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_what_is_not_run_says_why():

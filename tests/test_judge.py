@@ -110,6 +110,12 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(api):
     assert server.asked[1]["messages"][2]["content"] == AGAIN
 
 
+def test_an_absurd_number_is_no_score():
+    reader = judge("http://127.0.0.1:1", pattern=None, key="score")
+    assert reader.read('{"score": 1' + "0" * 400 + "}") is None
+    assert reader.read('{"score": 3}') == 3.0
+
+
 @pytest.mark.parametrize("said", ["", "no score", "Score: 9", "Score: 3 or Score: 4", "Score: 1.2.3", "Score: nan"])
 def test_no_score_is_made_up(api, said):
     server = api(lambda asked, number: said)

@@ -1,5 +1,6 @@
 """What rewards are handed, and how they are computed beside each other and beside the rollout."""
 
+import functools
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from flashgrpo.distributed import alone
 from flashgrpo.errors import UserError
 from flashgrpo.inputs import LatentVideos, Pixels, VideoFiles
 from flashgrpo.reward_set import Rewards
-from flashgrpo.scoring import Scoring
+from flashgrpo.scoring import AHEAD, Scoring
 from flashgrpo.settings import RewardConfig
 from flashgrpo.types import Prompt, VideoModel
 from flashgrpo.video import read_mp4
@@ -171,6 +172,25 @@ def test_scoring_goes_on_while_the_next_batch_is_drawn():
     score({"notes": config("notes")}, Waiting())
 
 
+def test_a_rollout_waits_for_a_reward_that_is_far_behind():
+    gate = threading.Event()
+
+    class Counting(Model):
+        def decode(self, latents):
+            if len(self.decoded) == AHEAD:  # it may be made, but has to wait until the first was scored
+                threading.Timer(0.3, gate.set).start()
+            assert gate.is_set() == (len(self.decoded) > AHEAD)
+            return super().decode(latents)
+
+    def blocked(videos, prompts, n):
+        assert gate.wait(timeout=20)
+        return [float(value) for value in n]
+
+    globals()["blocked"] = blocked
+    table, _ = score({"blocked": config("blocked")}, Counting(), batches=[(i,) for i in range(6)])
+    assert table.values[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def spoils(videos, prompts, n):
     videos += 1
     return [0.0] * len(n)
@@ -191,6 +211,38 @@ def test_what_a_reward_may_not_do():
         score({"fickle": config("fickle")}, Model())
     with pytest.raises(UserError, match="reward nan_at_the_end is nan for video 0; rewards must be finite"):
         score({"nan_at_the_end": config("nan_at_the_end")}, Model())
+
+
+TRIES: list[int] = []
+
+
+def down(videos, prompts, n):
+    TRIES.append(len(n))
+    raise UserError("the server is away")
+
+
+def test_a_reward_that_has_failed_is_not_waited_for_again():
+    TRIES.clear()
+    with pytest.raises(UserError, match="reward down: the server is away"):
+        score({"down": config("down"), "mean": config("mean")}, Model())
+    assert TRIES == [2]  # of three batches
+
+
+def count(videos, prompts, n, by):
+    return [float(by)] * len(n)
+
+
+ten = functools.partial(count, by=10)
+
+
+class Mute:
+    pass
+
+
+def test_any_callable_is_a_reward():
+    assert score({"ten": config("ten")}, Model())[0].values.unique().tolist() == [10]
+    with pytest.raises(UserError, match="instances of Mute cannot be called"):
+        Rewards({"m": config("Mute")}).check_columns(Prompt("x", {}), "prompts.train")
 
 
 def test_a_class_is_made_once_and_its_arguments_are_checked():

@@ -2,10 +2,11 @@
 
 import pytest
 
+from flashgrpo.errors import UserError
 from flashgrpo.evaluate import broken_watch
 from flashgrpo.progress import Reporter
 from flashgrpo.report import findings, write_report
-from flashgrpo.run_directory import read_lines
+from flashgrpo.run_directory import RunDirectory, read_lines
 from flashgrpo.settings import RewardConfig
 from flashgrpo.train import train
 
@@ -67,10 +68,30 @@ def test_a_run_ends_with_its_best_checkpoint_and_says_why(make_run, tmp_path, ca
     again = train(make_run(*settings), Reporter())
     assert "the watched reward w.b has fallen" in capsys.readouterr().err
     assert len(read_lines(again / "metrics.jsonl")) == 4
-    assert "The run was ended after update 4: the watched reward w.b" in write_report(run).read_text()
+    assert "At the last evaluation, after update 4, the watched reward w.b" in write_report(run).read_text()
 
     train(make_run(*settings, "rewards.w.max_fall=99"), Reporter())
     assert len(read_lines(run / "metrics.jsonl")) == 6
+
+
+def test_a_run_without_a_good_checkpoint_gives_none_by_itself(make_run, tmp_path):
+    (tmp_path / "hacked.py").write_text(HACKED)
+    rewards = f"""rewards={{agreement: null, persistence: null, background: null,
+        t: {{call: "{tmp_path}/hacked.py:trained"}},
+        w: {{call: "{tmp_path}/hacked.py:watched", watched: true, max_fall: 0.5}}}}"""
+    run = train(make_run(rewards, "tracking.preflight=skip"), Reporter(quiet=True))
+    assert [line["best"] for line in read_lines(run / "evaluations.jsonl")] == [True, False]
+    assert not (run / "lora").exists()
+    directory = RunDirectory(run)
+    with pytest.raises(UserError, match=r"has no good checkpoint, since the watched reward w.b .* all the same"):
+        directory.choose_checkpoint(None, print)
+    assert directory.choose_checkpoint(2, print) == 2
+
+
+def test_a_watch_needs_an_interval(make_run, tmp_path):
+    (tmp_path / "one.txt").write_text("a red square moving left slowly\n")
+    with pytest.raises(UserError, match=r"rewards.background.max_fall: an interval needs at least two held-out"):
+        train(make_run("rewards.background.max_fall=0.1", f"prompts.heldout={tmp_path}/one.txt"))
 
 
 def test_correlations_by_rank():

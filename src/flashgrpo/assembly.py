@@ -11,6 +11,7 @@ from torch import Tensor
 from flashgrpo.advantage import combine_advantages
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team, use_threads
+from flashgrpo.errors import UserError
 from flashgrpo.evaluate import Evaluator
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
@@ -37,6 +38,9 @@ class Assembly:
         self.rewards = Rewards(config.rewards, config.model.fps)
         self.rewards.check_columns(self.prompts[0], "prompts.train")
         self.rewards.check_columns(self.heldout[0], "prompts.heldout")
+        for name, reward in config.rewards.items():
+            if reward.max_fall is not None and len(self.heldout) < 2:
+                raise UserError(f"rewards.{name}.max_fall: an interval needs at least two held-out prompts")
         use_threads(config.parallel.threads)
         groups, size = config.rollout.prompts, config.rollout.group_size
         drawn = (prompt_groups(self.prompts, config.seed, update, groups, size) for update in range(config.updates))

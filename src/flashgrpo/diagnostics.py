@@ -98,7 +98,7 @@ def _averaged(parts: Assembly, run: Path | None, say: Say) -> tuple[int | None, 
     if of_run.model.train != parts.config.model.train:
         raise UserError(f"model.train is not that of {run}, whose weights are to be measured")
     directory.check_model(parts.policy.model.identity)
-    update = checkpoint.choose(directory.checkpoints, None, say)
+    update = directory.choose_checkpoint(None, say)
     checkpoint.read_into(directory.checkpoints, update, {"ema": tensors}, parts.team)
     return update, tensors
 

@@ -1,5 +1,6 @@
 """Held-out prompts on fixed noise with a deterministic solver, paired with the base model."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,14 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     use_threads(config.parallel.threads)
     rewards = Rewards(config.rewards, config.model.fps)
     prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
-    update = checkpoint.choose(run.checkpoints, checkpoint_update, Reporter().warn) if run else None
-    with joined(config, strict=False) as team:
+    rewards.check_columns(prompts[0], "prompts.heldout")
+    update = run.choose_checkpoint(checkpoint_update, Reporter().warn) if run else None
+    with joined(config, strict=False) as team, contextlib.ExitStack() as stack:
         model = load_model(config.model, team, config.seed, prompts, say=Reporter().say)
         if run:
             run.check_model(model.identity)
         rewards.load(team)
+        stack.callback(rewards.close)
         evaluator = Evaluator(model, config, prompts, rewards, team)
         base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
         if run is None or update is None:

@@ -37,7 +37,7 @@ def export(
     folder = out or run / "export" / format
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} exists and is not empty; choose another folder")
-    update = checkpoint.choose(directory.checkpoints, checkpoint_update, Reporter().warn)
+    update = directory.choose_checkpoint(checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     plain = {"compute_dtype": None, "offload": False, "attention": None, "compile": False}
     model = load_model(config.model.model_copy(update=plain), alone(computes=False), config.seed)

@@ -54,6 +54,7 @@ class Rewards:
         self._rewards: dict[str, Reward] = {}
         self._takes: dict[str, Input] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._failed: dict[str, BaseException] = {}
 
     def check_columns(self, prompt: Prompt, key: str) -> None:
         """Whether every reward takes the columns of a prompt file.
@@ -104,6 +105,11 @@ class Rewards:
         """Those that are trained on, and where `watched` those that are not."""
         return [name for name, config in self.configs.items() if watched or not config.watched]
 
+    def begin(self) -> dict[str, int]:
+        """Other samples are to be scored: forget that a reward has failed. Returns `failures` so far."""
+        self._failed.clear()
+        return self.failures()
+
     def failures(self) -> dict[str, int]:
         """Reward -> attempts that failed and were repeated, as far as it counts them (an attribute `failures`)."""
         return {name: int(declared(reward, "failures", 0)) for name, reward in self._rewards.items()}
@@ -126,6 +132,7 @@ class Rewards:
             UserError: a reward returned the wrong number of values or one that is not finite, or raised ValueError.
         """
         names = [only] if only else self.names(watched)
+        self.begin()
         for name in names:
             self.takes(name)  # loads it, in this thread
         futures = self.submit(Batch(prompts, self.fps, videos), names)
@@ -176,11 +183,15 @@ class Rewards:
     @torch.no_grad()  # gradient mode belongs to a thread, so the caller's does not reach here
     def _score(self, name: str, reward: Reward, batch: "Batch") -> Columns:
         try:
+            if name in self._failed:  # the samples cannot all be scored any more, so it need not be waited for again
+                raise self._failed[name]
             return checked_values(batch.scored_by(name, reward, self.takes(name)), len(batch.prompts), f"reward {name}")
-        except UserError:
+        except UserError as error:
+            self._failed[name] = error
             raise
         except ValueError as error:
-            raise UserError(str(error)) from error
+            self._failed[name] = UserError(str(error))
+            raise self._failed[name] from error
         finally:
             batch.done()
 

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from flashgrpo import checkpoint
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
@@ -157,6 +158,22 @@ class RunDirectory:
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations, the base model's first (update 0)."""
         return read_lines(self.evaluations_file)
+
+    def choose_checkpoint(self, update: int | None, warn: Callable[[str], None]) -> int:
+        """`update` itself; without one, that of the best held-out reward, or the newest where none beat the base.
+
+        Raises:
+            UserError: there is no checkpoint of it, it is damaged, or a watch has fired before there was a best one.
+        """
+        evaluations = self.evaluations()
+        improved = any(line.get("best") and line["update"] for line in evaluations)
+        fallen = evaluations[-1].get("watch") if evaluations else None
+        if update is None and fallen and not improved:
+            raise UserError(
+                f"{self.path} has no good checkpoint, since {fallen}; name an update (--checkpoint) to take one "
+                "all the same"
+            )
+        return checkpoint.choose(self.checkpoints, update, warn)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def sample(
         raise UserError("the prompt is empty")
     if out.suffix != ".mp4":
         raise UserError(f"--out: {out} must end in .mp4")
-    update = checkpoint.choose(directory.checkpoints, checkpoint_update, Reporter().warn)
+    update = directory.choose_checkpoint(checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     use_threads(config.parallel.threads)
     with joined(config, strict=False) as team:

@@ -1,7 +1,7 @@
 """The samples of an update or an evaluation decoded and scored while later ones are being drawn -> RewardTable."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,8 @@ from flashgrpo.inputs import LatentVideos
 from flashgrpo.reward_set import Batch, Columns, Rewards
 from flashgrpo.shares import overlap
 from flashgrpo.types import Latents, Prompt, RewardTable, VideoModel
+
+AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
 
 
 def untimed(phase: str) -> AbstractContextManager[None]:
@@ -57,7 +59,7 @@ class Scoring:
         self._first = team.share(len(prompts)).start
         self._waiting: list[Tensor] = []
         self._futures: dict[str, list[Future[Columns]]] = {name: [] for name in self._names}
-        self._failures = rewards.failures()
+        self._failures = rewards.begin()
 
     def add(self, rows: Tensor, latents: Latents) -> None:
         """This rank has drawn the samples `rows` of its share, which come in their order; (B,) and (B, C, F, H, W)."""
@@ -112,6 +114,8 @@ class Scoring:
                 self._submit(prompts, videos, latents if self._hands_latents else None)
 
     def _submit(self, prompts: Sequence[Prompt], videos: Tensor, latents: Tensor | None) -> None:
+        with self._clock("reward"):
+            wait([futures[-AHEAD] for futures in self._futures.values() if len(futures) >= AHEAD])
         batch = Batch(prompts, self._rewards.fps, videos if self._decodes else None, latents)
         for name, future in self._rewards.submit(batch, self._names).items():
             self._futures[name].append(future)

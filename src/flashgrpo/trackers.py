@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flashgrpo.errors import UserError
 from flashgrpo.settings import TrackingConfig
 
@@ -65,7 +67,9 @@ class Trackers:
     def _begin(self, name: str, config: TrackingConfig, run: Path, settings: Mapping[str, Any]) -> None:
         from accelerate import PartialState, tracking
 
+        threads = torch.get_num_threads()
         PartialState()  # accelerate's logging asks it, and stops where there is none
+        torch.set_num_threads(threads)  # which it may have set to its own liking
         local = run / "trackers"
         local.mkdir(exist_ok=True)
         tracker: Any

@@ -206,7 +206,8 @@ class Run:
         earlier = self._evaluations
         line = record(update, evaluation, earlier[0] if earlier else None, self.config.evaluation.samples_per_prompt)
         line["watch"] = broken_watch(line, self.config.rewards)
-        line["best"] = not line["watch"] and line["reward"] > max((e["reward"] for e in earlier), default=float("-inf"))
+        admitted = [e["reward"] for e in earlier if not e.get("watch")]
+        line["best"] = not line["watch"] and line["reward"] > max(admitted, default=float("-inf"))
         if line["best"] or line["watch"] or update == self.config.updates:
             base = (earlier[0] if earlier else line)["samples"]
             fps = self.config.model.fps
@@ -218,6 +219,8 @@ class Run:
             )
         self.team.lead(lambda: self.directory.log_evaluation(line))
         self.trackers.log("heldout", line)
+        if line["watch"] and update == self.config.updates:  # where it ends the run sooner, that says it
+            self.reporter.warn(line["watch"])
         self._evaluations.append(line)
         self.reporter.evaluation(line)
         return line

@@ -91,8 +91,8 @@ def compare(
     plan = make_plan(recipe, overrides, algorithms, seeds, budget, points, keep)
     folder = ComparisonFolder(Path(out or Path("runs") / f"compare-{Path(recipe).stem}"))
     with folder.claimed(plan):
-        _run(plan, folder, jobs, levels, console)
-        if diagnose:
+        interrupted = _run(plan, folder, jobs, levels, console)
+        if diagnose and not interrupted:
             _diagnose(plan, folder, console)
         comparison = write_data(folder, levels)
         write_figures(comparison, folder.figures)
@@ -102,8 +102,11 @@ def compare(
     return comparison
 
 
-def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console) -> None:
-    """Whatever of the plan is not done yet; comparison.json is written after each run."""
+def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console) -> bool:
+    """Whatever of the plan is not done yet; comparison.json is written after each run.
+
+    Returns whether an interrupt came before all had ended.
+    """
     entries = plan.as_json()
     runs = folder.runs(entries)
     todo = {
@@ -122,7 +125,7 @@ def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float
     lengths = ", ".join(f"{name} {config.updates} updates" for name, config in plan.algorithms.items())
     count = f"{len(runs)} run" + "s" * (len(runs) > 1)
     say(f"{folder.path}: {count} of {plan.budget:,} forwards each ({lengths}), {len(todo)} to do")
-    run_all(todo, jobs, console, ended)
+    return run_all(todo, jobs, console, ended)
 
 
 def _diagnose(plan: Plan, folder: ComparisonFolder, console: Console) -> None:

@@ -123,7 +123,7 @@ def _status(files: RunFiles, points: Sequence[Row], entry: Mapping[str, Any]) ->
     """`complete`, `ended early` by the recipe's own rules, `failed`, or `unfinished`; and why."""
     patience = entry["settings"]["evaluation"]["patience"]
     if points:
-        rewards = [point["reward"] for point in points]
+        rewards = [float("-inf") if point["watch"] else point["reward"] for point in points]
         stale = len(points) - 1 - rewards.index(max(rewards))
         if points[-1]["update"] >= entry["updates"]:
             return "complete", None

@@ -100,7 +100,7 @@ def collapse(run: Row) -> str | None:
     """Why a run counts as collapsed, None where it does not. It does when
 
     - a gradient norm or a training reward was not finite, or the run failed over one;
-    - a watched reward fell so far that the run was ended (`max_fall`);
+    - a watched reward had fallen too far at its last evaluation (`max_fall`);
     - at its last evaluation the held-out reward lies below the base model's with its whole 95 % interval over prompts;
     - its training reward lost more than half of what it had gained: of about ten stretches of equal length (of at least
       three updates each), the last has a mean nearer to the first one's than to the best one's. Gain and loss both have
@@ -112,7 +112,7 @@ def collapse(run: Row) -> str | None:
     if run["status"] == "failed" and "the gradient of optimizer step" in (run["reason"] or ""):
         return str(run["reason"])
     last = run["points"][-1] if run["points"] else None
-    if run["status"] == "ended early" and last and last["watch"]:
+    if last and last["watch"]:
         return str(last["watch"])
     if last and last["interval"] and last["interval"][1] < 0:
         low, high = last["interval"]

@@ -4,6 +4,7 @@
 before its first update. Each check is a function from what was measured to a `Finding`.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -40,8 +41,9 @@ def examine(recipe: str, overrides: Sequence[str] = ()) -> Diagnosis:
         UserError: the recipe is bad, or a reward or the model refuses its input.
     """
     config = RunConfig.load(recipe, overrides)
-    with joined(config) as team:
+    with joined(config) as team, contextlib.ExitStack() as stack:
         parts = Assembly(config, team)
+        stack.callback(parts.rewards.close)
         trial = try_out(parts, min(4, config.rollout.prompts), config.rollout.group_size, thorough=True)
         return Diagnosis(_shared(parts, [check(parts, trial) for check in (*QUICK, *THOROUGH, *COSTS)]))
 

@@ -89,6 +89,6 @@ def _bytes_per_sample(trial: Trial, model: ModelConfig) -> int:
     kept = [drawn.latents, drawn.transitions.x, drawn.transitions.x_next]
     kept += drawn.transitions.condition.tensors.values()
     video = 0
-    if drawn.latents.device.type == "cpu":  # where videos are, too, and all of them at once if rewards are slow
+    if drawn.latents.device.type == "cpu":  # where videos are, too; all of them at the most
         video = model.num_frames * 3 * model.height * model.width * 4
     return sum(tensor.numel() * tensor.element_size() for tensor in kept) // samples + video

@@ -20,6 +20,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
+from flashgrpo.scoring import AHEAD
 from flashgrpo.sharding import blocks_of
 from flashgrpo.types import Condition, Moment
 
@@ -36,7 +37,7 @@ class Estimate:
     Args:
         parameters: numbers of the network, of what is trained of it, and of the autoencoder.
         phases: phase -> part -> bytes.
-        host: bytes of the CPU's memory that a process's decoded videos take.
+        host: bytes of the CPU's memory that a process's decoded videos take at most, where rewards are slow.
     """
 
     parameters: Mapping[str, int]
@@ -92,7 +93,8 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
         "vae": sum(p.numel() for p in vae.parameters()),
     }
     video = config.model.num_frames * 3 * config.model.height * config.model.width * 4
-    return Estimate(counts, phases, host=own * video)
+    held = own if offload or parallel.reward_ranks else min(own, (AHEAD + 1) * settings.micro_batch)
+    return Estimate(counts, phases, host=held * video)
 
 
 def weightless(config: RunConfig) -> Any:

@@ -93,7 +93,8 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
     drawn = experience(parts, first, meter)
     prompts = [group.prompt for group in first for _ in range(group_size)]
     once_more = parts.scoring(prompts)
-    once_more.add(torch.arange(len(drawn.latents)), drawn.latents)
+    for rows in torch.arange(len(drawn.latents)).split(config.rollout.micro_batch):  # as they were drawn
+        once_more.add(rows, drawn.latents[rows])
     again = once_more.table().values
     recorder = _Recorder(parts, steps=thorough)
     with meter("update"):

@@ -128,9 +128,9 @@ def reward_charts(run: Run, shown: Row | None) -> dict[str, Any]:
 
 
 def watch_note(evaluations: Sequence[Row]) -> str:
-    """Why the run was ended by a watched reward, where it was."""
+    """Which watched reward has fallen too far at the last evaluation, and so ended the run."""
     why = evaluations[-1].get("watch") if evaluations else None
-    return f"The run was ended after update {evaluations[-1]['update']}: {why}." if isinstance(why, str) else ""
+    return f"At the last evaluation, after update {evaluations[-1]['update']}, {why}." if isinstance(why, str) else ""
 
 
 def health_charts(run: Run) -> dict[str, Any]:

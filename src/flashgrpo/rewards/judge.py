@@ -33,6 +33,7 @@ from flashgrpo.inputs import Pixels
 from flashgrpo.rewards.answers import load_json
 from flashgrpo.rewards.frames import pick
 from flashgrpo.rewards.http import Endpoint, Transient, all_of, persist, run
+from flashgrpo.rewards.loading import as_float
 
 MEND = "is the judge's server running there, and can this machine reach it?"
 AGAIN = "That is not an answer of the form that was asked for. Answer again, in exactly that form."
@@ -212,4 +213,5 @@ def _number(value: Any) -> float | None:
     """A number, or its decimal digits in a text."""
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+(\.\d*)?\s*", value, re.ASCII):
         return float(value)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return as_float(value) if number else None

@@ -75,17 +75,18 @@ def check_columns(found: Any, args: Mapping[str, Any], columns: Mapping[str, Any
     Raises:
         TypeError: it does not, or needs one that is not there.
     """
-    if isinstance(found, partial):
-        found = found.func
-    if inspect.isclass(found):
-        inspect.signature(found.__call__).bind(None, [], [], **columns)
+    if makes_reward(found):
+        instances: Any = found.func if isinstance(found, partial) else found
+        if not any("__call__" in vars(one) for one in instances.__mro__):
+            raise TypeError(f"instances of {instances.__name__} cannot be called")
+        inspect.signature(instances.__call__).bind(None, [], [], **columns)
     else:
         inspect.signature(partial(found, **args)).bind([], [], **columns)
 
 
 def makes_reward(found: Any) -> bool:
     """Whether it is called to make the reward, rather than to score."""
-    return inspect.isclass(found) or isinstance(found, partial)
+    return inspect.isclass(found.func if isinstance(found, partial) else found)
 
 
 def bind(found: Any, args: Mapping[str, Any], key: str) -> Reward:
@@ -100,7 +101,9 @@ def bind(found: Any, args: Mapping[str, Any], key: str) -> Reward:
 
 def declared(reward: Any, name: str, default: Any = None) -> Any:
     """What a reward says about itself: `takes`, `planted_pair`, `score_range` or `failures` (see `types.Reward`)."""
-    return getattr(reward.func if isinstance(reward, partial) else reward, name, default)
+    while isinstance(reward, partial):
+        reward = reward.func
+    return getattr(reward, name, default)
 
 
 def takes_of(reward: Any) -> Input:
@@ -135,17 +138,18 @@ def _column(numbers: Any, count: int, what: str) -> list[float]:
     for value in column:
         if isinstance(value, bool | str) or not hasattr(value, "__float__"):
             raise ValueError(f"{what} must be {count} numbers, not {type(value).__name__}")
-    finite = [_as_float(value) for value in column]
+    finite = [as_float(value) for value in column]
     for row, value in enumerate(finite):
         if not math.isfinite(value):
             raise ValueError(f"{what} is {value} for video {row}; rewards must be finite")
     return finite
 
 
-def _as_float(value: Any) -> float:
+def as_float(value: Any) -> float:
+    """As a float; infinite where it is an integer beyond all floats."""
     try:
         return float(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:
         return math.inf
 
 
