@@ -68,8 +68,8 @@ class Scoring:
         if self._at_once:
             self._waiting.append(latents)
             return
-        videos = self._decode(latents, self._first + int(rows[0]))
         first, last = self._first + int(rows[0]), self._first + int(rows[-1])
+        videos = self._decode(latents, first)
         self._submit(self._prompts[first : last + 1], videos, latents if self._hands_latents else None)
 
     def table(self) -> RewardTable:
