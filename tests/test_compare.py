@@ -22,7 +22,7 @@ from flashgrpo.compare import compare, statistics, write_data
 from flashgrpo.compare.figures import write_figures
 from flashgrpo.compare.folder import ComparisonFolder
 from flashgrpo.compare.plan import Plan, make_plan, read_algorithms
-from flashgrpo.compute import Cost, update_cost
+from flashgrpo.compute import Cost, Guided, update_cost
 from flashgrpo.distributed import alone
 from flashgrpo.errors import UserError
 from flashgrpo.progress import Clock
@@ -66,14 +66,16 @@ def test_the_cost_of_an_update_by_hand(make_run, overrides, rollout, update):
 
 
 def test_two_experts_with_guidance_at_one_of_them(make_run):
-    guided = [True] * 5 + [False] * 15
+    guided = Guided([True] * 5 + [False] * 15, [True] * 5 + [False] * 15)
     assert update_cost(make_run("algorithm=flow-grpo", *PLAIN), 0, guided) == Cost(12 * 25, 12 * 24 * 3)
 
 
 @pytest.mark.parametrize("algorithm", ["flash-grpo", "flow-grpo", "{preset: mix-grpo, steps: {size: 2}}"])
 @pytest.mark.parametrize("guidance", [1, 2])
 def test_the_network_is_run_as_often_as_counted(make_run, algorithm, guidance):
-    config = make_run(f"algorithm={algorithm}", f"rollout.guidance_scale={guidance}", "optim.micro_batch=1")
+    config = make_run(
+        f"algorithm={algorithm}", f"rollout.guidance_scale={guidance}", "optim.micro_batch=1", "rollout.retain=false"
+    )
     parts = Assembly(config, alone())
     rows = {True: 0, False: 0}
 

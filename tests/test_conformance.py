@@ -13,9 +13,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 from flashgrpo.distributed import alone
+from flashgrpo.environment import Environment
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters, weights_replaced
-from flashgrpo.noise import Ode
 from flashgrpo.optim import Optimizer
 from flashgrpo.policy import Policy, guidance_by_step
 from flashgrpo.presets import FLASH_GRPO
@@ -180,9 +180,8 @@ def test_sampling_equals_the_pipeline(model, kind, folder, prompts, solver):
 
     grid = model.grid(6)
     guidance = guidance_by_step(model, grid, SCALE, kind.guidance_scale_2)
-    policy = Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
     start = noise(model, 1, seed=3)
-    ours = denoise(policy, start, model.encode(prompts[:1]), solver, 1, TEAM)
+    ours = denoise(Environment(model, grid, guidance, solver), start, model.encode(prompts[:1]), 1, TEAM)
     call = {"height": kind.height, "width": kind.width, "num_frames": kind.num_frames}
     call["max_sequence_length"] = model.config.max_sequence_length
     call |= {"num_inference_steps": 6, "guidance_scale": SCALE}
@@ -249,10 +248,11 @@ def test_one_update(kind, folder, prompts, solver, offload):
     grid = model.grid(6)
     guidance = guidance_by_step(model, grid, SCALE, kind.guidance_scale_2)
     policy = Policy(model, grid, FLASH_GRPO.noise(grid.sigmas), guidance, micro_batch=2)
+    environment = Environment(model, grid, guidance, solver)
     groups = [PromptGroup(0, number, prompt, 2) for number, prompt in enumerate(prompts)]
     samples = [Sample(group, member) for group in groups for member in range(2)]
     condition = model.encode([sample.group.prompt for sample in samples])
-    latents, transitions = rollout(policy, samples, condition, FLASH_GRPO, solver, 0, 4, TEAM)
+    latents, transitions = rollout(policy, environment, samples, condition, FLASH_GRPO, 0, 4, TEAM)
     assert latents.isfinite().all()
     before = {name: p.detach().clone() for name, p in trained_parameters(model.network).items()}
     optimizer = Optimizer(trained_parameters(model.network), OptimConfig(lr=1e-2, micro_batch=2), TEAM)

@@ -1,6 +1,7 @@
 """The doctor finds a sound run sound, and each planted fault by the check that is meant for it."""
 
 import collections
+import dataclasses
 import json
 import shutil
 import sys
@@ -20,8 +21,8 @@ from flashgrpo.doctor.checks import QUICK, THOROUGH
 from flashgrpo.doctor.costs import COSTS
 from flashgrpo.errors import UserError
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.noise import LinearSde
 from flashgrpo.policy import Policy
+from flashgrpo.solvers import Euler
 from flashgrpo.train import train
 
 
@@ -154,7 +155,7 @@ def test_noise_that_stays_in_the_videos(diagnose, monkeypatch):
     real = flashgrpo.assembly.rollout
 
     def noisy(*arguments):
-        *rest, drawn = arguments
+        *rest, drawn, _ = arguments
         latents, transitions = real(*rest)
         latents = latents + 0.1 * torch.randn_like(latents)
         drawn(torch.arange(len(latents)), latents)
@@ -212,13 +213,16 @@ def test_advantages_of_one_sign(diagnose, monkeypatch):
 
 def test_an_evaluation_that_samples_as_training_does(diagnose, monkeypatch):
     module = sys.modules["flashgrpo.evaluate"]  # the package's `evaluate` is the function
-    real = module.deterministic_policy
+    real = module.deterministic
 
-    def stochastic(model, config, num_steps):
-        policy = real(model, config, num_steps)
-        return Policy(model, policy.grid, LinearSde(1.0)(policy.grid.sigmas), policy.guidance, 1)
+    class Noisy(Euler):
+        def walk(self, grid, points):
+            walk = super().walk(grid, points)
+            exact = walk.step
+            walk.step = lambda k, x, v: exact(k, x, v) + torch.randn_like(x)
+            return walk
 
-    monkeypatch.setattr(module, "deterministic_policy", stochastic)
+    monkeypatch.setattr(module, "deterministic", lambda *given: dataclasses.replace(real(*given), solver=Noisy()))
     assert "evaluation adds noise" in only_fault(diagnose(), "evaluation sampler")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashgrpo import update
 from flashgrpo.distributed import alone
+from flashgrpo.environment import Environment
 from flashgrpo.loss import NoiseLevel, NormalizedRatio, StepLength
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.noise import Ode
@@ -18,7 +19,6 @@ from flashgrpo.policy import Policy
 from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, PRESETS, Algorithm
 from flashgrpo.rollout import rollout
 from flashgrpo.settings import OptimConfig
-from flashgrpo.solvers import Euler
 from flashgrpo.types import Prompt, PromptGroup, Sample
 from flashgrpo.update import UpdateMetrics, micro_batches, policy_update, replay
 
@@ -38,7 +38,8 @@ def draw(model, algorithm: Algorithm, steps=6, groups=3, size=2, micro_batch=64,
     prompt_groups = [PromptGroup(update, g, PROMPTS[g], size) for g in range(groups)]
     samples = [Sample(group, member) for group in prompt_groups for member in range(size)]
     condition = model.encode(PROMPTS[:groups])[torch.arange(groups).repeat_interleave(size)]
-    latents, transitions = rollout(policy, samples, condition, algorithm, Euler(), seed, micro_batch, TEAM)
+    environment = Environment(model, grid, policy.guidance)
+    latents, transitions = rollout(policy, environment, samples, condition, algorithm, seed, micro_batch, TEAM)
     return policy, latents, transitions
 
 
@@ -307,14 +308,14 @@ def test_the_normalized_ratio_is_of_the_policy_that_drew(make_model, monkeypatch
         v = policy.exact_velocity(transitions.k, transitions.x, transitions.condition[transitions.sample])
     seen = []
 
-    def spied(policy, batch, advantage, weight, algorithm, metrics, old_v):
+    def spied(policy, batch, advantage, weight, algorithm, metrics, old_v, v_kept):
         rows = [
             int(((transitions.log_prob == value) & (transitions.k == k)).nonzero())
             for value, k in zip(batch.log_prob, batch.k, strict=True)
         ]
         assert torch.equal(old_v, v[rows])
         seen.extend(rows)
-        return replay(policy, batch, advantage, weight, algorithm, metrics, old_v)
+        return replay(policy, batch, advantage, weight, algorithm, metrics, old_v, v_kept)
 
     monkeypatch.setattr(update, "replay", spied)
     updated(model, GUARD, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]), lr=1e-2, passes=2, minibatches=2)

@@ -61,7 +61,7 @@ def test_euler_steps_are_the_schedulers_steps():
     scheduler.set_timesteps(5)
     generator = torch.Generator().manual_seed(0)
     x = expected = torch.randn(2, 3, 4, generator=generator)
-    walk = Euler().walk(grid)
+    walk = Euler().walk(grid, range(5))
     for k in range(5):
         v = torch.randn(2, 3, 4, generator=generator)
         x = walk.step(k, x, v)
@@ -72,7 +72,7 @@ def test_euler_steps_are_the_schedulers_steps():
 def test_euler_is_the_ode_row():
     """x - (sigma_k - sigma_{k+1}) v: 1 - 0.25 * 2 = 0.5 from sigma 1 to 0.75, 1 - 0.75 * 2 = -0.5 from there to 0."""
     sigmas, x, v = torch.tensor([1.0, 0.75, 0.0]).double(), torch.ones(1, 1), torch.full((1, 1), 2.0)
-    walk = Euler().walk(SigmaGrid(sigmas, torch.tensor([1000.0, 750.0])))
+    walk = Euler().walk(SigmaGrid(sigmas, torch.tensor([1000.0, 750.0])), range(2))
     for k, expected in ((0, 0.5), (1, -0.5)):
         assert walk.step(k, x, v).item() == expected
         assert torch.equal(walk.step(k, x, v), Ode()(sigmas).mean(k, x, v))

@@ -5,14 +5,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flashgrpo.advantage import combine_advantages
+from flashgrpo.compute import Guided
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team, use_threads
+from flashgrpo.environment import Environment, within
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import Evaluator
+from flashgrpo.graphs import Graphs, graphs_for
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.optim import Optimizer
@@ -51,6 +55,15 @@ class Assembly:
         table = config.algorithm.noise(grid.sigmas)
         guidance = guidance_by_step(model, grid, settings.guidance_scale, settings.guidance_scale_2)
         self.policy = Policy(model, grid, table, guidance, config.optim.micro_batch)
+        self.environment = Environment(
+            model,
+            grid,
+            within(guidance, grid, settings.guidance_interval),
+            settings.solver,
+            settings.deterministic_steps,
+            getattr(torch, settings.deterministic_dtype) if settings.deterministic_dtype else None,
+        )
+        self.graphs = self._graphs()
         self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
         self.evaluator = Evaluator(model, config, self.heldout, self.rewards, team)
 
@@ -61,11 +74,30 @@ class Assembly:
         model = self.policy.model
         return Scoring(self.rewards, model, self.team, prompts, False, batch, at_once=offloads, clock=clock)
 
+    def _graphs(self) -> Graphs | None:
+        config, rollout, optim, one = self.config, self.config.rollout, self.config.optim, torch.zeros(1).long()
+        replays = None
+        if optim.passes * optim.minibatches > 1:
+            replays = "a rollout that serves several optimizer steps is replayed for the later ones"
+        elif self.team.wraps:
+            replays = "processes that hold a network between them replay together"
+        elif config.model.offload:
+            replays = "with model.offload the network leaves the device before the update"
+        trained = config.algorithm.steps.trained(config.seed, 0, one, rollout.num_steps, members=one)
+        own = len(self.team.share(rollout.prompts * rollout.group_size))
+        return graphs_for(rollout.retain, own * int(trained.sum()), replays, self.team.device)
+
+    @property
+    def guided(self) -> Guided:
+        """Which steps run two branches."""
+        return Guided((self.environment.guidance > 1).tolist(), (self.policy.guidance > 1).tolist())
+
     def with_algorithm(self, algorithm: Algorithm) -> "Assembly":
         """The same parts, none of them copied or loaded again, that draw and compare as another algorithm does."""
         other = copy.copy(self)
         other.config = self.config.model_copy(update={"algorithm": algorithm})
         other.policy = replace(self.policy, table=algorithm.noise(self.policy.grid.sigmas))
+        other.graphs = other._graphs()
         return other
 
 
@@ -95,14 +127,15 @@ def experience(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) ->
         condition = policy.model.encode([sample.group.prompt for sample in mine or samples[:1]])
         latents, transitions = rollout(
             policy,
+            parts.environment,
             mine,
             condition,
             config.algorithm,
-            settings.solver,
             config.seed,
             settings.micro_batch,
             team,
             scoring.add,
+            parts.graphs,
         )
     rewards = scoring.table()
     columns, grouping = list(rewards.trained), config.algorithm.grouping

@@ -14,11 +14,11 @@ from torch import Tensor
 from flashgrpo import checkpoint
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team, joined, use_threads
+from flashgrpo.environment import Environment
 from flashgrpo.errors import UserError
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters, weights_replaced
-from flashgrpo.noise import Ode
-from flashgrpo.policy import Policy, guidance_by_step
+from flashgrpo.policy import guidance_by_step
 from flashgrpo.progress import Reporter
 from flashgrpo.prompts import read_prompts
 from flashgrpo.reward_set import Rewards
@@ -92,7 +92,7 @@ class Evaluator:
         team: Team,
     ) -> None:
         settings = config.evaluation
-        self.policy = deterministic_policy(model, config, settings.num_steps)
+        self.environment = deterministic(model, config, settings.num_steps)
         self._config = config
         self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         self._rewards = rewards
@@ -109,8 +109,8 @@ class Evaluator:
         every, settings = self._prompts[:count], self._config.rollout
         rows = self._team.share(len(every))
         prompts = [every[row] for row in rows]
-        condition = self.policy.model.encode(prompts or self._prompts[:1])
-        solver, model = self._config.evaluation.solver, self.policy.model
+        model = self.environment.model
+        condition = model.encode(prompts or self._prompts[:1])
         shown = self._shown_rows()
         scoring = Scoring(
             self._rewards,
@@ -122,7 +122,7 @@ class Evaluator:
             keep=shown,
             at_once=self._config.model.offload,
         )
-        denoise(self.policy, self._noise(rows), condition, solver, settings.micro_batch, self._team, scoring.add)
+        denoise(self.environment, self._noise(rows), condition, settings.micro_batch, self._team, scoring.add)
         table = scoring.table()
         return Evaluation(every, table, shown, scoring.videos)
 
@@ -133,19 +133,19 @@ class Evaluator:
 
     def _noise(self, rows: range) -> Tensor:
         """x_0 of each row, from the evaluation's own seed and purpose."""
-        settings, model = self._config.evaluation, self.policy.model
+        settings, model = self._config.evaluation, self.environment.model
         names = [divmod(row, settings.samples_per_prompt) for row in rows]
         noise = [normal(model.latent_shape, settings.seed, "evaluation", *name) for name in names]
         return torch.stack(noise or [torch.empty(0)]).reshape(-1, *model.latent_shape).to(model.device)
 
 
-def deterministic_policy(model: VideoModel, config: RunConfig, num_steps: int) -> Policy:
-    """The model on a grid of its own step count, without noise, with the guidance of evaluations."""
+def deterministic(model: VideoModel, config: RunConfig, num_steps: int) -> Environment:
+    """Sampling without noise on a grid of its own step count, with the guidance and the solver of evaluations."""
     grid = model.grid(num_steps)
     settings = config.rollout if config.evaluation.guidance_scale is None else config.evaluation
     scale = config.evaluation.guidance_scale or config.rollout.guidance_scale
     guidance = guidance_by_step(model, grid, scale, config.evaluation.guidance_scale_2 or settings.guidance_scale_2)
-    return Policy(model, grid, Ode()(grid.sigmas), guidance, micro_batch=1)
+    return Environment(model, grid, guidance, config.evaluation.solver)
 
 
 def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, samples_per_prompt: int) -> dict[str, Any]:

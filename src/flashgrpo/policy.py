@@ -49,7 +49,11 @@ class Policy:
         return Moment(self.grid.timesteps[k], self.grid.sigmas[k], self.guidance[k])
 
     def exact_velocity(self, k: Steps, x: Latents, condition: Condition) -> Latents:
-        """The velocity of a stochastic step: bit for bit the same for a sample, whatever else is computed with it.
+        """The velocity of a stochastic step: bit for bit the same for a sample, whatever else is computed with it."""
+        return torch.cat(self.exact_parts(k, x, condition))
+
+    def exact_parts(self, k: Steps, x: Latents, condition: Condition) -> list[Tensor]:
+        """The same, as the network computes it: `micro_batch` rows at a time.
 
         Kernels round differently for different batch sizes. So this always runs the network on `micro_batch` rows, and
         fills the last batch up with copies of its last row. The deterministic steps need no such care, since they are
@@ -61,15 +65,14 @@ class Policy:
             rows = first + torch.arange(self.micro_batch).clamp(max=count - 1)
             with uncompiled():
                 parts.append(self.velocity(k[rows], x[rows], condition[rows])[:count])
-        return torch.cat(parts)
+        return parts
 
     def calls(self, rows: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
         """How many times `exact_velocity` of so many rows runs the network."""
         return -(-rows // self.micro_batch)
 
-    def act(self, k: Steps, x: Latents, condition: Condition, noise: Latents) -> tuple[Latents, LogProb]:
-        """Take the stochastic step k with the given standard normal `noise`: x_{k+1} and its log-density."""
-        v = self.exact_velocity(k, x, condition)
+    def act(self, k: Steps, x: Latents, v: Latents, noise: Latents) -> tuple[Latents, LogProb]:
+        """Take the stochastic step k with its exact velocity and standard normal `noise`: x_{k+1}, log-density."""
         x_next = self.table.sample(k, x, v, noise)
         return x_next, self.table.log_prob(k, x_next, x, v)
 

@@ -9,7 +9,7 @@ from flashgrpo import checkpoint
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team, joined, use_threads
 from flashgrpo.errors import UserError
-from flashgrpo.evaluate import deterministic_policy
+from flashgrpo.evaluate import deterministic
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.progress import Reporter
@@ -76,9 +76,9 @@ def sample(
 
 @torch.no_grad()
 def _draw(model: VideoModel, config: RunConfig, prompt: Prompt, seed: int, num_steps: int | None, team: Team) -> Video:
-    policy = deterministic_policy(model, config, num_steps or config.evaluation.num_steps)
+    environment = deterministic(model, config, num_steps or config.evaluation.num_steps)
     noise = normal(model.latent_shape, seed, "sample")[None].to(model.device)
-    latents = denoise(policy, noise, model.encode([prompt]), config.evaluation.solver, 1, team)
+    latents = denoise(environment, noise, model.encode([prompt]), 1, team)
     return model.decode(latents)[0].cpu()
 
 

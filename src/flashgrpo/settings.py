@@ -63,8 +63,8 @@ class ModelConfig(Part):
     """Of the frozen weights; adapters, latents and densities are always float32."""
     compute_dtype: Literal["bfloat16"] | None = None
     """Casts all weights, norms too, for each computation and reduces gradients in float32 (FSDP2)."""
-    vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the autoencoder."""
+    vae_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of the autoencoder; `auto` is bfloat16 where the device has units for it, and float32 where it is slow."""
     train: Annotated[Lora | Full, Field(discriminator="kind")] = Lora()
     gradient_checkpointing: bool = False
     """Compute a block again in the backward pass rather than keep what is inside of it."""
@@ -99,10 +99,31 @@ class RolloutConfig(Part):
     """Where the second of two experts computes (Wan 2.2 A14B); as the first when not given."""
     solver: Solver = Euler()
     """Of the deterministic steps."""
+    deterministic_steps: int | None = Field(default=None, ge=1)
+    """Points of the grid at which a deterministic walk stops, evenly spread, with both ends of each stochastic step
+    besides; all N when not given."""
+    guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Sigmas between which deterministic steps use guidance; stochastic steps always do."""
+    deterministic_dtype: Literal["bfloat16"] | None = None
+    """In which the network computes deterministic steps (autocast)."""
+    retain: bool | None = None
+    """Keep the graph of a trained step from rollout to update rather than replay it; when not given, where a rollout
+    serves one optimizer step and all graphs take at most a quarter of the device's memory."""
     micro_batch: int = Field(default=64, ge=1)
     """Samples denoised at once."""
     decode_micro_batch: int = Field(default=64, ge=1)
     """Latents decoded at once."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "RolloutConfig":
+        if self.deterministic_steps is not None and self.deterministic_steps > self.num_steps:
+            raise ValueError(
+                f"deterministic_steps is {self.deterministic_steps}, but the grid has no more points than num_steps, "
+                f"which is {self.num_steps}"
+            )
+        if self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is a pair of sigmas, low < high, not {list(self.guidance_interval)}")
+        return self
 
 
 class EmaConfig(Part):

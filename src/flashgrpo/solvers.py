@@ -4,6 +4,7 @@ A multistep solver remembers earlier steps, so a walk along the grid has a state
 stochastic step, after which the sample is no longer on the path that was remembered.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashgrpo.noise import FORBID_EXTRA, Latents, Latents32, Ode, StepTable
+from flashgrpo.noise import FORBID_EXTRA, Latents, Latents32, Ode
 from flashgrpo.schedule import SigmaGrid
 
 
@@ -20,7 +21,10 @@ class Walk(Protocol):
     """One or more samples on their way along a grid, all at the same step."""
 
     def step(self, k: int, x: Latents, v: Latents) -> Latents32:
-        """The deterministic step k: x_{k+1} of x_k (B, ...) and its velocity. Steps come in their order."""
+        """The deterministic step from point k of the grid to the walk's next, of x_k (B, ...) and its velocity.
+
+        Points come in their order.
+        """
         ...
 
     def restart(self) -> None:
@@ -35,17 +39,18 @@ class Euler:
     kind: Literal["euler"] = "euler"
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
-    def walk(self, grid: SigmaGrid) -> Walk:
-        """A walk along the grid from any of its points."""
-        return _EulerWalk(Ode()(grid.sigmas))
+    def walk(self, grid: SigmaGrid, points: Sequence[int]) -> Walk:
+        """A walk along the grid that stops at these points, rising, and ends at the grid's end."""
+        return _EulerWalk(_at(grid, points), points)
 
 
 class _EulerWalk:
-    def __init__(self, table: StepTable) -> None:
-        self._table = table
+    def __init__(self, sigmas: Float[Tensor, " points"], points: Sequence[int]) -> None:
+        self._table = Ode()(sigmas)
+        self._number = {k: number for number, k in enumerate(points)}
 
     def step(self, k: int, x: Latents, v: Latents) -> Latents32:
-        return self._table.mean(k, x, v)
+        return self._table.mean(self._number[k], x, v)
 
     def restart(self) -> None:
         pass  # nothing is remembered
@@ -63,27 +68,28 @@ class UniPC:
     kind: Literal["unipc"] = "unipc"
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
-    def walk(self, grid: SigmaGrid) -> Walk:
-        """A walk along the grid from any of its points."""
-        return _UniPCWalk(grid.sigmas.float(), self.order)
+    def walk(self, grid: SigmaGrid, points: Sequence[int]) -> Walk:
+        """A walk along the grid that stops at these points, rising, and ends at the grid's end."""
+        return _UniPCWalk(_at(grid, points).float(), points, self.order)
 
 
 class _UniPCWalk:
-    def __init__(self, sigmas: Float[Tensor, " points"], order: int) -> None:
+    def __init__(self, sigmas: Float[Tensor, " points"], points: Sequence[int], order: int) -> None:
         self._sigmas = sigmas.clamp(max=1 - 1e-6)  # the solver takes log(1 - sigma); the scheduler does the same
+        self._number = {k: number for number, k in enumerate(points)}
         self._order = order
         self._scheduler: Any = None
 
     def step(self, k: int, x: Latents, v: Latents) -> Latents32:
         if self._scheduler is None:
-            self._scheduler = self._begin(k)
-        timestep = self._scheduler.timesteps[k]
+            self._scheduler = self._begin(self._number[k])
+        timestep = self._scheduler.timesteps[self._number[k]]
         return self._scheduler.step(v.float(), timestep, x.float(), return_dict=False)[0]
 
     def restart(self) -> None:
         self._scheduler = None
 
-    def _begin(self, k: int) -> Any:
+    def _begin(self, number: int) -> Any:
         from diffusers import UniPCMultistepScheduler  # takes seconds to import
 
         scheduler: Any = UniPCMultistepScheduler(
@@ -91,8 +97,13 @@ class _UniPCWalk:
         )
         scheduler.set_timesteps(len(self._sigmas) - 1)
         scheduler.sigmas, scheduler.timesteps = self._sigmas, torch.arange(len(self._sigmas) - 1)
-        scheduler.set_begin_index(k)
+        scheduler.set_begin_index(number)
         return scheduler
+
+
+def _at(grid: SigmaGrid, points: Sequence[int]) -> Float[Tensor, " points"]:
+    """The sigmas of these points, and of the grid's end."""
+    return grid.sigmas[[*points, grid.num_steps]]
 
 
 Solver = Euler | UniPC

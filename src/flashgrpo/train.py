@@ -67,7 +67,7 @@ def _update(parts: Assembly, groups: Sequence[PromptGroup], clock: Clock) -> dic
     with clock("update"):
         own = drawn.advantages[drawn.mine]
         metrics = describe_rewards(drawn, config.rollout.group_size)
-        metrics["compute"] = asdict(update_cost(config, groups[0].update, (parts.policy.guidance > 1).tolist()))
+        metrics["compute"] = asdict(update_cost(config, groups[0].update, parts.guided))
         return metrics | policy_update(
             parts.policy, parts.optimizer, drawn.transitions, own, config.algorithm, config.optim, parts.team
         )

@@ -102,6 +102,14 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Retained:
+    """Velocities (B, C, F, H, W) of some transitions, of one step, with the graph that leads to the weights."""
+
+    rows: Int64[Tensor, " batch"]
+    v: Latents
+
+
+@dataclass(frozen=True)
 class Transitions:
     """All that crosses from rollout to update: the stochastic steps x_k -> x_{k+1} that are trained.
 
@@ -109,6 +117,8 @@ class Transitions:
     `condition` has a row per sample, not per transition. Example with B = 4 samples in 2 groups, one step each:
 
         sample [0, 1, 2, 3]   k [2, 2, 0, 0]   log_prob [-0.91, -0.93, -0.87, -0.90]
+
+    `retained` is of all rows or empty; a part of the transitions has none, and neither does a second backward pass.
     """
 
     sample: Int64[Tensor, " transitions"]
@@ -117,6 +127,7 @@ class Transitions:
     x_next: Float32[Tensor, "transitions channels frames height width"]
     log_prob: Float32[Tensor, " transitions"]
     condition: Condition
+    retained: Sequence[Retained] = ()
 
     def __len__(self) -> int:
         return len(self.k)
@@ -129,6 +140,7 @@ class Transitions:
             x=self.x[rows],
             x_next=self.x_next[rows],
             log_prob=self.log_prob[rows],
+            retained=(),
         )
 
 

@@ -47,20 +47,23 @@ def policy_update(
     weights = algorithm.weighting.weights(policy.table, candidates, k)[mine].to(device)
     advantages = advantages.to(device)
     metrics = UpdateMetrics(algorithm)
+    once = config.passes * config.minibatches == 1
+    retained: dict[int, list[tuple[Tensor, Latents | None]]] = {}
+    for one in transitions.retained if once else ():
+        retained.setdefault(int(transitions.k[one.rows[0]]), []).append((one.rows, one.v))
     old_v = None
-    if algorithm.ratio.needs_old_velocity and config.passes * config.minibatches > 1:
+    if algorithm.ratio.needs_old_velocity and not once:
         old_v = drawn_velocities(policy, transitions, k, owner, config.micro_batch, team)
     for _ in range(config.passes):
         for first in range(config.minibatches):
             rows = torch.arange(first, len(k), config.minibatches)  # some of every rank's
             for step, parts, idle in micro_batches(k[rows], owner[rows], team.data_rank, config.micro_batch):
-                for part in parts:
-                    local = rows[part] - mine[0]
+                for local, v in retained.get(step) or [(rows[part] - mine[0], None) for part in parts]:
                     batch = transitions[local]
                     with uncompiled():  # the backward pass may compute blocks again
                         drawn = None if old_v is None else old_v[local]
                         loss = replay(
-                            policy, batch, advantages[batch.sample], weights[local], algorithm, metrics, drawn
+                            policy, batch, advantages[batch.sample], weights[local], algorithm, metrics, drawn, v
                         )
                         (loss.sum() * (team.loss_scale / len(rows))).backward()
                 for _ in range(idle if team.wraps else 0):
@@ -132,15 +135,18 @@ def replay(
     algorithm: Algorithm,
     metrics: "UpdateMetrics",
     old_v: Latents | None = None,
+    v: Latents | None = None,
 ) -> Float[Tensor, " transitions"]:
     """Compute the recorded steps again, with gradient; the loss of each transition.
 
     Args:
+        v: the velocities with their graph, where the rollout has kept it: then nothing is computed again.
         old_v: velocities by the policy that drew the transitions; None where this still is that policy. They count for
             the ratio of GRPO-Guard alone (arXiv 2510.22319, eq. 8).
     """
     condition = batch.condition[batch.sample]
-    v = policy.exact_velocity(batch.k, batch.x, condition)
+    if v is None:
+        v = policy.exact_velocity(batch.k, batch.x, condition)
     log_prob = policy.table.log_prob(batch.k, batch.x_next, batch.x, v)
     new, old = algorithm.ratio.scores(policy.table, batch.k, log_prob, batch.log_prob, v, v if old_v is None else old_v)
     loss = policy_losses(new, old, advantage, weight, algorithm.clip_range)

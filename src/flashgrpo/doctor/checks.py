@@ -147,15 +147,15 @@ def advantage_signs(parts: Assembly, trial: Trial) -> Finding:
 
 def evaluation_sampler(parts: Assembly, trial: Trial) -> Finding:
     """Evaluation samples without noise, on noise of its own."""
-    policy = parts.evaluator.policy
-    if policy.table.std.any():
+    environment, steps = parts.evaluator.environment, parts.evaluator.environment.grid.num_steps
+    x = torch.ones(1, *parts.policy.model.latent_shape)
+    once, again = (environment.walk(range(steps)).step(0, x, x) for _ in range(2))
+    if not torch.equal(once, again):
         sentence = (
             "evaluation adds noise at its steps as training does, so its scores are not those of the model in use"
         )
         return Finding("evaluation sampler", "unsound", sentence)
-    sentence = (
-        f"evaluation is deterministic, {policy.grid.num_steps} steps where training takes {parts.policy.grid.num_steps}"
-    )
+    sentence = f"evaluation is deterministic, {steps} steps where training takes {parts.policy.grid.num_steps}"
     return Finding("evaluation sampler", "sound", sentence)
 
 

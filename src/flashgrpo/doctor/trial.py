@@ -1,5 +1,6 @@
 """A trial of a recipe on a few prompt groups, measured: what the doctor looks at. Weights end as they began."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,6 +90,8 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
         thorough: also step along the gradient, evaluate a few prompts, and measure numeric noise.
     """
     config, team, meter = parts.config, parts.team, Meter(parts.team.device)
+    parts = copy.copy(parts)
+    parts.graphs = None  # the replay is what is examined, also where the run can do without
     first = prompt_groups(parts.prompts, config.seed, 0, groups, group_size)
     drawn = experience(parts, first, meter)
     prompts = [group.prompt for group in first for _ in range(group_size)]
@@ -180,9 +183,11 @@ def _distance_to_finish(parts: Assembly, drawn: Experience) -> float | None:
     for last_step in batch.k.unique().tolist():
         rows = (batch.k == last_step).nonzero().flatten()
         x, condition = batch.x_next[rows], batch.condition[batch.sample[rows]]
-        walk = parts.config.rollout.solver.walk(policy.grid)
-        for step in range(last_step + 1, policy.grid.num_steps):
-            x = walk.step(step, x, policy.velocity(torch.full_like(rows, step), x, condition))
+        visits = parts.environment.visits(torch.arange(num_steps)[None] == last_step)[0]
+        points = [k for k in visits.nonzero().flatten().tolist() if k > last_step]
+        walk = parts.environment.walk(points)
+        for step in points:
+            x = walk.step(step, x, parts.environment.velocity(torch.full_like(rows, step), x, condition))
         latents = drawn.latents[batch.sample[rows]]
         distance = max(distance, float((x - latents).abs().max() / latents.abs().max()))
     return distance

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
@@ -33,6 +36,8 @@ def load_model(
     Raises:
         UserError: no such folder, no pipeline, an unsupported family, or a video size that the model cannot take.
     """
+    if config.vae_dtype == "auto":
+        config = config.model_copy(update={"vae_dtype": fast_dtype(team.device)})
     architecture, folder = find_architecture(config)
     if config.from_image and architecture.family != "WanImageToVideoPipeline":
         if not architecture.settings.get("expand_timesteps"):
@@ -48,6 +53,17 @@ def load_model(
     from flashgrpo.models.wan import WanModel
 
     return WanModel(source, config, team, seed, prompts, keep_reference, say)
+
+
+def fast_dtype(device: torch.device) -> str:
+    """`bfloat16` where the device has units for its products (GPUs since Ampere, CPUs with AMX), else `float32`.
+
+    Without them it is slow: 20 times slower than float32 for the bundled autoencoder on a CPU with AVX2 alone.
+    """
+    if device.type == "cpu":
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bfloat16" if capabilities.get("amx_bf16") else "float32"
+    return "bfloat16" if device.type == "meta" or torch.cuda.is_bf16_supported(False) else "float32"
 
 
 def find_architecture(config: ModelConfig) -> tuple[Architecture, Path]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
@@ -35,6 +36,15 @@ def prepare_network(network: Any, config: ModelConfig, team: Team, seed: int, pr
             network, config.attention
         ):  # after its tokens are split, which not every back end supports
             network.set_attention_backend(config.attention)
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay out the weights of convolutions with channels last, which their results then have too."""
+    layouts = ((nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d))
+    for part in module.modules():
+        for kind, layout in layouts:
+            if isinstance(part, kind):
+                part.to(memory_format=layout)  # type: ignore[call-overload]
 
 
 @contextlib.contextmanager

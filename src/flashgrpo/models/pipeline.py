@@ -13,7 +13,7 @@ from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Conditions, Row, entries_of, fingerprint
 from flashgrpo.models.lora import adapters_off, save_adapters, trained_parameters, weights_replaced
-from flashgrpo.models.network import explain_attention, prepare_network
+from flashgrpo.models.network import channels_last, explain_attention, prepare_network
 from flashgrpo.models.residence import Residence
 from flashgrpo.models.source import Source
 from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
@@ -62,6 +62,8 @@ class PipelineModel(ABC):
         self.seed = seed
         self._residence: Residence | None = None
         self.pipeline.vae.requires_grad_(False)
+        if team.device.type == "cpu":  # whose convolutions are a third faster so
+            channels_last(self.pipeline.vae)
         self.latent_shape = self.shape_of_latents()
         self._conditions = Conditions(self._cache_folder(), self._row, self.takes_image)
         self._encode_all(prompts, team, say or (lambda _: None))

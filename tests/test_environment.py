@@ -1,0 +1,254 @@
+"""The steps that are not trained: where they stop, what they cost, and that they never touch the one that is."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from flashgrpo.assembly import Assembly, experience
+from flashgrpo.compute import update_cost
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed import alone
+from flashgrpo.environment import Environment, leaders, visited, within
+from flashgrpo.errors import UserError
+from flashgrpo.graphs import Graphs, graphs_for
+from flashgrpo.models.lora import trained_parameters
+from flashgrpo.optim import Optimizer
+from flashgrpo.policy import Policy
+from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, FLOW_GRPO_FAST_2, Algorithm
+from flashgrpo.progress import Clock
+from flashgrpo.prompts import prompt_groups
+from flashgrpo.rollout import denoise, initial_noise, rollout
+from flashgrpo.schedule import shifted_grid
+from flashgrpo.settings import OptimConfig
+from flashgrpo.solvers import Euler, UniPC
+from flashgrpo.types import Prompt, PromptGroup, Sample
+from flashgrpo.update import policy_update
+
+TEAM = alone()
+TEXTS = ["a red circle moving left slowly", "a blue square moving up quickly", "a green triangle moving down slowly"]
+PROMPTS = [Prompt(text, {}) for text in TEXTS]
+
+
+def mask(num_steps: int, *stochastic: int) -> torch.Tensor:
+    row = torch.zeros(1, num_steps, dtype=torch.bool)
+    row[0, list(stochastic)] = True
+    return row
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "stochastic", "steps", "points"),
+    [
+        (10, (3,), 4, [0, 2, 3, 4, 5, 7]),
+        (10, (), 4, [0, 2, 5, 7]),
+        (10, (9,), 2, [0, 5, 9]),
+        (10, (0,), 1, [0, 1]),
+        (10, (2, 3), 2, [0, 2, 3, 4, 5]),
+        (6, (2,), None, [0, 1, 2, 3, 4, 5]),
+        (6, (0, 1, 2, 3, 4), 1, [0, 1, 2, 3, 4, 5]),
+        (6, (1,), 6, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_where_a_walk_stops(num_steps, stochastic, steps, points):
+    assert visited(mask(num_steps, *stochastic), steps)[0].nonzero().flatten().tolist() == points
+
+
+def test_guidance_within_an_interval():
+    grid = shifted_grid(4, 3.0)  # 1, 0.9, 0.75, 0.5
+    guidance = torch.full((4,), 2.0)
+    assert within(guidance, grid, (0.75, 0.9)).tolist() == [1, 2, 2, 1]
+    assert within(guidance, grid, (0.0, 1.0)).tolist() == [2, 2, 2, 2]
+
+
+def test_leaders_are_of_the_same_group_and_steps():
+    stochastic = torch.cat([mask(4, 1), mask(4, 1), mask(4, 2), mask(4, 1), mask(4, 2)])
+    assert leaders([(0, 0), (0, 0), (0, 0), (1, 0), (0, 0)], stochastic).tolist() == [0, 0, 2, 3, 2]
+
+
+def test_a_walk_over_some_points_is_a_walk_of_the_smaller_grid():
+    grid = shifted_grid(10, 3.0)
+    points = [0, 3, 4, 7]
+    small = dataclasses.replace(grid, sigmas=grid.sigmas[[*points, 10]], timesteps=grid.timesteps[points])
+    x = expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    for solver in (Euler(), UniPC()):
+        walk, plain = solver.walk(grid, points), solver.walk(small, range(4))
+        for number, k in enumerate(points):
+            v = torch.sin(x * (k + 1))
+            x, expected = walk.step(k, x, v), plain.step(number, expected, v)
+        assert torch.equal(x, expected)
+
+
+def draw(model, algorithm: Algorithm, graphs: Graphs | None = None, micro_batch=64, size=4, steps=6, **cheap):
+    grid = model.grid(steps)
+    guidance = torch.full((steps,), 2.0)
+    policy = Policy(model, grid, algorithm.noise(grid.sigmas), guidance, micro_batch=2)
+    environment = Environment(model, grid, cheap.pop("guidance", guidance), **cheap)
+    groups = [PromptGroup(0, number, prompt, size) for number, prompt in enumerate(PROMPTS)]
+    samples = [Sample(group, member) for group in groups for member in range(size)]
+    condition = model.encode([sample.group.prompt for sample in samples])
+    latents, transitions = rollout(
+        policy, environment, samples, condition, algorithm, 0, micro_batch, TEAM, graphs=graphs
+    )
+    return policy, latents, transitions
+
+
+CHEAP = {
+    "fewer": {"steps": 3},
+    "unipc": {"solver": UniPC(), "steps": 3},
+    "unguided": {"guidance": torch.ones(6)},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "all": {"solver": UniPC(), "steps": 2, "guidance": torch.ones(6), "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("algorithm", [FLASH_GRPO, FLOW_GRPO_FAST], ids=["flash", "shared"])
+@pytest.mark.parametrize("cheap", CHEAP.values(), ids=CHEAP)
+def test_the_trained_step_is_exact_whatever_leads_to_it(make_model, algorithm, cheap):
+    """Its density is that of a replay with the training network, bit for bit; and the videos remain videos."""
+    model = make_model()
+    _, exact, _ = draw(model, algorithm)
+    policy, latents, transitions = draw(model, algorithm, **cheap)
+    for step in transitions.k.unique().tolist():
+        batch = transitions[transitions.k == step]
+        v = policy.exact_velocity(batch.k, batch.x, batch.condition[batch.sample])
+        assert torch.equal(policy.table.log_prob(batch.k, batch.x_next, batch.x, v), batch.log_prob)
+    assert not torch.equal(latents, exact)
+    assert torch.corrcoef(torch.stack([latents.flatten(), exact.flatten()]))[0, 1] > 0.8
+
+
+def test_a_shared_start_is_computed_once(make_model):
+    """And leads every member to the same latents, as it would by itself."""
+    model = make_model()
+    calls = []
+    model.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    algorithm = dataclasses.replace(FLASH_GRPO, grouping=dataclasses.replace(FLASH_GRPO.grouping, shared_noise=True))
+    _, together, transitions = draw(model, algorithm)
+    x = transitions.x.unflatten(0, (3, 4))
+    assert torch.equal(x, x[:, :1].expand_as(x))
+    late = transitions.k.unflatten(0, (3, 4))[:, 0].tolist()
+    assert max(late) > 0
+    deterministic = sum(late) + sum(4 * (5 - k) for k in late)
+    assert sum(calls) == 2 * (deterministic + 12)
+    _, alone_, _ = draw(model, algorithm, micro_batch=1)
+    torch.testing.assert_close(together, alone_, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_takes_no_shortcut(make_run):
+    cheap = ["rollout.deterministic_steps=2", "rollout.guidance_interval=[0.5,0.9]", "rollout.solver.kind=unipc"]
+    parts, plain = (Assembly(make_run(*settings), TEAM) for settings in (cheap, []))
+    model = plain.policy.model
+    noise = initial_noise(model, 0, [(0, 0, 0)], False)
+    condition = model.encode(plain.heldout[:1])
+    videos = [denoise(one.evaluator.environment, noise, condition, 1, TEAM) for one in (parts, plain)]
+    assert torch.equal(*videos)
+    assert parts.environment.steps == 2
+    assert set(parts.environment.guidance.tolist()) == {1.0, 1.5}
+
+
+# ---- graphs that are kept --------------------------------------------------------------------------------------------
+
+
+def gradient(model, policy, transitions, algorithm: Algorithm, **settings) -> dict[str, torch.Tensor]:
+    config = OptimConfig(micro_batch=2, max_grad_norm=1e9, **settings)
+    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
+    seen: dict[str, torch.Tensor] = {}
+
+    def read() -> float:
+        seen.update({n: g.clone() for n, g in zip(optimizer.parameters, optimizer._gradients, strict=True)})
+        return 0.0
+
+    optimizer.step = read
+    advantages = torch.linspace(-1, 1, 12)
+    metrics = policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
+    assert metrics["drift"] == 0
+    return seen
+
+
+@pytest.mark.parametrize("micro_batch", [64, 5])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "algorithm",
+    [FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST_2, DANCE_GRPO, dataclasses.replace(FLASH_GRPO, kl_coef=0.1)],
+    ids=["flash", "flow", "fast-2", "dance", "kl"],
+)
+def test_a_kept_graph_gives_the_gradient_of_a_replay(make_model, algorithm, micro_batch, checkpointing):
+    """Bit for bit where a rollout's micro-batch holds all samples: then both compute in the same portions."""
+    model = make_model()
+    if checkpointing:
+        model.network.enable_gradient_checkpointing()
+        model.network.train()
+    for parameter in trained_parameters(model.network).values():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    policy, latents, replayed = draw(model, algorithm, micro_batch=micro_batch)
+    _, same, kept = draw(model, algorithm, Graphs(1000, None), micro_batch=micro_batch)
+    assert torch.equal(latents, same)
+    assert kept.retained
+    assert not replayed.retained
+    expected = gradient(model, policy, replayed, algorithm)
+    calls = []
+    hook = model.network.register_forward_pre_hook(lambda module, inputs: calls.append(torch.is_grad_enabled()))
+    got = gradient(model, policy, kept, algorithm)
+    hook.remove()
+    assert not any(calls)  # nothing is replayed; a KL's reference is computed without gradient
+    for name, value in expected.items():
+        if micro_batch == 64:
+            assert torch.equal(got[name], value)
+        torch.testing.assert_close(got[name], value, rtol=2e-3, atol=1e-3 * float(value.abs().max()) + 1e-12)
+
+
+def test_graphs_that_do_not_fit_are_dropped(make_model):
+    model = make_model()
+    graphs = Graphs(12, 1000)
+    _, _, transitions = draw(model, FLASH_GRPO, graphs)
+    assert not graphs.kept
+    assert graphs.bytes_each > 1000
+    assert not transitions.retained
+    enough = Graphs(12, 12 * graphs.bytes_each)
+    _, _, transitions = draw(model, FLASH_GRPO, enough)
+    assert enough.kept
+    assert sum(len(one.rows) for one in transitions.retained) == 12
+    assert not transitions[torch.arange(3)].retained
+
+
+def test_when_graphs_are_kept(make_run):
+    assert Assembly(make_run(), TEAM).graphs is not None
+    assert Assembly(make_run("rollout.retain=false"), TEAM).graphs is None
+    assert Assembly(make_run("optim.minibatches=2"), TEAM).graphs is None
+    with pytest.raises(UserError, match=r"rollout\.retain: a rollout that serves several optimizer steps"):
+        Assembly(make_run("optim.minibatches=2", "rollout.retain=true"), TEAM)
+    assert graphs_for(True, 4, None, torch.device("cpu"))._limit is None
+
+
+# ---- settings and cost -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("rollout.deterministic_steps=99", "the grid has no more points than num_steps"),
+        ("rollout.guidance_interval=[0.9,0.5]", "low < high"),
+        ("rollout.guidance_interval=[0,1.5]", "less than or equal to 1"),
+    ],
+)
+def test_settings_that_make_no_sense(override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        RunConfig.load("tiny", [override])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["rollout.deterministic_steps=2"],
+        ["rollout.deterministic_steps=3", "rollout.solver.kind=unipc", "rollout.guidance_interval=[0.6,0.9]"],
+        ["algorithm.grouping.shared_noise=true"],
+        ["algorithm={preset: flow-grpo-fast-2, steps: {draw: stratified}}", "rollout.deterministic_steps=2"],
+    ],
+)
+def test_the_cost_is_what_the_network_computes(make_run, settings):
+    config = make_run("rollout.num_steps=6", "rollout.guidance_scale=2", "optim.micro_batch=1", *settings)
+    parts = Assembly(config, TEAM)
+    rows = []
+    parts.policy.model.network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    drawn = experience(parts, prompt_groups(parts.prompts, config.seed, 1, 2, 2), Clock())
+    assert sum(rows) == update_cost(config, 1, parts.guided).rollout
+    assert drawn.transitions.retained
