@@ -1,49 +1,58 @@
-"""Seconds of one update of the bundled run, by phase: `python benchmarks/update.py [--updates 7] [--json] [key=value]`.
+"""Seconds of one update by phase, and how much faster a recipe is than the same without shortcuts.
 
-Trains a few updates of `recipes/tiny.yaml` (64 videos each) in a temporary folder, without evaluations or checkpoints,
-and prints the median of each phase over all updates but the first, which warms up.
+    python benchmarks/update.py [RECIPE] [--updates 7] [--json] [key=value ...]
+
+Updates of the recipe as it is, and of the published way to compute them (Euler at every step, guidance at every step,
+the trained step replayed, an autoencoder in float32), are measured in turn, on the same prompts and in one process.
+Printed are the medians over all updates but the first of each, which warms up, and the median ratio of the pairs.
 """
 
 import argparse
-import itertools
 import json
+import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashgrpo import RunConfig, scoring, train
-from flashgrpo.models.wan import WanModel
-from flashgrpo.run_directory import read_lines
-from flashgrpo.train import Run
+from flashgrpo import RunConfig, memory
+from flashgrpo.assembly import Assembly
+from flashgrpo.compute import update_cost
+from flashgrpo.distributed import joined
+from flashgrpo.models.pipeline import PipelineModel
+from flashgrpo.progress import Clock
+from flashgrpo.prompts import prompt_groups
+from flashgrpo.train import one_update
+
+PUBLISHED = (
+    "rollout.solver={kind: euler}",
+    "rollout.deterministic_steps=null",
+    "rollout.guidance_interval=[0,1]",
+    "rollout.deterministic_dtype=null",
+    "rollout.retain=false",
+    "model.compile=false",
+    "model.vae_dtype=float32",
+)
+PHASES = ("rollout", "decode", "reward", "update")
 
 
 class Watch:
-    """Seconds spent in the models and the rewards; the rest of an update is the loop's own."""
+    """Seconds spent in calls of the model and in backward passes (meaningful where nothing is computed later)."""
 
     def __init__(self) -> None:
         self.spent = 0.0
-        self.at_update: list[float] = []
         for owner, name in (
-            (WanModel, "forward"),
-            (WanModel, "encode"),
-            (WanModel, "decode"),
+            (PipelineModel, "velocity"),
+            (PipelineModel, "encode"),
+            (PipelineModel, "decode"),
             (torch.Tensor, "backward"),
-            (scoring, "_call"),
         ):
             setattr(owner, name, self._timed(getattr(owner, name)))
-        log = Run.log
-
-        def noted(run: Run, *arguments: object) -> None:
-            self.at_update.append(self.spent)
-            log(run, *arguments)
-
-        Run.log = noted  # type: ignore[method-assign,assignment]
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -56,49 +65,83 @@ class Watch:
         return call
 
 
-def measure(updates: int, overrides: list[str]) -> dict[str, object]:
-    """Median seconds by phase, the loop's own share of an update, and what they were measured on."""
-    watch = Watch()
-    with tempfile.TemporaryDirectory() as folder:
-        quiet = [
-            "tracking.progress=false",
-            "tracking.preflight=skip",
-            "evaluation.every=1000000",
-            "checkpoint.every=1000000",
-        ]
-        config = RunConfig.load("tiny", [f"out={folder}/run", f"updates={updates + 1}", *quiet, *overrides])
-        lines = read_lines(train(config) / "metrics.jsonl")[1:]
-    phases = {name: statistics.median(line["seconds"].get(name, 0.0) for line in lines) for name in lines[0]["seconds"]}
-    names = ("rollout", "decode", "reward", "update", "evaluate", "checkpoint")
-    outside = [1 - sum(line["seconds"].get(name, 0.0) for name in names) / line["seconds"]["total"] for line in lines]
-    inside = [after - before for before, after in itertools.pairwise(watch.at_update)]
-    own = [1 - spent / line["seconds"]["total"] for spent, line in zip(inside, lines, strict=True)]
+def measure(recipe: str, updates: int, overrides: list[str]) -> dict[str, Any]:
+    """Medians by phase of both ways, their ratio, and what they were measured on."""
+    watch, configs = Watch(), {}
+    for name, changes in (("published", PUBLISHED), ("recipe", ())):
+        configs[name] = RunConfig.load(recipe, ["out=unused", f"updates={updates + 1}", *overrides, *changes])
+    with joined(configs["recipe"]) as team:
+        ways = {name: Assembly(config, team) for name, config in configs.items()}
+        lines: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+        for update in range(updates + 1):
+            for name, parts in ways.items():
+                settings = parts.config.rollout
+                groups = prompt_groups(parts.prompts, parts.config.seed, update, settings.prompts, settings.group_size)
+                memory.peak(team.device, reset=True)
+                clock, spent = Clock(), watch.spent
+                one_update(parts, groups, clock)
+                seconds = clock.lap()
+                seconds["models"] = watch.spent - spent + seconds.get("reward", 0.0)
+                seconds["peak"] = memory.peak(team.device)
+                lines[name].append(seconds)
+        for parts in ways.values():
+            parts.rewards.close()
+        pairs = zip(lines["published"][1:], lines["recipe"][1:], strict=True)
+        ratios = [slow["total"] / fast["total"] for slow, fast in pairs]
+        samples = configs["recipe"].rollout.prompts * configs["recipe"].rollout.group_size
+        return {
+            "speedup": round(statistics.median(ratios), 3),
+            "speedup_range": [round(min(ratios), 3), round(max(ratios), 3)],
+            "updates": updates,
+            "videos": samples,
+            "device": team.device_name,
+            "threads": torch.get_num_threads(),
+            **{name: summary(lines[name][1:], samples, ways[name]) for name in ways},
+        }
+
+
+def summary(lines: list[dict[str, float]], samples: int, parts: Assembly) -> dict[str, Any]:
+    """Of the updates of one way."""
+    seconds = {phase: statistics.median(line.get(phase, 0.0) for line in lines) for phase in (*PHASES, "total")}
+    outside = [1 - math.fsum(line.get(phase, 0.0) for phase in PHASES) / line["total"] for line in lines]
+    graphs = parts.graphs
     return {
-        "updates": len(lines),
-        "videos": lines[0]["samples"],
-        "threads": torch.get_num_threads(),
-        "seconds": {name: round(value, 3) for name, value in phases.items() if value},
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "slowest": round(max(line["total"] for line in lines), 3),
+        "videos_per_hour": round(3600 * samples / seconds["total"], 1),
+        "forwards": update_cost(parts.config, 0, parts.guided).total,
+        "peak_gib": round(max(line["peak"] for line in lines) / 2**30, 2),
+        "graphs_kept": graphs is not None and graphs.kept,
         "outside_phases": round(statistics.median(outside), 4),
-        "outside_models": round(statistics.median(own), 4),
-        "slowest": max(line["seconds"]["total"] for line in lines),
+        "outside_models": round(statistics.median(1 - line["models"] / line["total"] for line in lines), 4),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default="tiny")
     parser.add_argument("--updates", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
-    result = measure(arguments.updates, arguments.overrides)
+    arguments = parser.parse_intermixed_args()
+    recipe, overrides = arguments.recipe, arguments.overrides
+    if "=" in recipe and not Path(recipe).exists():
+        recipe, overrides = "tiny", [recipe, *overrides]
+    result = measure(recipe, arguments.updates, overrides)
     if arguments.json:
         print(json.dumps(result))
         return
-    table = Table("phase", "seconds", title=f"one update of {result['videos']} videos, {result['threads']} threads")
-    for name, seconds in result["seconds"].items():
-        table.add_row(name, f"{seconds:.2f}")
+    table = Table("", "published", "recipe", title=f"one update of {result['videos']} videos, {result['device']}")
+    both = [result["published"], result["recipe"]]
+    for phase in (*PHASES, "total"):
+        table.add_row(f"{phase}, s", *(f"{way['seconds'][phase]:.2f}" for way in both))
+    for key in ("videos_per_hour", "forwards", "peak_gib", "graphs_kept"):
+        table.add_row(key.replace("_", " "), *(str(way[key]) for way in both))
+    for key in ("outside_phases", "outside_models"):
+        table.add_row(key.replace("_", " "), *(f"{way[key]:.1%}" for way in both))
     Console().print(table)
-    print(f"the loop itself, outside of models and rewards: {result['outside_models']:.1%}")
+    low, high = result["speedup_range"]
+    print(f"speedup {result['speedup']:.2f} (pairs {low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def mask(num_steps: int, *stochastic: int) -> torch.Tensor:
         (10, (2, 3), 2, [0, 2, 3, 4, 5]),
         (6, (2,), None, [0, 1, 2, 3, 4, 5]),
         (6, (0, 1, 2, 3, 4), 1, [0, 1, 2, 3, 4, 5]),
-        (6, (1,), 6, [0, 1, 2, 3, 4, 5]),
+        (6, (1,), 99, [0, 1, 2, 3, 4, 5]),
     ],
 )
 def test_where_a_walk_stops(num_steps, stochastic, steps, points):
@@ -225,8 +225,8 @@ def test_when_graphs_are_kept(make_run):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("rollout.deterministic_steps=99", "the grid has no more points than num_steps"),
-        ("rollout.guidance_interval=[0.9,0.5]", "low < high"),
+        ("rollout.deterministic_steps=0", "greater than or equal to 1"),
+        ("rollout.guidance_interval=[0.9,0.5]", "low <= high"),
         ("rollout.guidance_interval=[0,1.5]", "less than or equal to 1"),
     ],
 )

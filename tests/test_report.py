@@ -293,6 +293,21 @@ def test_videos_missing_or_outside_the_run_are_left_out(tmp_path: Path) -> None:
     assert "1 of 3 pairs are shown." in page
 
 
+def test_the_largest_changes_are_shown_worst_first(tmp_path: Path) -> None:
+    line = evaluation(10, videos=6, best=True)
+    line["extremes"] = [4, 2, 99, "x"]
+    run = make_run(tmp_path / "run", [metrics_row(1)], [line], videos=6)
+    line["samples"][4]["base_video"] = "videos/004-base.mp4"  # drawn for its change alone
+    shutil.copy(run / "videos/base/004.mp4", run / "videos/004-base.mp4")
+    (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    page = page_of(run)
+    plain, changed = page.split('id="extremes"')
+    assert plain.count("<video ") == 2 * 5
+    assert changed.count("<video ") == 2 * 2
+    assert changed.index(line["samples"][4]["prompt"]) < changed.index(line["samples"][2]["prompt"])
+    assert "Changed most" in words(page)
+
+
 def test_number_of_videos_is_bounded(tmp_path: Path) -> None:
     run = make_run(tmp_path, [metrics_row(1)], [evaluation(10, videos=20, best=True)])
     write_video(run / "videos/000.mp4", 3)

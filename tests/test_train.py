@@ -86,6 +86,21 @@ def test_a_run_directory_holds_what_the_design_says(finished):
     assert video.shape == (9, 3, 192, 192)
 
 
+def test_the_videos_that_changed_most_are_kept_with_the_bases(finished, make_run):
+    """Of two samples one is always kept; the other is drawn again, by the tuned model and by the base."""
+    _, run = finished
+    *_, line = read_lines(run / "evaluations.jsonl")
+    changes = [sample["reward"] - sample["base_reward"] for sample in line["samples"]]
+    assert line["extremes"] == sorted(range(2), key=lambda row: changes[row])
+    again = line["samples"][1]
+    assert again["base_video"].endswith("001-base.mp4")
+    both = train(make_run("updates=1", "evaluation.videos=2"))  # where the base's is kept from the beginning
+    first, *_ = read_lines(both / "evaluations.jsonl")
+    expected = read_mp4(both / first["samples"][1]["video"]).float()
+    assert (read_mp4(run / again["base_video"]).float() - expected).abs().max() < 0.02
+    assert (read_mp4(run / again["video"]).float() - expected).abs().max() > 0.02
+
+
 def test_old_checkpoints_go_but_not_the_newest_or_the_best(finished):
     _, run = finished
     progress = checkpoint.read_progress(run / "checkpoints", 6)

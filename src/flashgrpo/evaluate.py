@@ -24,7 +24,7 @@ from flashgrpo.prompts import read_prompts
 from flashgrpo.reward_set import Rewards
 from flashgrpo.rollout import denoise
 from flashgrpo.run_directory import RunDirectory
-from flashgrpo.scoring import Scoring
+from flashgrpo.scoring import Scoring, decode
 from flashgrpo.seeds import normal
 from flashgrpo.settings import RewardConfig
 from flashgrpo.types import Prompt, RewardTable, VideoModel
@@ -68,6 +68,9 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
         checkpoint.read_into(run.checkpoints, update, {"ema": averaged}, team)
         with weights_replaced(model.network, averaged):
             return record(update, evaluator(), base, config.evaluation.samples_per_prompt)
+
+
+EXTREMES = 2  # videos at either end that are kept beside those that are chosen without a look at their rewards
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,20 @@ class Evaluator:
         table = scoring.table()
         return Evaluation(every, table, shown, scoring.videos)
 
+    @torch.no_grad()
+    def again(self, rows: Sequence[int]) -> list[Video]:
+        """The videos of some samples once more, with the weights that the model has now; every process draws them."""
+        model, settings = self.environment.model, self._config.rollout
+        condition = model.encode([self._prompts[row] for row in rows])
+        latents = denoise(self.environment, self._noise(rows), condition, settings.micro_batch, self._team)
+        return list(decode(model, latents, settings.decode_micro_batch))
+
     def _shown_rows(self) -> list[int]:
         """The samples whose videos are kept, spread evenly over the prompts: files often list like beside like."""
         count, total = min(self._config.evaluation.videos, len(self._prompts)), len(self._prompts)
         return [i * total // count for i in range(count)]
 
-    def _noise(self, rows: range) -> Tensor:
+    def _noise(self, rows: Sequence[int]) -> Tensor:
         """x_0 of each row, from the evaluation's own seed and purpose."""
         settings, model = self._config.evaluation, self.environment.model
         names = [divmod(row, settings.samples_per_prompt) for row in rows]
@@ -187,6 +198,12 @@ def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, sampl
         "reward_failures": dict(table.failures),
         "samples": samples,
     }
+
+
+def extremes(samples: Sequence[Mapping[str, Any]], each: int = EXTREMES) -> list[int]:
+    """Rows of the samples whose reward fell most and rose most against the base, the largest fall first."""
+    order = sorted(range(len(samples)), key=lambda row: samples[row]["reward"] - samples[row]["base_reward"])
+    return order if len(order) <= 2 * each else [*order[:each], *order[-each:]]
 
 
 def broken_watch(line: Mapping[str, Any], rewards: Mapping[str, RewardConfig]) -> str | None:

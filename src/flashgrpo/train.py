@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team, joined, whole
 from flashgrpo.doctor import refuse_unsound
 from flashgrpo.errors import SharedError, UserError
-from flashgrpo.evaluate import broken_watch, record, write_videos
+from flashgrpo.evaluate import Evaluation, broken_watch, extremes, record, write_videos
 from flashgrpo.files import write_aside
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.progress import Clock, Interrupt, Reporter
@@ -26,6 +27,7 @@ from flashgrpo.settings import Lora, TrackingConfig
 from flashgrpo.trackers import Trackers, check_installed
 from flashgrpo.types import PromptGroup
 from flashgrpo.update import policy_update
+from flashgrpo.video import write_mp4
 
 
 def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
@@ -52,7 +54,7 @@ def _train(run: "Run", interrupt: Interrupt) -> None:
         if run.ending or run.team.any(interrupt.requested):
             break
         groups = prompt_groups(parts.prompts, config.seed, update, config.rollout.prompts, config.rollout.group_size)
-        metrics = _update(parts, groups, clock)
+        metrics = one_update(parts, groups, clock)
         run.log(metrics, clock.lap())
         with clock("evaluate"):
             run.evaluate_if_due()
@@ -60,7 +62,7 @@ def _train(run: "Run", interrupt: Interrupt) -> None:
             run.save_if_due()
 
 
-def _update(parts: Assembly, groups: Sequence[PromptGroup], clock: Clock) -> dict[str, Any]:
+def one_update(parts: Assembly, groups: Sequence[PromptGroup], clock: Clock) -> dict[str, Any]:
     """Draw, compare, learn; nothing that was drawn is kept, for videos are large."""
     config = parts.config
     drawn = experience(parts, groups, clock)
@@ -209,14 +211,7 @@ class Run:
         admitted = [e["reward"] for e in earlier if not e.get("watch")]
         line["best"] = not line["watch"] and line["reward"] > max(admitted, default=float("-inf"))
         if line["best"] or line["watch"] or update == self.config.updates:
-            base = (earlier[0] if earlier else line)["samples"]
-            fps = self.config.model.fps
-            videos = self.team.agree(lambda: write_videos(self.directory, update, evaluation, fps))[0]
-            for row, video in videos.items():
-                line["samples"][int(row)] |= {"video": video, "base_video": base[int(row)].get("video", video)}
-            self.trackers.videos(
-                update, {f"{int(row):03d}": self.directory.path / file for row, file in videos.items()}
-            )
+            self._keep_videos(line, evaluation)
         self.team.lead(lambda: self.directory.log_evaluation(line))
         self.trackers.log("heldout", line)
         if line["watch"] and update == self.config.updates:  # where it ends the run sooner, that says it
@@ -224,6 +219,27 @@ class Run:
         self._evaluations.append(line)
         self.reporter.evaluation(line)
         return line
+
+    def _keep_videos(self, line: dict[str, Any], evaluation: Evaluation) -> None:
+        """Write the videos of the fixed samples and, where adapters can be taken off, of those that changed most."""
+        update, samples, fps = line["update"], line["samples"], self.config.model.fps
+        base = (self._evaluations[0] if self._evaluations else line)["samples"]
+        videos = self.team.agree(lambda: write_videos(self.directory, update, evaluation, fps))[0]
+        for row, video in videos.items():
+            samples[int(row)] |= {"video": video, "base_video": base[int(row)].get("video", video)}
+        if update and videos and isinstance(self.config.model.train, Lora):
+            line["extremes"] = extremes(samples)
+            rows = [row for row in line["extremes"] if "video" not in samples[row]]
+            tuned = self.parts.evaluator.again(rows) if rows else []
+            with self.parts.policy.model.reference():
+                before = self.parts.evaluator.again(rows) if rows else []
+            for row, *pair in zip(rows, tuned, before, strict=True):
+                names = [f"videos/{update:06d}/{row:03d}{end}.mp4" for end in ("", "-base")]
+                for name, drawn in zip(names, pair, strict=True):
+                    self.team.lead(partial(write_mp4, self.directory.path / name, drawn, fps))
+                samples[row] |= {"video": names[0], "base_video": names[1]}
+        files = {f"{row:03d}": sample["video"] for row, sample in enumerate(samples) if "video" in sample}
+        self.trackers.videos(update, {label: self.directory.path / file for label, file in files.items()})
 
     def save_if_due(self) -> None:
         """Write a checkpoint after every so many updates and after every evaluation."""

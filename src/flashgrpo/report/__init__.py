@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -60,7 +60,6 @@ def write_report(run: Path) -> Path:
 def render(run: Run) -> str:
     shown = headline_evaluation(run.evaluations)
     form = findings.Numbers(findings.decimals(shown))
-    pairs, pairs_update, video_note = video_pairs(run, shown)
     prompts = findings.by_prompt(samples_of(shown))
     return template("template.html.j2").render(
         name=run.path.resolve().name,
@@ -78,9 +77,7 @@ def render(run: Run) -> str:
             for title, of_changes in (("Tuned videos", False), ("Changes, tuned − base", True))
             if findings.correlations(shown, of_changes)
         ],
-        pairs=pairs,
-        pairs_update=pairs_update,
-        video_note=video_note,
+        pairs=video_pairs(run, shown),
         prompts=prompts,
         lowest=prompts[:EXTREMES],
         highest=prompts[: -EXTREMES - 1 : -1],
@@ -172,23 +169,43 @@ def timing(run: Run) -> dict[str, Any]:
 # ---- videos ----------------------------------------------------------------------------------------------------------
 
 
-def video_pairs(run: Run, shown: Row | None) -> tuple[list[dict[str, Any]], int, str]:
-    """The first pairs of the evaluation that is shown, or else of the latest that has any, in their fixed order.
+class Pairs(NamedTuple):
+    """Pairs of one evaluation, in the order of the prompts' file and those that changed most, the worst first."""
 
-    Returns the pairs, the update they were generated after, and a sentence where some are left out.
-    """
+    plain: list[dict[str, Any]]
+    extremes: list[dict[str, Any]]
+    update: int = 0
+    note: str = ""  # a sentence where some are left out
+
+
+def video_pairs(run: Run, shown: Row | None) -> Pairs:
+    """Pairs of the evaluation that is shown, or else of the latest that has any."""
     for evaluation in filter(None, [shown, *reversed(run.evaluations)]):
-        both = [sample for sample in samples_of(evaluation) if sample.get("video") and sample.get("base_video")]
-        pairs, left = [], MOST_VIDEO_BYTES
-        for sample in both[:MOST_PAIRS]:
-            base, tuned = (video_bytes(run.path, sample[key]) for key in ("base_video", "video"))
-            if base and tuned and len(base) + len(tuned) <= left:
-                left -= len(base) + len(tuned)
-                pairs.append(video_pair(sample, base, tuned))
-        if pairs:
-            note = f"{len(pairs)} of {len(both)} pairs are shown." if len(pairs) < len(both) else ""
-            return pairs, evaluation["update"], note
-    return [], 0, ""
+        samples = samples_of(evaluation)
+        rows = [row for row in evaluation.get("extremes", []) if row in range(len(samples))]
+        changed = [sample for row in rows if is_pair(sample := samples[row])]
+        both = [s for s in samples if is_pair(s) and not str(s["base_video"]).endswith("-base.mp4")]
+        ends, left = embedded(run, changed, MOST_VIDEO_BYTES // 2)
+        plain, _ = embedded(run, both[:MOST_PAIRS], left + MOST_VIDEO_BYTES // 2)
+        if plain or ends:
+            note = f"{len(plain)} of {len(both)} pairs are shown." if len(plain) < len(both) else ""
+            return Pairs(plain, ends, evaluation["update"], note)
+    return Pairs([], [])
+
+
+def is_pair(sample: Row) -> bool:
+    return bool(sample.get("video") and sample.get("base_video"))
+
+
+def embedded(run: Run, samples: Sequence[Row], left: int) -> tuple[list[dict[str, Any]], int]:
+    """The pairs that fit into so many bytes, and the bytes that are left."""
+    pairs = []
+    for sample in samples:
+        base, tuned = (video_bytes(run.path, sample[key]) for key in ("base_video", "video"))
+        if base and tuned and len(base) + len(tuned) <= left:
+            left -= len(base) + len(tuned)
+            pairs.append(video_pair(sample, base, tuned))
+    return pairs, left
 
 
 def video_pair(sample: Row, base: bytes, tuned: bytes) -> dict[str, Any]:
