@@ -18,6 +18,7 @@ from flashgrpo.policy import Policy
 from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, FLOW_GRPO_FAST_2, Algorithm
 from flashgrpo.progress import Clock
 from flashgrpo.prompts import prompt_groups
+from flashgrpo.reuse import FirstBlock, TaylorSeer
 from flashgrpo.rollout import denoise, initial_noise, rollout
 from flashgrpo.schedule import shifted_grid
 from flashgrpo.settings import OptimConfig
@@ -97,6 +98,8 @@ CHEAP = {
     "unipc": {"solver": UniPC(), "steps": 3},
     "unguided": {"guidance": torch.ones(6)},
     "bfloat16": {"dtype": torch.bfloat16},
+    "first-block": {"reuse": FirstBlock(0.3)},
+    "taylorseer": {"reuse": TaylorSeer(interval=2, order=1)},
     "all": {"solver": UniPC(), "steps": 2, "guidance": torch.ones(6), "dtype": torch.bfloat16},
 }
 
@@ -114,6 +117,29 @@ def test_the_trained_step_is_exact_whatever_leads_to_it(make_model, algorithm, c
         assert torch.equal(policy.table.log_prob(batch.k, batch.x_next, batch.x, v), batch.log_prob)
     assert not torch.equal(latents, exact)
     assert torch.corrcoef(torch.stack([latents.flatten(), exact.flatten()]))[0, 1] > 0.8
+
+
+def blocks_computed(model, environment: Environment, steps: int) -> int:
+    """How often the last block runs in a walk of so many steps."""
+    calls = []
+    hook = model.network.blocks[-1].attn1.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    x = initial_noise(model, 0, [(0, 0, 0)], False)
+    denoise(environment, x, model.encode(PROMPTS[:1]), 1, TEAM)
+    hook.remove()
+    return len(calls)
+
+
+def test_reused_features_are_not_computed(make_model):
+    model = make_model()
+    grid = model.grid(9)
+    plain = Environment(model, grid, torch.ones(9))
+    assert blocks_computed(model, plain, 9) == 9
+    every_second = dataclasses.replace(plain, reuse=TaylorSeer(interval=2, order=1))
+    assert blocks_computed(model, every_second, 9) == 2 + 3  # two to begin with, then every second
+    loose = dataclasses.replace(plain, reuse=FirstBlock(0.9))
+    assert 1 <= blocks_computed(model, loose, 9) < 9
+    assert not model.network.is_cache_enabled  # and nothing stays behind
+    assert blocks_computed(model, plain, 9) == 9
 
 
 def test_a_shared_start_is_computed_once(make_model):
@@ -226,6 +252,8 @@ def test_when_graphs_are_kept(make_run):
     ("override", "sentence"),
     [
         ("rollout.deterministic_steps=0", "greater than or equal to 1"),
+        ("rollout.reuse={kind: taylorseer, interval: 1}", "interval must be at least 2"),
+        ("rollout.reuse={kind: first-block, threshold: 2}", "between 0 and 1"),
         ("rollout.guidance_interval=[0.9,0.5]", "low <= high"),
         ("rollout.guidance_interval=[0,1.5]", "less than or equal to 1"),
     ],
@@ -233,6 +261,12 @@ def test_when_graphs_are_kept(make_run):
 def test_settings_that_make_no_sense(override, sentence):
     with pytest.raises(UserError, match=sentence):
         RunConfig.load("tiny", [override])
+
+
+@pytest.mark.parametrize("other", ["parallel.shard=2", "parallel.context=2", "model.compile=true"])
+def test_reuse_is_refused_where_it_cannot_be(other):
+    with pytest.raises(UserError, match=r"rollout\.reuse: "):
+        RunConfig.load("tiny", ["rollout.reuse.kind=taylorseer", other])
 
 
 @pytest.mark.parametrize(

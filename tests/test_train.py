@@ -1,5 +1,6 @@
 """Whole runs in very small: what a run directory holds, resume after a kill at any moment, and how runs end."""
 
+import gzip
 import json
 import os
 import random
@@ -353,6 +354,14 @@ def test_under_torchrun_a_second_interrupt_is_the_same_one():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert interrupt.requested
+
+
+def test_a_trace_of_two_updates(make_run):
+    run = train(make_run("tracking.profile=2"))
+    with gzip.open(run / "profile/rank-0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    phases = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert phases.count("rollout") == phases.count("update") == 2
 
 
 def test_clock_counts_phases_and_starts_over():

@@ -62,6 +62,7 @@ class Assembly:
             settings.solver,
             settings.deterministic_steps,
             getattr(torch, settings.deterministic_dtype) if settings.deterministic_dtype else None,
+            settings.reuse,
         )
         self.graphs = self._graphs()
         self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)

@@ -89,6 +89,12 @@ class RunConfig(Part):
             raise ValueError("model.offload: a network that FSDP2 holds stays where it is; choose one of the two")
         if self.model.offload and isinstance(self.model.train, Full):
             raise ValueError("model.offload: full training has nothing that could be off the device; leave it out")
+        if self.rollout.reuse and (self.parallel.shard > 1 or self.parallel.context > 1 or self.model.compute_dtype):
+            raise ValueError(
+                "rollout.reuse: processes that hold a network between them compute every step; leave it out"
+            )
+        if self.rollout.reuse and self.model.compile:
+            raise ValueError("rollout.reuse: compiled blocks compute every step; choose one of the two")
         if self.optim.eight_bit and (self.parallel.shard > 1 or self.model.compute_dtype):
             raise ValueError("optim.eight_bit: moments that FSDP2 shards stay in 32 bits; choose one of the two")
         if self.model.dtype != "float32" and isinstance(self.model.train, Full):

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from flashgrpo.reuse import Features, Reuse
 from flashgrpo.schedule import SigmaGrid
 from flashgrpo.solvers import Euler, Solver, Walk
 from flashgrpo.steps import StepMask
@@ -29,6 +30,7 @@ class Environment:
         solver: of the deterministic steps; it begins anew after a stochastic step.
         steps: points of the grid at which a walk without stochastic steps stops, evenly spread; None is all N.
         dtype: in which the network computes (autocast); None leaves it as it is.
+        reuse: of what the network has computed at the last step; None computes everything.
     """
 
     model: VideoModel
@@ -37,6 +39,7 @@ class Environment:
     solver: Solver = field(default_factory=Euler)
     steps: int | None = None
     dtype: torch.dtype | None = None
+    reuse: Reuse | None = None
 
     def visits(self, stochastic: StepMask) -> StepMask:
         """At which points of the grid each row calls the network, (B, N); see `visited`."""
@@ -45,6 +48,10 @@ class Environment:
     def walk(self, points: Sequence[int]) -> Walk:
         """A walk that stops at these points of the grid, rising, and ends where the grid ends."""
         return self.solver.walk(self.grid, points)
+
+    def features(self) -> Features:
+        """What the network computes on a walk, where steps may use it again."""
+        return Features(self.model.network, self.reuse)
 
     def velocity(self, k: Int64[Tensor, " batch"], x: Latents, condition: Condition) -> Latents:
         """The network's velocity at step k of each row, (B, C, F, H, W), as cheap as the settings make it."""

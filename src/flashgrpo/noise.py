@@ -134,7 +134,7 @@ class StepTable:
 
 def _rows(values: Float64[Tensor, " steps"], k: Int[Tensor, " batch"], like: Tensor) -> Float32[Tensor, "batch *ones"]:
     """`values[k]` in float32, shaped (B, 1, ...) to multiply latents `like` these, on their device."""
-    return values[k].float().to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+    return values[k].float().to(like.device, non_blocking=True).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _mean_of_rows(values: Latents32) -> Float32[Tensor, " batch"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashgrpo.errors import UserError
 from flashgrpo.noise import StepTable
 from flashgrpo.schedule import SigmaGrid
-from flashgrpo.types import Condition, Latents, Moment, VideoModel
+from flashgrpo.types import Condition, Latents, Moment, VideoModel, taken
 
 Steps = Int64[Tensor, " batch"]
 LogProb = Float32[Tensor, " batch"]
@@ -64,7 +64,7 @@ class Policy:
             count = min(self.micro_batch, len(x) - first)
             rows = first + torch.arange(self.micro_batch).clamp(max=count - 1)
             with uncompiled():
-                parts.append(self.velocity(k[rows], x[rows], condition[rows])[:count])
+                parts.append(self.velocity(k[rows], taken(x, rows), condition[rows])[:count])
         return parts
 
     def calls(self, rows: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:

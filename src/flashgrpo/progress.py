@@ -4,11 +4,13 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -104,7 +106,8 @@ class Clock:
         started = time.perf_counter()
         self._inside.append(0.0)
         try:
-            yield
+            with torch.profiler.record_function(phase):
+                yield
         finally:
             wait_for_device()  # what a GPU still computes belongs to the phase that asked for it
             spent = time.perf_counter() - started
@@ -122,6 +125,20 @@ class Clock:
         self._phases.clear()
         self._started = now
         return seconds
+
+
+@contextmanager
+def traced(updates: int, path: Path) -> Iterator[Callable[[], None]]:
+    """Trace so many updates after the first into the file `path`; what it yields is to be called after each update."""
+    if not updates:
+        yield lambda: None
+        return
+    path.parent.mkdir(exist_ok=True)
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=0, warmup=1, active=updates, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        yield profiler.step
 
 
 class Interrupt:

@@ -14,7 +14,7 @@ from flashgrpo.graphs import Graphs
 from flashgrpo.policy import LogProb, Policy
 from flashgrpo.presets import Algorithm
 from flashgrpo.seeds import normal
-from flashgrpo.types import Condition, Latents, Retained, Sample, Transitions, VideoModel
+from flashgrpo.types import Condition, Latents, Retained, Sample, Transitions, VideoModel, taken
 
 Drawn = Callable[[Tensor, Latents], None]  # hears of the rows (B,) and latents of each micro-batch when it is done
 
@@ -158,7 +158,7 @@ class _Acts:
         k = torch.full_like(rows, step)
         with self.records.graph_of(policy.model.network, step, rows):
             parts = policy.exact_parts(k, x, condition)
-        x_next, log_prob = policy.act(k, x, torch.cat(parts).detach(), noise.to(x.device))
+        x_next, log_prob = policy.act(k, x, torch.cat(parts).detach(), noise.to(x.device, non_blocking=True))
         self.records.add(step, rows, x, x_next, log_prob, parts)
         return x_next
 
@@ -205,29 +205,39 @@ def _denoise(
     x, leader = x.clone(), leader.clone()
     patterns, walk_of = stochastic.unique(dim=0, return_inverse=True)
     walks = [environment.walk(_rows(stops).tolist()) for stops in environment.visits(patterns)]
-    visits = environment.visits(stochastic)
+    visits, features = environment.visits(stochastic), environment.features()
     for step in range(environment.grid.num_steps):
         moving, acting = _rows(visits[:, step] & ~stochastic[:, step]), _rows(stochastic[:, step])
         moves = 0
         if len(moving):
             computing, of = leader[moving].unique(return_inverse=True)
-            v = environment.velocity(torch.full_like(computing, step), x[computing], condition[computing])[of]
+            k = torch.full_like(computing, step)
+            with features.of((*computing.tolist(), bool(environment.guidance[step] > 1))):
+                v = environment.velocity(k, taken(x, computing), condition[computing])
             for number in walk_of[moving].unique().tolist():
-                together = _rows(walk_of[moving] == number)
-                x[moving[together]] = walks[number].step(step, x[moving[together]], v[together])
+                together = walk_of[moving] == number
+                rows, v_of_rows = moving[together], taken(v, of[together])
+                _put(x, rows, walks[number].step(step, taken(x, rows), v_of_rows))
             moves = 1
         for _ in range(int(calls[step, 0]) - moves):
             environment.idle(step)
         if acts is not None:
             if len(acting):
-                x[acting] = acts(step, acting, x[acting], condition[acting])
+                features.forget()
+                _put(x, acting, acts(step, acting, taken(x, acting), condition[acting]))
                 leader[acting] = acting
             for _ in range(int(calls[step, 1] - acts.policy.calls(torch.tensor(len(acting))))):
                 acts.policy.idle(step)
         for walk, pattern in zip(walks, patterns, strict=True):
             if pattern[step]:
                 walk.restart()
+    features.forget()
     return x
+
+
+def _put(x: Latents, rows: Int64[Tensor, " rows"], new: Tensor) -> None:
+    """Write rows whose numbers are on the CPU, without waiting for the device."""
+    x.index_copy_(0, rows.to(x.device, non_blocking=True), new)
 
 
 def _rows(mask: Bool[Tensor, " batch"]) -> Int64[Tensor, " rows"]:

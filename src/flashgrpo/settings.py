@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flashgrpo.inputs import LatentVideos, Pixels, VideoFiles
+from flashgrpo.reuse import FirstBlock, TaylorSeer
 from flashgrpo.solvers import Euler, UniPC
 
 
@@ -106,6 +107,8 @@ class RolloutConfig(Part):
     """Sigmas between which deterministic steps use guidance, none with [0, 0]; stochastic steps always do."""
     deterministic_dtype: Literal["bfloat16"] | None = None
     """In which the network computes deterministic steps (autocast)."""
+    reuse: Annotated[FirstBlock | TaylorSeer, Field(discriminator="kind")] | None = None
+    """Of features from one deterministic step to the next, by diffusers' hooks; not for a network that is sharded."""
     retain: bool | None = None
     """Keep the graph of a trained step from rollout to update rather than replay it; when not given, where a rollout
     serves one optimizer step and all graphs take at most a quarter of the device's memory."""
@@ -245,5 +248,7 @@ class TrackingConfig(Part):
     """The runs' common name there."""
     offline: bool = True
     """Nothing leaves this machine; a tracker with an account sends only where this is false."""
+    profile: int = Field(default=0, ge=0)
+    """So many updates, after the first, are traced by torch.profiler into profile/, for Perfetto or chrome://tracing."""
     preflight: Literal["refuse", "warn", "skip"] = "refuse"
     """What `train` does where the doctor's quick checks, before the first update, find the run unsound."""

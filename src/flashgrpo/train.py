@@ -20,7 +20,7 @@ from flashgrpo.errors import SharedError, UserError
 from flashgrpo.evaluate import Evaluation, broken_watch, extremes, record, write_videos
 from flashgrpo.files import write_aside
 from flashgrpo.models.lora import weights_replaced
-from flashgrpo.progress import Clock, Interrupt, Reporter
+from flashgrpo.progress import Clock, Interrupt, Reporter, traced
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run_directory import RunDirectory
 from flashgrpo.settings import Lora, TrackingConfig
@@ -49,17 +49,20 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
 
 
 def _train(run: "Run", interrupt: Interrupt) -> None:
-    config, parts, clock = run.config, run.parts, Clock()
-    for update in range(run.progress.update, config.updates):
-        if run.ending or run.team.any(interrupt.requested):
-            break
-        groups = prompt_groups(parts.prompts, config.seed, update, config.rollout.prompts, config.rollout.group_size)
-        metrics = one_update(parts, groups, clock)
-        run.log(metrics, clock.lap())
-        with clock("evaluate"):
-            run.evaluate_if_due()
-        with clock("checkpoint"):
-            run.save_if_due()
+    config, parts, clock, rollout = run.config, run.parts, Clock(), run.config.rollout
+    trace = run.directory.path / "profile" / f"rank-{run.team.rank}.json.gz"
+    with traced(config.tracking.profile, trace) as update_ended:
+        for update in range(run.progress.update, config.updates):
+            if run.ending or run.team.any(interrupt.requested):
+                break
+            groups = prompt_groups(parts.prompts, config.seed, update, rollout.prompts, rollout.group_size)
+            metrics = one_update(parts, groups, clock)
+            run.log(metrics, clock.lap())
+            with clock("evaluate"):
+                run.evaluate_if_due()
+            with clock("checkpoint"):
+                run.save_if_due()
+            update_ended()
 
 
 def one_update(parts: Assembly, groups: Sequence[PromptGroup], clock: Clock) -> dict[str, Any]:

@@ -24,6 +24,11 @@ LoraStyle = Literal["diffusers", "comfyui"]
 Videos = Float[Tensor, "batch video_frames 3 video_height video_width"]
 
 
+def taken(tensor: Tensor, rows: Tensor | slice) -> Tensor:
+    """Rows of a tensor by their numbers on the CPU, without waiting for the device that the tensor is on."""
+    return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device, non_blocking=True)]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A line of a prompt file: the text, and the file's other columns, which reach the rewards.
@@ -69,7 +74,7 @@ class Condition:
     tensors: Mapping[str, Tensor]
 
     def __getitem__(self, rows: Tensor | slice) -> "Condition":
-        return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
+        return Condition({name: taken(tensor, rows) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> "Condition":
         """The same on another device."""

@@ -52,7 +52,7 @@ class LtxModel(PipelineModel):
         v = network(
             hidden_states=pipeline._pack_latents(x, *patch).to(self.dtype),
             encoder_hidden_states=condition.tensors["text"].to(self.dtype),
-            timestep=moment.timestep.to(x.device),
+            timestep=moment.timestep.to(x.device, non_blocking=True),
             encoder_attention_mask=condition.tensors["mask"].bool(),
             num_frames=frames,
             height=height,

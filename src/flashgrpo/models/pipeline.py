@@ -18,7 +18,7 @@ from flashgrpo.models.residence import Residence
 from flashgrpo.models.source import Source
 from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
 from flashgrpo.settings import Lora, ModelConfig
-from flashgrpo.types import Condition, Latents, LoraStyle, Moment, Prompt, Videos
+from flashgrpo.types import Condition, Latents, LoraStyle, Moment, Prompt, Videos, taken
 
 Size = tuple[int, int, int, int]
 MANY = 64  # prompts that are worth a word before they are encoded
@@ -222,7 +222,7 @@ class PipelineModel(ABC):
             rows = torch.tensor([row for row, owner in enumerate(owners) if owner == name])
             network = self.part(name)
             alone = len(rows) == len(x)
-            part = (x, moment, condition) if alone else (x[rows], moment[rows], condition[rows])
+            part = (x, moment, condition) if alone else (taken(x, rows), moment[rows], condition[rows])
             parts.append(self._guided(network, *part))
             order.append(rows)
         return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort()]
@@ -235,7 +235,7 @@ class PipelineModel(ABC):
         twice = torch.arange(len(x)).repeat(2)
         both = Condition.stack([condition, condition.replaced(self._negative)])
         v_text, v_negative = self.forward(network, torch.cat([x, x]), moment[twice], both).chunk(2)
-        return v_negative + scale.view(-1, 1, 1, 1, 1).to(x.device) * (v_text - v_negative)
+        return v_negative + scale.view(-1, 1, 1, 1, 1).to(x.device, non_blocking=True) * (v_text - v_negative)
 
     def idle(self, moment: Moment) -> Tensor:
         """One forward of one row of zeros through the expert of that moment."""

@@ -122,7 +122,7 @@ class WanModel(PipelineModel):
         from it, and every solver ends at it.
         """
         extra = condition.tensors.get("latents")
-        timestep = moment.timestep.to(x.device)
+        timestep = moment.timestep.to(x.device, non_blocking=True)
         fed, given = x, None
         if self.pipeline.config.expand_timesteps:
             timestep = timestep[:, None].repeat(1, self.tokens())
@@ -141,7 +141,7 @@ class WanModel(PipelineModel):
             return_dict=False,
         )[0].float()
         if given is not None:
-            sigma = moment.sigma.to(x.device, torch.float32).view(-1, 1, 1, 1, 1)
+            sigma = moment.sigma.to(x.device, torch.float32, non_blocking=True).view(-1, 1, 1, 1, 1)
             v = torch.cat([(x[:, :, :1] - given) / sigma, v[:, :, 1:]], dim=2)
         return v
 
