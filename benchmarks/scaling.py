@@ -1,8 +1,9 @@
 """How the cost of an update grows: `python benchmarks/scaling.py [--updates 3] [--json]`.
 
-Seconds of one update of the bundled model against the number of groups, the group size, frames and steps, with the
-exponent of the fitted power law (1 is linear), and one process against two. One thread a process; the points of a sweep
-are measured in turn, round after round, and the medians are printed.
+Seconds of one update of the bundled model against the number of groups, the group size, frames, resolution (pixels)
+and steps, with the exponent of the fitted power law (1 is linear), and one process against two. Steps are measured
+twice: as the recipe takes them, and with every one of them computed. One thread a process; the points of a sweep are
+measured in turn, round after round, and the medians are printed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +23,26 @@ from rich.table import Table
 
 from flashgrpo.run_directory import read_lines
 
-BASE = {"rollout.prompts": 2, "rollout.group_size": 8, "model.num_frames": 9, "rollout.num_steps": 10}
-SWEEPS = {
-    "rollout.prompts": (2, 4, 8, 16),
-    "rollout.group_size": (4, 8, 16, 32),
-    "model.num_frames": (5, 9, 17, 33),
-    "rollout.num_steps": (5, 10, 20, 40),
+BASE = {"rollout.prompts": 2, "rollout.group_size": 8, "model.num_frames": 9, "rollout.num_steps": 20}
+SWEEPS: dict[str, tuple[Sequence[int], Callable[[int], dict[str, object]]]] = {
+    "groups": ((2, 4, 8, 16), lambda n: {"rollout.prompts": n}),
+    "group size": ((4, 8, 16, 32), lambda n: {"rollout.group_size": n}),
+    "latent frames": ((2, 3, 5, 9), lambda n: {"model.num_frames": 4 * n - 3}),
+    "pixels": ((32**2, 48**2, 64**2, 96**2), lambda n: {"model.height": math.isqrt(n), "model.width": math.isqrt(n)}),
+    "steps": ((5, 10, 20, 40), lambda n: {"rollout.num_steps": n}),
+    "steps, all computed": (
+        (5, 10, 20, 40),
+        lambda n: {"rollout.num_steps": n, "rollout.deterministic_steps": "null"},
+    ),
 }
 QUIET = ["tracking.progress=false", "tracking.preflight=skip", "evaluation.every=100000", "checkpoint.every=100000"]
 QUIET += ["parallel.threads=1", "evaluation.videos=0", "evaluation.samples_per_prompt=1", "evaluation.num_steps=2"]
 
 
-def seconds_per_update(updates: int, processes: int = 1, **settings: int) -> float:
+def seconds_per_update(updates: int, settings: Mapping[str, object], processes: int = 1) -> float:
     """Median over the updates of a short run in processes of its own; its first update, which warms up, is left out."""
     with tempfile.TemporaryDirectory() as folder:
-        changes = [f"{key}={value}" for key, value in (BASE | settings).items()]
+        changes = [f"{key}={value}" for key, value in {**BASE, **settings}.items()]
         command = [sys.executable, "-m", "flashgrpo"]
         if processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -46,15 +53,15 @@ def seconds_per_update(updates: int, processes: int = 1, **settings: int) -> flo
     return statistics.median(line["seconds"]["total"] for line in lines)
 
 
-def sweep(key: str, updates: int, rounds: int) -> dict[str, object]:
+def sweep(name: str, updates: int, rounds: int) -> dict[str, object]:
     """Seconds at each value of a setting, and the exponent that fits them."""
-    samples: dict[int, list[float]] = {value: [] for value in SWEEPS[key]}
+    values, settings = SWEEPS[name]
+    samples: dict[int, list[float]] = {value: [] for value in values}
     for _ in range(rounds):
         for value, seconds in samples.items():
-            seconds.append(seconds_per_update(updates, **{key: value}))
+            seconds.append(seconds_per_update(updates, settings(value)))
     medians = {value: statistics.median(seconds) for value, seconds in samples.items()}
-    amounts = [(value - 1) // 4 + 1 if key == "model.num_frames" else value for value in medians]  # latent frames
-    exponent = np.polyfit(np.log(amounts), np.log(list(medians.values())), 1)[0]
+    exponent = np.polyfit(np.log(list(medians)), np.log(list(medians.values())), 1)[0]
     return {"seconds": medians, "exponent": round(float(exponent), 2)}
 
 
@@ -63,7 +70,7 @@ def processes(updates: int, rounds: int) -> dict[str, object]:
     samples: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
         for count, seconds in samples.items():
-            seconds.append(seconds_per_update(updates, count, **{"rollout.prompts": 8}))
+            seconds.append(seconds_per_update(updates, {"rollout.prompts": 8}, count))
     ratios = [one / two for one, two in zip(*samples.values(), strict=True)]
     return {
         "seconds": {count: statistics.median(seconds) for count, seconds in samples.items()},

@@ -8,12 +8,15 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from flashgrpo.assembly import Assembly, experience
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import alone
 from flashgrpo.doctor.estimate import LiveBytes, estimate
+from flashgrpo.graphs import Graphs
 from flashgrpo.models import load_model
-from flashgrpo.prompts import read_prompts
+from flashgrpo.progress import Clock
+from flashgrpo.prompts import prompt_groups, read_prompts
 from flashgrpo.types import Moment, Prompt
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -55,6 +58,17 @@ def test_the_estimate_is_what_a_real_network_takes(make_run):
             model.velocity(x, moment, condition).square().mean().backward()
     counted = estimate(config).phases["update"]["work"] - x.numel() * 4
     assert counted == pytest.approx(live.peak, rel=0.15)
+
+
+def test_graphs_that_are_to_be_kept_are_counted(make_run):
+    """Against what autograd saves for a transition of the real network."""
+    run = make_run("rollout.guidance_scale=1", "rollout.retain=true", "rollout.group_size=4", "optim.micro_batch=4")
+    parts = Assembly(run, alone())
+    graphs = parts.graphs = Graphs(8, 2**40)
+    experience(parts, prompt_groups(parts.prompts, run.seed, 0, 2, 4), Clock())
+    counted = estimate(run).phases["rollout"]["graphs"]
+    assert graphs.kept
+    assert 0.8 < counted / (8 * graphs.bytes_each) < 1.5  # what lives in the backward pass besides is counted, too
 
 
 @pytest.mark.parametrize("name", RECIPES)

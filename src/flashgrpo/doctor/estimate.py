@@ -81,7 +81,10 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     }
     guided = 2 if settings.guidance_scale > 1 else 1
     rollout = _call(model, min(own, settings.micro_batch) * guided, parallel.context, learn=False)
-    update = _call(model, min(own, config.optim.micro_batch) * guided, parallel.context, learn=True)
+    rows = min(own, config.optim.micro_batch)
+    update = _call(model, rows * guided, parallel.context, learn=True)
+    if settings.retain:  # where it is left to the run, graphs are kept only if they fit
+        rest["graphs"] = round(own * records_per_sample(config) * update / rows)
     phases = {
         "rollout": {"weights": while_drawing, **rest, "work": rollout},
         "decode": {"weights": while_decoding, **rest, "work": _decode(model, min(own, settings.decode_micro_batch))},
