@@ -364,6 +364,10 @@ def test_a_comparison_with_a_run_that_fails(compared):
     flash, flow = found["summary"]
     assert (flash["ended"], flow["ended"], flow["failed"]) == (2, 1, 1)
     assert flow["over_first"]["seeds"] == [0]
+    assert flash["per_sample"]["update"] == 6  # 3 of the one step, by two branches
+    assert flow["per_sample"]["update"] == 18
+    assert flow["per_sample"]["rollout"] == flash["per_sample"]["rollout"] == 8
+    assert flash["per_sample"]["update_seconds"] > 0
     assert flash["training_share"] == pytest.approx(24 / 56)
     assert flow["training_share"] == pytest.approx(72 / 104)
     assert flash["final"]["difference"] == pytest.approx(
@@ -467,7 +471,7 @@ def write_run(files, config, gain: float, upto: int | None = None) -> None:
         zero = dict.fromkeys(("drift", "ratio_max_dev", "clip_fraction", "approx_kl", "kl"), 0.0)
         metrics.append({"update": update, "reward": 0.5 + gain * update / config.updates, "reward_std": 0.1, **zero})
         metrics[-1] |= {"ratio_mean": 1.0, "grad_norm": sum(norms.values()), "grad_norm_by_step": norms}
-        metrics[-1] |= {"compute": {"rollout": cost.rollout, "update": cost.update}}
+        metrics[-1] |= {"compute": {"rollout": cost.rollout, "update": cost.update}, "samples": 64}
         metrics[-1] |= {"seconds": {"rollout": 1.0, "update": 0.5, "evaluate": 9.0, "total": 11.0}}
     for update in sorted({*range(0, len(metrics) + 1, config.evaluation.every), len(metrics)}):
         base, rise = 0.5 + 0.1 * np.sin(np.arange(20)), gain * update / config.updates * noise.uniform(0, 2, 20)

@@ -85,6 +85,8 @@ def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
                 "rollout_compute": line["compute"]["rollout"],
                 "update_compute": line["compute"]["update"],
                 "seconds": round(seconds[-1], 3),
+                "samples": line["samples"],
+                "update_seconds": line["seconds"].get("update"),
                 **{key: line.get(key) for key in KEPT},
                 "grad_norm_by_step": line["grad_norm_by_step"],
             }
@@ -232,6 +234,8 @@ def _training(runs: Sequence[Row]) -> dict[str, Any]:
     """Where the compute and the seconds went, and how even the gradients were; means over all runs, failed ones too."""
     updates = [update for run in runs for update in run["updates"]]
     rollout, update = (sum(line[f"{part}_compute"] for line in updates) for part in ("rollout", "update"))
+    samples = sum(line["samples"] for line in updates)
+    timed = [line["update_seconds"] for line in updates if line["update_seconds"] is not None]
     spread: dict[str, Any] = {}
     for key in ("over_updates", "over_steps"):
         values = [run["gradients"][key] for run in runs if run["gradients"][key] is not None]
@@ -243,6 +247,11 @@ def _training(runs: Sequence[Row]) -> dict[str, Any]:
     spread["by_step"] = {step: float(np.mean(steps[step])) for step in sorted(steps, key=int)}
     return {
         "compute": {"rollout": rollout, "update": update},
+        "per_sample": {
+            "rollout": rollout / samples if samples else None,
+            "update": update / samples if samples else None,
+            "update_seconds": sum(timed) / samples if timed else None,
+        },
         "training_share": update / (rollout + update) if updates else None,
         "seconds_per_update": sum(run["updates"][-1]["seconds"] for run in runs if run["updates"]) / len(updates)
         if updates

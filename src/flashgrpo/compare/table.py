@@ -57,6 +57,7 @@ def _stability(comparison: Row) -> str:
     rows = [
         [
             row["algorithm"],
+            _per_sample(row["per_sample"]),
             percent(row["training_share"]),
             duration(row["seconds_per_update"]) if row["seconds_per_update"] else "-",
             "-" if row["at_equal_seconds"] is None else f"{row['at_equal_seconds']:+.3f}",
@@ -67,13 +68,30 @@ def _stability(comparison: Row) -> str:
         for row in comparison["summary"]
     ]
     after = f"gain after {duration(seconds)}" if seconds else "gain at equal seconds"
-    heads = ["training's share", "an update", after, "gradient norm over updates", "over steps", "collapsed"]
+    heads = [
+        "forwards a sample",
+        "training's share",
+        "an update",
+        after,
+        "gradient norm over updates",
+        "over steps",
+        "collapsed",
+    ]
     return (
         grid(["algorithm", *heads], rows)
-        + "\n\nTraining's share is of the forwards; time is of rollout, decoding, rewards and update. The spread of "
-        "the gradient norm is its standard deviation in per cent of its mean: over updates, and over the denoising "
-        "steps, of the mean norm of each."
+        + "\n\nForwards a sample are those of the rollout and those of training on it, with the seconds of the latter. "
+        "Training's share is of the forwards; the time of an update is of rollout, decoding, rewards and update. The "
+        "spread of the gradient norm is its standard deviation in per cent of its mean: over updates, and over the "
+        "denoising steps, of the mean norm of each."
     )
+
+
+def _per_sample(cost: Row) -> str:
+    """`40 + 114 (0.12 s)`."""
+    if cost["rollout"] is None:
+        return "-"
+    seconds = "" if cost["update_seconds"] is None else f" ({cost['update_seconds']:.3g} s)"
+    return f"{cost['rollout']:.3g} + {cost['update']:.3g}{seconds}"
 
 
 def _troubled(runs: Sequence[Row]) -> str:
