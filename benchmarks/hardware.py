@@ -74,7 +74,7 @@ def operations(config: RunConfig) -> dict[str, float]:
 
     An update counts its forward, what checkpointing computes again, and the gradients that adapters really need.
     """
-    model = weightless(config)
+    model = weightless(config.model)
     x = torch.zeros(1, *model.latent_shape, device=META)
     moment = Moment(torch.zeros(1), torch.ones(1, dtype=torch.float64), torch.ones(1))
     counts = []

@@ -25,8 +25,10 @@ from flashgrpo.presets import Algorithm
 from flashgrpo.prompts import prompt_groups, read_prompts
 from flashgrpo.reward_set import Rewards
 from flashgrpo.rollout import rollout
+from flashgrpo.schedule import SigmaGrid
 from flashgrpo.scoring import Scoring, untimed
-from flashgrpo.types import Latents, Prompt, PromptGroup, RewardTable, Sample, Transitions
+from flashgrpo.settings import RolloutConfig
+from flashgrpo.types import Latents, Prompt, PromptGroup, RewardTable, Sample, Transitions, VideoModel
 
 Phases = Callable[[str], AbstractContextManager[None]]  # a clock: `with clock("rollout"): ...`
 
@@ -53,12 +55,12 @@ class Assembly:
         self.rewards.load(team)  # after the prompts' encoders have made room, and before anything is drawn
         grid, settings = model.grid(config.rollout.num_steps), config.rollout
         table = config.algorithm.noise(grid.sigmas)
-        guidance = guidance_by_step(model, grid, settings.guidance_scale, settings.guidance_scale_2)
-        self.policy = Policy(model, grid, table, guidance, config.optim.micro_batch)
+        of_policy, of_environment = guidance(model, grid, settings)
+        self.policy = Policy(model, grid, table, of_policy, config.optim.micro_batch)
         self.environment = Environment(
             model,
             grid,
-            within(guidance, grid, settings.guidance_interval),
+            of_environment,
             settings.solver,
             settings.deterministic_steps,
             getattr(torch, settings.deterministic_dtype) if settings.deterministic_dtype else None,
@@ -91,7 +93,7 @@ class Assembly:
     @property
     def guided(self) -> Guided:
         """Which steps run two branches."""
-        return Guided((self.environment.guidance > 1).tolist(), (self.policy.guidance > 1).tolist())
+        return guided_steps(self.policy.model, self.config.rollout)
 
     def with_algorithm(self, algorithm: Algorithm) -> "Assembly":
         """The same parts, none of them copied or loaded again, that draw and compare as another algorithm does."""
@@ -100,6 +102,18 @@ class Assembly:
         other.policy = replace(self.policy, table=algorithm.noise(self.policy.grid.sigmas))
         other.graphs = other._graphs()
         return other
+
+
+def guidance(model: VideoModel, grid: SigmaGrid, settings: RolloutConfig) -> tuple[Tensor, Tensor]:
+    """The guidance scale of each step, (N,): where it is stochastic, and where it is deterministic."""
+    scales = guidance_by_step(model, grid, settings.guidance_scale, settings.guidance_scale_2)
+    return scales, within(scales, grid, settings.guidance_interval)
+
+
+def guided_steps(model: VideoModel, settings: RolloutConfig) -> Guided:
+    """Which steps of a rollout run two branches."""
+    stochastic, deterministic = guidance(model, model.grid(settings.num_steps), settings)
+    return Guided((deterministic > 1).tolist(), (stochastic > 1).tolist())
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,21 @@
 """What a comparison runs: the settings of each algorithm on one problem, and the updates that the budget buys it."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from flashgrpo.compute import Cost, update_cost
+from flashgrpo.assembly import guided_steps
+from flashgrpo.compute import Cost, Guided, update_cost
 from flashgrpo.config import RunConfig
+from flashgrpo.doctor.estimate import weightless
 from flashgrpo.errors import UserError
 from flashgrpo.explain import suggest
 from flashgrpo.presets import PRESETS, Algorithm
 from flashgrpo.recipe import merge_choices, parse_override
+from flashgrpo.settings import ModelConfig, RolloutConfig
 
 OWN = ("algorithm", "rollout", "optim", "model.train", "model.gradient_checkpointing")  # may differ by algorithm
 OF_THE_PLAN = {"out": "--out", "evaluation.every": "--points"}  # settings that an option decides
@@ -44,7 +48,7 @@ class Plan:
             "algorithms": {
                 name: {
                     "updates": config.updates,
-                    "compute_per_update": asdict(update_cost(config, 0)),
+                    "compute_per_update": asdict(_cost(config, 0)),
                     "settings": config.model_dump(mode="json", exclude=set(NOT_COMPARED)),
                 }
                 for name, config in self.algorithms.items()
@@ -80,12 +84,25 @@ def make_plan(
     }
     first = next(iter(configs.values()))
     if budget is None:
-        budget = sum(update_cost(first, update).total for update in range(base.updates))
+        budget = sum(_cost(first, update).total for update in range(base.updates))
     whole = {
         name: _at_its_length(config, f"{recipe}, {name}", _updates_within(config, budget, name), points)
         for name, config in configs.items()
     }
     return Plan(recipe, budget, range(base.seed, base.seed + seeds), whole)
+
+
+def _cost(config: RunConfig, update: int) -> Cost:
+    """Of an update, with guidance where the model's own grid has it."""
+    settings = config.rollout
+    plain = settings.guidance_scale_2 is None and tuple(settings.guidance_interval) == (0, 1)
+    return update_cost(config, update, None if plain else _guided(config.model, settings))
+
+
+@functools.lru_cache(maxsize=64)
+def _guided(model: ModelConfig, settings: RolloutConfig) -> Guided:
+    """Which steps run two branches: only the model knows their sigmas, and which expert computes them."""
+    return guided_steps(weightless(model), settings)
 
 
 def read_algorithms(algorithms: str | Sequence[str]) -> dict[str, Any]:
@@ -194,7 +211,7 @@ def _at_its_length(config: RunConfig, source: str, updates: int, points: int) ->
 
 def _updates_within(config: RunConfig, budget: int, name: str) -> int:
     """The largest number of updates that cost no more than the budget."""
-    first: Cost = update_cost(config, 0)
+    first = _cost(config, 0)
     if first.total > budget:
         raise UserError(
             f"--budget: {budget:,} forwards are less than one update of {name}, which costs {first.total:,} "
@@ -203,6 +220,6 @@ def _updates_within(config: RunConfig, budget: int, name: str) -> int:
     if budget / first.total > MOST_UPDATES:
         raise UserError(f"--budget: {budget:,} forwards buy {name} more than {MOST_UPDATES:,} updates; lower it")
     updates, spent = 1, first.total
-    while (spent := spent + update_cost(config, updates).total) <= budget:
+    while (spent := spent + _cost(config, updates).total) <= budget:
         updates += 1
     return updates

@@ -21,6 +21,7 @@ from flashgrpo.distributed import Team
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.scoring import AHEAD
+from flashgrpo.settings import ModelConfig
 from flashgrpo.sharding import blocks_of
 from flashgrpo.types import Condition, Moment
 
@@ -64,7 +65,7 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     Raises:
         UserError: the sizes of the model are neither known nor in a folder, or do not fit the video's.
     """
-    model, settings, parallel = weightless(config), config.rollout, config.parallel
+    model, settings, parallel = weightless(config.model), config.rollout, config.parallel
     own = math.ceil(settings.prompts * settings.group_size * parallel.context / processes)
     networks = list(model.experts.values())
     vae, offload = model.pipeline.vae, config.model.offload
@@ -100,10 +101,10 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     return Estimate(counts, phases, host=held * video)
 
 
-def weightless(config: RunConfig) -> Any:
-    """The run's model in its full size on the meta device."""
+def weightless(model: ModelConfig) -> Any:
+    """The model in its full size on the meta device."""
     plain = {"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
-    return load_model(config.model.model_copy(update=plain), Team(META), config.seed)
+    return load_model(model.model_copy(update=plain), Team(META), seed=0)
 
 
 def records_per_sample(config: RunConfig) -> float:
