@@ -20,7 +20,8 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashgrpo import RunConfig
-from flashgrpo.assembly import Assembly, experience
+from flashgrpo.assembly import Assembly, experience, guided_steps
+from flashgrpo.compute import update_cost
 from flashgrpo.distributed import joined
 from flashgrpo.doctor.estimate import META, estimate, records_per_sample, weightless
 from flashgrpo.doctor.trial import Meter
@@ -42,7 +43,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         device = team.device
         rate = matmul_rate(device, getattr(torch, config.model.dtype))
         counted = estimate(config).totals
-        work = operations(config)
+        work = operations(config, graphs_kept=parts.graphs is not None and parts.graphs.kept)
         return {
             "device": team.device_name,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -69,10 +70,11 @@ def one_update(parts: Assembly, update: int, meter: Meter) -> None:
             torch.cuda.synchronize()
 
 
-def operations(config: RunConfig) -> dict[str, float]:
+def operations(config: RunConfig, graphs_kept: bool) -> dict[str, float]:
     """Floating-point operations of the network in a phase, counted on a network without weights.
 
-    An update counts its forward, what checkpointing computes again, and the gradients that adapters really need.
+    An update counts its forward, where the rollout's was not kept, what checkpointing computes again, and the gradients
+    that adapters really need.
     """
     model = weightless(config.model)
     x = torch.zeros(1, *model.latent_shape, device=META)
@@ -89,8 +91,8 @@ def operations(config: RunConfig) -> dict[str, float]:
     branches = 2 if settings.guidance_scale > 1 else 1
     rows = branches * settings.prompts * settings.group_size
     return {
-        "rollout": counts[0] * rows * settings.num_steps,
-        "update": counts[1] * rows * config.optim.passes * records_per_sample(config),
+        "rollout": counts[0] * update_cost(config, 0, guided_steps(model, settings)).rollout,
+        "update": (counts[1] - counts[0] * graphs_kept) * rows * config.optim.passes * records_per_sample(config),
     }
 
 
