@@ -17,6 +17,7 @@ Weights are the base model's, or with --run the averaged weights of the best che
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def main() -> None:
         if "." in name or "=" not in changes:
             common.append(word)
         else:
-            ways[name] = changes.split()
+            ways[name] = shlex.split(changes)
 
     def config(changes: Sequence[str]) -> RunConfig:
         fixed = ["out=unused", f"updates={arguments.updates}", *PUBLISHED, *common]

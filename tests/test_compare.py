@@ -31,7 +31,7 @@ from flashgrpo.report import write_report
 from flashgrpo.run_directory import read_lines
 from flashgrpo.train import train
 from flashgrpo.update import policy_update
-from tests.conftest import small_run
+from tests.conftest import EXACT, small_run
 from tests.test_report import CHROMIUM, FLAGS
 
 TWENTY = ("rollout.prompts=3", "rollout.group_size=4", "rollout.num_steps=20")  # 12 samples of 20 steps
@@ -102,7 +102,10 @@ def test_every_line_of_metrics_says_what_its_update_cost(make_run):
 
 
 def plan(*overrides: str, algorithms: Any = "flash-grpo,flow-grpo", **options: Any) -> Plan:
-    return make_plan("tiny", overrides, algorithms, **{"seeds": 2, "budget": None, "points": 5, "keep": "", **options})
+    ten = ("rollout.num_steps=10", *EXACT)
+    return make_plan(
+        "tiny", [*ten, *overrides], algorithms, **{"seeds": 2, "budget": None, "points": 5, "keep": "", **options}
+    )
 
 
 def test_a_budget_buys_whole_updates():

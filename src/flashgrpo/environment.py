@@ -6,6 +6,7 @@ gradient of the action: by a multistep solver that takes fewer steps, by guidanc
 only, and by a lower precision. What each does to the videos is measured by `benchmarks/fidelity.py`.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from flashgrpo.schedule import SigmaGrid
 from flashgrpo.solvers import Euler, Solver, Walk
 from flashgrpo.steps import StepMask
 from flashgrpo.types import Condition, Latents, Moment, VideoModel
+
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms in float32 under autocast
 
 
 @dataclass(frozen=True)
