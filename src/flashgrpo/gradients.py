@@ -295,5 +295,6 @@ def named(parts: Assembly, algorithm: Algorithm, purpose: str) -> Assembly:
     if parts.team.size > 1:
         raise UserError(f"diagnostics run in one process, not in {parts.team.size}; start them without torchrun")
     own = parts.with_algorithm(algorithm)
+    own.graphs = None  # each gradient is that of a replay, some of parts of what was drawn
     own.config = own.config.model_copy(update={"seed": keyed_bits(purpose, parts.config.seed)})
     return own

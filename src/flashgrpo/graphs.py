@@ -62,7 +62,8 @@ def graphs_for(setting: bool | None, transitions: int, replays: str | None, devi
     """As `rollout.retain` says; None where every step is to be replayed.
 
     Args:
-        setting: keep them, do not, or (None) keep them if they take at most a quarter of the device's memory.
+        setting: keep them, do not, or (None) keep them if they take at most a quarter of the device's memory, and half
+            of what is free on a GPU when the model is there.
         replays: why a replay is necessary all the same, if it is.
 
     Raises:
@@ -72,4 +73,5 @@ def graphs_for(setting: bool | None, transitions: int, replays: str | None, devi
         raise UserError(f"rollout.retain: {replays}; leave it out")
     if setting is False or replays:
         return None
-    return Graphs(transitions, None if setting else int(SHARE * memory.total(device)))
+    room = int(min(SHARE * memory.total(device), memory.free(device) / 2))
+    return Graphs(transitions, None if setting else room)

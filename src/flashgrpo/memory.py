@@ -29,6 +29,11 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
+def free(device: torch.device) -> int:
+    """Bytes of a GPU that nobody has taken; of the CPU, whose memory others give back, all that it has."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total(device)
+
+
 def total(device: torch.device) -> int:
     """Bytes that the device has."""
     if device.type == "cuda":

@@ -32,7 +32,7 @@ def policy_update(
     `algorithm.weighting` says (Flash-GRPO, arXiv 2605.15980), plus `kl_coef` times the KL to the base model.
 
     Args:
-        transitions: T recorded steps of this rank's B samples.
+        transitions: T recorded steps of this rank's B samples; graphs that came with them serve one call.
         advantages: of the samples, (B,).
 
     Raises:
