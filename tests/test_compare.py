@@ -20,8 +20,9 @@ from flashgrpo.assembly import Assembly, experience
 from flashgrpo.cli import main
 from flashgrpo.compare import compare, statistics, write_data
 from flashgrpo.compare.figures import write_figures
-from flashgrpo.compare.folder import ComparisonFolder
+from flashgrpo.compare.folder import ComparisonFolder, RunFiles
 from flashgrpo.compare.plan import Plan, make_plan, read_algorithms
+from flashgrpo.compare.processes import note_failure
 from flashgrpo.compute import Cost, Guided, update_cost
 from flashgrpo.distributed import alone
 from flashgrpo.errors import UserError
@@ -384,6 +385,18 @@ def test_a_comparison_with_a_run_that_fails(compared):
     config = (out / "flash-grpo/seed-1/config.yaml").read_text()
     assert f"out: {out}/flash-grpo/seed-1" in config
     assert "seed: 1\n" in config
+
+
+def test_why_a_run_failed_is_what_it_said_itself(tmp_path):
+    run = RunFiles("flash", 0, tmp_path / "seed-0")
+    run.log.write_text(
+        "# -m flashgrpo train a\nflashgrpo: before\n# -m flashgrpo train a\nflashgrpo: the disk is full\nbye\n"
+    )
+    note_failure(run, -6)
+    assert run.failure.read_text() == "ended by SIGABRT after: the disk is full\n"
+    run.log.write_text("# -m flashgrpo train a\nKilled\n")
+    note_failure(run, 1)
+    assert run.failure.read_text() == "Killed\n"
 
 
 def test_what_is_complete_is_left_alone_and_what_failed_goes_on(compared, problem):

@@ -87,9 +87,14 @@ def _gpu_of(slot: int, jobs: int) -> dict[str, str]:
 
 
 def note_failure(run: RunFiles, code: int) -> None:
-    """Keep why a run failed: the last line of its log, and the signal that ended it where one did."""
-    lines = [line.strip() for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    last = next((line for line in reversed(lines) if line), "").removeprefix("flashgrpo: ")
+    """Keep why a run failed: what it said itself, or else its log's last line; and the signal that ended it, if any.
+
+    Libraries may have a word after ours, such as "terminate called without an active exception" as the process ends.
+    """
+    attempt = run.log.read_text(encoding="utf-8", errors="replace").rpartition("# -m flashgrpo")[2]
+    lines = [line.strip() for line in attempt.splitlines() if line.strip()]
+    own = [line.removeprefix("flashgrpo: ") for line in lines if line.startswith("flashgrpo: ")]
+    last = (own or lines or [""])[-1]
     how = f"ended by {signal.Signals(-code).name} after: " if code < 0 else ""
     with write_aside(run.failure) as aside:
         aside.write_text(f"{how}{last}\n", encoding="utf-8")
