@@ -20,14 +20,14 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashgrpo import RunConfig
-from flashgrpo.assembly import Assembly, experience, guided_steps
+from flashgrpo.assembly import Assembly, guided_steps
 from flashgrpo.compute import update_cost
 from flashgrpo.distributed import joined
 from flashgrpo.doctor.estimate import META, estimate, records_per_sample, weightless
 from flashgrpo.doctor.trial import Meter
 from flashgrpo.prompts import prompt_groups
+from flashgrpo.train import one_update
 from flashgrpo.types import Moment
-from flashgrpo.update import policy_update
 
 PHASES = ("rollout", "decode", "update")
 
@@ -35,10 +35,10 @@ PHASES = ("rollout", "decode", "update")
 def measure(config: RunConfig) -> dict[str, Any]:
     """Two updates, the second of them measured."""
     with joined(config) as team:
-        parts = Assembly(config, team)
+        parts, groups, size = Assembly(config, team), config.rollout.prompts, config.rollout.group_size
         for update in range(2):
             meter = Meter(team.device)
-            one_update(parts, update, meter)
+            one_update(parts, prompt_groups(parts.prompts, config.seed, update, groups, size), meter)
         seconds = meter.clock.lap()
         device = team.device
         rate = matmul_rate(device, getattr(torch, config.model.dtype))
@@ -54,20 +54,6 @@ def measure(config: RunConfig) -> dict[str, Any]:
             "matmul_tflops": rate / 1e12,
             "share_of_matmul": {phase: work[phase] / seconds[phase] / rate for phase in work},
         }
-
-
-def one_update(parts: Assembly, update: int, meter: Meter) -> None:
-    """As the main loop has it."""
-    config, settings = parts.config, parts.config.rollout
-    groups = prompt_groups(parts.prompts, config.seed, update, settings.prompts, settings.group_size)
-    drawn = experience(parts, groups, meter)
-    with meter("update"):
-        advantages = drawn.advantages[drawn.mine]
-        policy_update(
-            parts.policy, parts.optimizer, drawn.transitions, advantages, config.algorithm, config.optim, parts.team
-        )
-        if parts.team.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def operations(config: RunConfig, graphs_kept: bool) -> dict[str, float]:

@@ -93,7 +93,7 @@ class Assembly:
     @property
     def guided(self) -> Guided:
         """Which steps run two branches."""
-        return guided_steps(self.policy.model, self.config.rollout)
+        return _guided(self.policy.guidance, self.environment.guidance)
 
     def with_algorithm(self, algorithm: Algorithm) -> "Assembly":
         """The same parts, none of them copied or loaded again, that draw and compare as another algorithm does."""
@@ -112,7 +112,10 @@ def guidance(model: VideoModel, grid: SigmaGrid, settings: RolloutConfig) -> tup
 
 def guided_steps(model: VideoModel, settings: RolloutConfig) -> Guided:
     """Which steps of a rollout run two branches."""
-    stochastic, deterministic = guidance(model, model.grid(settings.num_steps), settings)
+    return _guided(*guidance(model, model.grid(settings.num_steps), settings))
+
+
+def _guided(stochastic: Tensor, deterministic: Tensor) -> Guided:
     return Guided((deterministic > 1).tolist(), (stochastic > 1).tolist())
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from flashgrpo import checkpoint
-from flashgrpo.assembly import Assembly, Experience, experience
+from flashgrpo.assembly import Assembly, Experience, Phases, experience
 from flashgrpo.checkpoint import Progress
 from flashgrpo.compute import update_cost
 from flashgrpo.config import RunConfig
@@ -65,7 +65,7 @@ def _train(run: "Run", interrupt: Interrupt) -> None:
             update_ended()
 
 
-def one_update(parts: Assembly, groups: Sequence[PromptGroup], clock: Clock) -> dict[str, Any]:
+def one_update(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) -> dict[str, Any]:
     """Draw, compare, learn; nothing that was drawn is kept, for videos are large."""
     config = parts.config
     drawn = experience(parts, groups, clock)
