@@ -73,8 +73,11 @@ def test_rectification_levels_the_gradient(found):
 def test_the_variance_of_rewards_adds_up(found, start):
     """Law of total variance: what a group that shares its step is spared is what lies between the steps."""
     ((_, by_start),) = found[1]["noises"].items()
-    for split in by_start[start]["reward_variance"]["windows"].values():
+    measured = by_start[start]["reward_variance"]
+    std = dict(zip(measured["steps"], measured["std"], strict=True))
+    for split in measured["windows"].values():
         within, between, total = (split[part]["value"] for part in ("within", "between", "total"))
+        assert within == pytest.approx(sum(std[k] ** 2 for k in split["steps"]) / len(split["steps"]))
         assert total == pytest.approx(within + between)
         assert total > 0
         assert split["share"]["value"] == pytest.approx(between / total)
