@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import threading
+import time
 
 import pytest
 import torch
@@ -121,6 +122,23 @@ def test_a_save_does_not_see_what_training_changes_meanwhile(tmp_path, monkeypat
     gate.set()
     writer.wait()
     assert torch.equal(checkpoint.load(tmp_path, 1)["policy"]["w"], torch.zeros(4))
+
+
+def test_the_thread_that_writes_has_gone_when_its_result_is_there():
+    """One that still frees tensors while the interpreter ends aborts the process, of a run that has succeeded."""
+    freed = threading.Event()
+
+    class Slow:
+        def __del__(self):
+            time.sleep(0.2)
+            freed.set()
+
+    def background():
+        held = Slow()
+        return checkpoint._Background(lambda: held and None)
+
+    background().result()
+    assert freed.is_set()
 
 
 def test_an_index_with_anything_but_an_index_in_it_is_refused(tmp_path):

@@ -15,7 +15,6 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ class Writer:
     def __init__(self, folder: Path, keep: int, team: Team) -> None:
         self._folder, self._keep, self._team = folder, keep, team
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # collectives of the thread
-        self._pending: Future[None] | None = None
+        self._pending: _Background | None = None
 
     def save(self, tensors: Tensors, progress: Progress) -> None:
         """Begin to write `folder/UPDATE`; all ranks call this together.
@@ -74,7 +73,7 @@ class Writer:
             kind: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
             for kind, named in tensors.items()
         }
-        self._pending = _in_background(lambda: self._write(path, aside, copies, progress))
+        self._pending = _Background(lambda: self._write(path, aside, copies, progress))
 
     def wait(self) -> None:
         """Wait until what was begun is on disk, on all ranks."""
@@ -240,19 +239,33 @@ def _write_shards(tensors: Tensors, folder: Path, group: Any) -> None:
         raise failure from error
 
 
-def _in_background(compute: Callable[[], None]) -> Future[None]:
-    """Compute in a daemon thread: one that hangs on a rank that has died must not keep this process from ending."""
-    future: Future[None] = Future()
+class _Background(threading.Thread):
+    """Computes in a daemon thread: one that hangs on a rank that has died must not keep this process from ending.
 
-    def run() -> None:
+    A thread that still frees tensors while the interpreter ends aborts the process (it asks for the lock inside of a
+    C++ destructor). So the result is that of a thread which has gone.
+    """
+
+    def __init__(self, compute: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._compute: Callable[[], None] | None = compute
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Compute, and let go of whatever that took."""
+        compute, self._compute = self._compute, None
+        assert compute is not None
         try:
             compute()
-            future.set_result(None)
         except BaseException as error:
-            future.set_exception(error)
+            self._error = error
 
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
+    def result(self) -> None:
+        """Wait for its end; raises what it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
 
 
 def _seal(folder: Path, progress: Progress) -> None:

@@ -79,6 +79,10 @@ class Batcher:
             if job.answer.set_running_or_notify_cancel():
                 job.answer.set_exception(Closing())
 
+    def join(self, seconds: float) -> None:
+        """Wait so long for the thread to end: one that frees tensors while the interpreter ends aborts the process."""
+        self._thread.join(seconds)
+
     @torch.no_grad()
     def _work(self) -> None:
         while True:

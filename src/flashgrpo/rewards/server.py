@@ -43,6 +43,7 @@ class Server(uvicorn.Server):
             for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them anew once it has ended well
                 signal.signal(number, lambda *_: None)
         super().run(sockets)
+        self.batcher.join(seconds=5)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
