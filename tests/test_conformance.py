@@ -86,6 +86,8 @@ def test_it_is_a_video_model(model, kind, prompts):
     video = model.decode(noise(model, 2))
     assert video.shape == (2, kind.num_frames, 3, kind.height, kind.width)
     assert 0 <= float(video.min()) < float(video.max()) <= 1
+    for frames in (1, 2, 5):
+        assert torch.equal(model.decode(noise(model, 2), frames), video[:, :frames])
     assert model.token_counts(["a red circle"]) == [4]
 
 

@@ -31,10 +31,12 @@ class Model:
 
     def __init__(self):
         self.decoded = []
+        self.frames = []
 
-    def decode(self, latents):
+    def decode(self, latents, frames=None):
         self.decoded.append(len(latents))
-        return (latents[:, :1, :1, :1, :1] / 10).expand(-1, 9, 3, 32, 32).clone()
+        self.frames.append(frames)
+        return (latents[:, :1, :1, :1, :1] / 10).expand(-1, frames or 9, 3, 32, 32).clone()
 
 
 for name in (name for name in dir(VideoModel) if not name.startswith("_") and not hasattr(Model, name)):
@@ -80,11 +82,13 @@ def test_frames_by_stride_rate_and_size():
     assert Pixels(fps=2.0).frames(9, 8.0).tolist() == [0, 4, 8]
     assert Pixels(fps=3.0).frames(9, 8.0).tolist() == [0, 3, 5, 8]
     assert Pixels(fps=30.0).frames(3, 8.0).tolist() == [0, 1, 2]
+    for beginning, wanted in ((Pixels(stride=2, first=6), [0, 2, 4]), (Pixels(fps=3.0, first=6), [0, 3])):
+        assert beginning.frames(9, 8.0).tolist() == beginning.frames(6, 8.0).tolist() == wanted
     small = Pixels(stride=3, size=20).prepare(videos, 8.0)
     assert small.shape == (1, 3, 3, 20, 30)
     torch.testing.assert_close(small[0, :, 0, 5, 5], torch.tensor([0.0, 3, 6]) / 9)
-    for wrong in ({"stride": 0}, {"fps": -1.0}, {"fps": 2.0, "stride": 2}, {"size": 0}):
-        with pytest.raises(ValueError, match=r"stride|fps|size"):
+    for wrong in ({"stride": 0}, {"fps": -1.0}, {"fps": 2.0, "stride": 2}, {"size": 0}, {"first": 0}):
+        with pytest.raises(ValueError, match=r"stride|fps|size|first"):
             Pixels(**wrong)
 
 
@@ -136,6 +140,27 @@ def test_nothing_is_decoded_for_rewards_of_latents():
     assert model.decoded == []
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_no_frame_is_decoded_that_no_reward_asks_for(at_once):
+    """The longest of the beginnings that they ask for; everything where one asks for everything or videos are kept."""
+    first, five = config("Shape", input=Pixels(first=1)), config("Shape", input=Pixels(first=5, stride=3))
+    few = {"first": first, "five": five, "latent": config("of_latents")}
+    cases = [
+        (few, {}, 5),
+        ({"first": first}, {}, 1),
+        (few | {"mean": config("mean")}, {}, None),
+        (few | {"file": config("of_files")}, {}, None),
+        (few, {"keep": [1]}, None),
+    ]
+    for configs, settings, frames in cases:
+        model = Model()
+        table, _ = score(configs, model, at_once=at_once, **settings)
+        assert set(model.frames) == {frames}
+        shown = dict(zip(table.names, table.values[0].tolist(), strict=True))
+        assert [shown["first.frames"], shown.get("five.frames", 2)] == [1, 2]
+    assert sorted(score(few, Model(), at_once=at_once, keep=[1])[1].videos[1].shape) == [3, 9, 32, 32]
+
+
 LOG: list[tuple[str, int]] = []
 BUSY = threading.Lock()
 
@@ -159,10 +184,10 @@ def test_scoring_goes_on_while_the_next_batch_is_drawn():
     begun = threading.Event()
 
     class Waiting(Model):
-        def decode(self, latents):
+        def decode(self, latents, frames=None):
             if self.decoded:  # the second batch is being made: the first has to be with its reward by now
                 assert begun.wait(timeout=20)
-            return super().decode(latents)
+            return super().decode(latents, frames)
 
     def notes(videos, prompts, n):
         begun.set()
@@ -176,11 +201,11 @@ def test_a_rollout_waits_for_a_reward_that_is_far_behind():
     gate = threading.Event()
 
     class Counting(Model):
-        def decode(self, latents):
+        def decode(self, latents, frames=None):
             if len(self.decoded) == AHEAD:  # it may be made, but has to wait until the first was scored
                 threading.Timer(0.3, gate.set).start()
             assert gate.is_set() == (len(self.decoded) > AHEAD)
-            return super().decode(latents)
+            return super().decode(latents, frames)
 
     def blocked(videos, prompts, n):
         assert gate.wait(timeout=20)

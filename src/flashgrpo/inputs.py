@@ -4,6 +4,7 @@ A reward says so in an attribute `takes`; without one it gets every frame at ful
 (`rewards.NAME.input`). What no reward asks for is not made: a run whose rewards all take latents decodes nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,11 +26,13 @@ class Pixels:
         stride: every so many frames, from the first on.
         fps: or frames nearest to so many a second, from the first on; a video that has fewer gives all it has.
         size: pixels of the shorter side that larger frames are reduced to (bilinear, antialiased).
+        first: of the video's first so many frames only. Those after them are not decoded where no reward asks for them.
     """
 
     stride: int = 1
     fps: float | None = None
     size: int | None = None
+    first: int | None = None
     kind: Literal["pixels"] = "pixels"
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
@@ -40,12 +43,15 @@ class Pixels:
             raise ValueError("fps must be above 0, and takes the place of stride: give one of the two")
         if self.size is not None and self.size < 1:
             raise ValueError(f"size must be at least 1, not {self.size}")
+        if self.first is not None and self.first < 1:
+            raise ValueError(f"first must be at least 1, not {self.first}")
 
     def frames(self, count: int, fps: float) -> Tensor:
         """The numbers of the frames taken of `count` frames at `fps` frames a second.
 
         `Pixels(fps=2).frames(17, 8)` is [0, 4, 8, 12, 16].
         """
+        count = min(count, self.first or count)
         if self.fps is None or self.fps >= fps:
             return torch.arange(0, count, self.stride)
         taken = torch.arange(int((count - 1) * self.fps / fps + 1e-6) + 1, dtype=torch.float64)
@@ -82,3 +88,10 @@ class VideoFiles:
 
 
 Input = Pixels | LatentVideos | VideoFiles
+
+
+def decoded_for(takes: Sequence[Input]) -> int | None:
+    """How many frames, from the first on, have to be decoded for these: 0 for latents alone; None is all of them."""
+    pixels = [one for one in takes if not isinstance(one, LatentVideos)]
+    asked = [one.first if isinstance(one, Pixels) else None for one in pixels]
+    return None if None in asked else max((first for first in asked if first), default=0)

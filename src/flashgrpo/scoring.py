@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashgrpo.distributed import Team
 from flashgrpo.errors import SharedError
-from flashgrpo.inputs import LatentVideos
+from flashgrpo.inputs import LatentVideos, decoded_for
 from flashgrpo.reward_set import Batch, Columns, Rewards
 from flashgrpo.shares import overlap
 from flashgrpo.types import Latents, Prompt, RewardTable, VideoModel
@@ -53,7 +53,7 @@ class Scoring:
         self._micro_batch, self._keep, self._clock = micro_batch, set(keep), clock
         self._names = rewards.names(watched)
         takes = [rewards.takes(name) for name in self._names]
-        self._decodes = bool(keep) or not all(isinstance(one, LatentVideos) for one in takes)
+        self._frames = None if keep else decoded_for(takes)
         self._hands_latents = any(isinstance(one, LatentVideos) for one in takes)
         self._at_once = at_once or bool(team.reward_ranks)
         self._first = team.share(len(prompts)).start
@@ -105,7 +105,7 @@ class Scoring:
         videos = self._decode(latents, self._first)
         with self._clock("reward"):
             rows = self._team.scored_by(len(self._prompts), self._team.rank)
-            if self._decodes:
+            if self._frames != 0:
                 videos = hand_over(self._team, videos, len(self._prompts))
             if self._hands_latents:
                 latents = hand_over(self._team, latents, len(self._prompts))
@@ -116,33 +116,34 @@ class Scoring:
     def _submit(self, prompts: Sequence[Prompt], videos: Tensor, latents: Tensor | None) -> None:
         with self._clock("reward"):
             wait([futures[-AHEAD] for futures in self._futures.values() if len(futures) >= AHEAD])
-        batch = Batch(prompts, self._rewards.fps, videos if self._decodes else None, latents)
+        batch = Batch(prompts, self._rewards.fps, videos if self._frames != 0 else None, latents)
         for name, future in self._rewards.submit(batch, self._names).items():
             self._futures[name].append(future)
 
     def _decode(self, latents: Latents, first: int) -> Tensor:
-        if not self._decodes:
+        if self._frames == 0:
             return torch.empty(0)
         with self._clock("decode"):
-            videos = decode(self._model, latents, self._micro_batch)
+            videos = decode(self._model, latents, self._micro_batch, self._frames)
         self.videos |= {first + i: videos[i].clone() for i in range(len(videos)) if first + i in self._keep}
         return videos
 
 
 @torch.no_grad()
-def decode(model: VideoModel, latents: Tensor, micro_batch: int) -> Tensor:
+def decode(model: VideoModel, latents: Tensor, micro_batch: int, frames: int | None = None) -> Tensor:
     """Videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
 
+    With `frames` the first so many frames of each.
     A full-size video is a hundred times larger than its latents: the device holds one micro-batch.
     """
     if not len(latents):
         return torch.empty(0, 1, 3, 1, 1)
-    first = model.decode(latents[:micro_batch])
+    first = model.decode(latents[:micro_batch], frames)
     videos = torch.empty(len(latents), *first.shape[1:])
     videos[: len(first)] = first
     del first
     for done in range(micro_batch, len(latents), micro_batch):
-        videos[done : done + micro_batch] = model.decode(latents[done : done + micro_batch])
+        videos[done : done + micro_batch] = model.decode(latents[done : done + micro_batch], frames)
     return videos
 
 

@@ -240,8 +240,8 @@ class VideoModel(Protocol):
         """v = eps - x0 as the network predicts it, with classifier-free guidance; differentiable."""
         ...
 
-    def decode(self, latents: Latents) -> Videos:
-        """Videos (B, F, 3, H, W) in [0, 1]."""
+    def decode(self, latents: Latents, frames: int | None = None) -> Videos:
+        """Videos (B, F, 3, H, W) in [0, 1]; with `frames` the first so many of F, at less expense where it can."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:

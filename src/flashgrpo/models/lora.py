@@ -52,7 +52,27 @@ def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def save_adapters(
+def write_adapters(
+    experts: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    pipeline: Any,
+    original_name: Callable[[str], str | None] | None = None,
+) -> list[str]:
+    """Write the adapters of one network, or a file for each of two; returns the files' names. See `_write_file`."""
+    if len(experts) == 1:
+        files = {"": "pytorch_lora_weights.safetensors"}
+    else:
+        files = dict(
+            zip((f"{name}." for name in experts), ("high_noise.safetensors", "low_noise.safetensors"), strict=True)
+        )
+    for network, (prefix, file) in zip(experts.values(), files.items(), strict=True):
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        _write_file(network, own, folder / file, pipeline, original_name)
+    return list(files.values())
+
+
+def _write_file(
     network: nn.Module,
     tensors: Mapping[str, Tensor],
     file: Path,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flashgrpo.distributed import Team
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Conditions, Row, entries_of, fingerprint
-from flashgrpo.models.lora import adapters_off, save_adapters, trained_parameters, weights_replaced
+from flashgrpo.models.lora import adapters_off, trained_parameters, weights_replaced, write_adapters
 from flashgrpo.models.network import channels_last, explain_attention, prepare_network
 from flashgrpo.models.residence import Residence
 from flashgrpo.models.source import Source
@@ -101,6 +101,10 @@ class PipelineModel(ABC):
     @abstractmethod
     def decode_latents(self, vae: Any, latents: Latents) -> Tensor:
         """The pipeline's video (B, 3, F, H, W) in [-1, 1]."""
+
+    def latents_for(self, frames: int) -> int | None:
+        """Latent frames from which the first so many frames are decoded: fewer than all if the decoder is causal."""
+        return None
 
     @abstractmethod
     def shape_of_latents(self) -> Size:
@@ -255,9 +259,10 @@ class PipelineModel(ABC):
         return self._residence.bring(name)
 
     @torch.no_grad()
-    def decode(self, latents: Latents) -> Videos:
-        """Videos (B, F, 3, H, W) in [0, 1]."""
-        video = self.decode_latents(self.part("vae"), latents)
+    def decode(self, latents: Latents, frames: int | None = None) -> Videos:
+        """Videos (B, F, 3, H, W) in [0, 1]; with `frames` the first so many, from no more latents than they need."""
+        needed = None if frames is None else self.latents_for(frames)
+        video = self.decode_latents(self.part("vae"), latents[:, :, :needed])[:, :, :frames]
         return (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).contiguous()
 
     def reference(self) -> AbstractContextManager[None]:
@@ -275,16 +280,8 @@ class PipelineModel(ABC):
         `load_lora_weights` of the family's pipeline reads both styles. The one of ComfyUI has the layers' original
         names and the factor alpha / rank inside of B.
         """
-        if len(self.experts) == 1:
-            names = {self.expert_names[0]: ("", "pytorch_lora_weights.safetensors")}
-        else:
-            files = ("high_noise.safetensors", "low_noise.safetensors")
-            names = {name: (f"{name}.", file) for name, file in zip(self.experts, files, strict=True)}
-        for name, (prefix, file) in names.items():
-            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            original_name = self.original_name if style == "comfyui" else None
-            save_adapters(self.experts[name], own, folder / file, type(self.pipeline), original_name)
-        return [file for _, file in names.values()]
+        original_name = self.original_name if style == "comfyui" else None
+        return write_adapters(self.experts, tensors, folder, type(self.pipeline), original_name)
 
     def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write the pipeline with the adapters added to its weights, or with the fully trained weights."""

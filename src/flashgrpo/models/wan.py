@@ -150,6 +150,10 @@ class WanModel(PipelineModel):
         mean, std = self._latent_statistics()
         return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
 
+    def latents_for(self, frames: int) -> int:
+        """The first latent frame stands for one frame, each further one for four."""
+        return 1 + -(-(frames - 1) // self.pipeline.vae.config.scale_factor_temporal)
+
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         config = self.pipeline.vae.config
         return tuple(  # type: ignore[return-value]
