@@ -11,6 +11,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed import alone
 from flashgrpo.environment import Environment, leaders, visited, within
 from flashgrpo.errors import UserError
+from flashgrpo.float8 import Float8, frozen_layers
 from flashgrpo.graphs import Graphs, graphs_for
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.optim import Optimizer
@@ -22,6 +23,7 @@ from flashgrpo.reuse import FirstBlock, TaylorSeer
 from flashgrpo.rollout import denoise, initial_noise, rollout
 from flashgrpo.schedule import shifted_grid
 from flashgrpo.settings import OptimConfig
+from flashgrpo.sharding import blocks_of
 from flashgrpo.solvers import Euler, UniPC
 from flashgrpo.types import Prompt, PromptGroup, Sample
 from flashgrpo.update import policy_update
@@ -83,6 +85,8 @@ def draw(model, algorithm: Algorithm, graphs: Graphs | None = None, micro_batch=
     grid = model.grid(steps)
     guidance = torch.full((steps,), 2.0)
     policy = Policy(model, grid, algorithm.noise(grid.sigmas), guidance, micro_batch=2)
+    if cheap.pop("eight", False):
+        cheap |= {"dtype": torch.bfloat16, "float8": Float8(blocks_of(model.network), model.device)}
     environment = Environment(model, grid, cheap.pop("guidance", guidance), **cheap)
     groups = [PromptGroup(0, number, prompt, size) for number, prompt in enumerate(PROMPTS)]
     samples = [Sample(group, member) for group in groups for member in range(size)]
@@ -98,9 +102,10 @@ CHEAP = {
     "unipc": {"solver": UniPC(), "steps": 3},
     "unguided": {"guidance": torch.ones(6)},
     "bfloat16": {"dtype": torch.bfloat16},
+    "float8": {"eight": True},
     "first-block": {"reuse": FirstBlock(0.3)},
     "taylorseer": {"reuse": TaylorSeer(interval=2, order=1)},
-    "all": {"solver": UniPC(), "steps": 2, "guidance": torch.ones(6), "dtype": torch.bfloat16},
+    "all": {"solver": UniPC(), "steps": 2, "guidance": torch.ones(6), "eight": True},
 }
 
 
@@ -127,6 +132,43 @@ def blocks_computed(model, environment: Environment, steps: int) -> int:
     denoise(environment, x, model.encode(PROMPTS[:1]), 1, TEAM)
     hook.remove()
     return len(calls)
+
+
+def test_products_in_float8(make_model):
+    """Of the frozen layers of the blocks, as near as e4m3 is; nothing of it stays in the network."""
+    generator = torch.Generator().manual_seed(0)
+    layer, x = torch.nn.Linear(48, 32, dtype=torch.bfloat16), torch.randn(2, 5, 48, generator=generator).bfloat16()
+    x[0, 0] *= 1000  # a row has a scale of its own
+    x[0, 1] = 0
+    layer.requires_grad_(False)
+    exact = layer(x)
+    with Float8([layer], TEAM.device)():
+        near = layer(x)
+    assert near.dtype == exact.dtype
+    assert not torch.equal(near, exact)
+    assert float(((near - exact).norm(dim=-1) / exact.norm(dim=-1)).max()) < 0.06
+    assert torch.equal(near[0, 1], layer.bias)
+    assert torch.equal(layer(x), exact)
+
+    network = make_model().network
+    layers = frozen_layers(blocks_of(network))
+    inside = [part for block in network.blocks for part in block.modules() if type(part) is torch.nn.Linear]
+    adapters = [part for part in inside if part.weight.requires_grad]
+    assert adapters
+    assert len(layers) == len(inside) - len(adapters)
+    before = set(network.blocks[0].ffn.net[2].__dict__)
+    with pytest.raises(RuntimeError, match="in the middle"), Float8(blocks_of(network), TEAM.device)():
+        raise RuntimeError("in the middle")
+    assert set(network.blocks[0].ffn.net[2].__dict__) == before
+
+
+def test_float8_is_refused_where_it_cannot_be(make_run):
+    eight = "rollout.deterministic_dtype=float8"
+    for other in ("parallel.shard=2", "parallel.context=2", "model.offload=true", "model.compute_dtype=bfloat16"):
+        with pytest.raises(UserError, match=r"rollout\.deterministic_dtype: float8 needs the network whole"):
+            RunConfig.load("tiny", [eight, other])
+    with pytest.raises(UserError, match="takes frozen linear layers, and there are none"):
+        Assembly(make_run(eight, "model.train={kind: full}"), TEAM)
 
 
 def test_reused_features_are_not_computed(make_model):

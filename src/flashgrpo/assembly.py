@@ -16,6 +16,7 @@ from flashgrpo.distributed import Team, use_threads
 from flashgrpo.environment import Environment, within
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import Evaluator
+from flashgrpo.float8 import Float8
 from flashgrpo.graphs import Graphs, graphs_for
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
@@ -28,6 +29,7 @@ from flashgrpo.rollout import rollout
 from flashgrpo.schedule import SigmaGrid
 from flashgrpo.scoring import Scoring, untimed
 from flashgrpo.settings import RolloutConfig
+from flashgrpo.sharding import blocks_of
 from flashgrpo.types import Latents, Prompt, PromptGroup, RewardTable, Sample, Transitions, VideoModel
 
 Phases = Callable[[str], AbstractContextManager[None]]  # a clock: `with clock("rollout"): ...`
@@ -63,7 +65,8 @@ class Assembly:
             of_environment,
             settings.solver,
             settings.deterministic_steps,
-            getattr(torch, settings.deterministic_dtype) if settings.deterministic_dtype else None,
+            torch.bfloat16 if settings.deterministic_dtype else None,
+            Float8(blocks_of(model.network), model.device) if settings.deterministic_dtype == "float8" else None,
             settings.reuse,
         )
         self.graphs = self._graphs()

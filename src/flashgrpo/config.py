@@ -89,7 +89,13 @@ class RunConfig(Part):
             raise ValueError("model.offload: a network that FSDP2 holds stays where it is; choose one of the two")
         if self.model.offload and isinstance(self.model.train, Full):
             raise ValueError("model.offload: full training has nothing that could be off the device; leave it out")
-        if self.rollout.reuse and (self.parallel.shard > 1 or self.parallel.context > 1 or self.model.compute_dtype):
+        held_between = self.parallel.shard > 1 or self.parallel.context > 1 or self.model.compute_dtype
+        if self.rollout.deterministic_dtype == "float8" and (held_between or self.model.offload):
+            raise ValueError(
+                "rollout.deterministic_dtype: float8 needs the network whole and on the device; take bfloat16, or "
+                "leave out parallel.shard, parallel.context, model.compute_dtype and model.offload"
+            )
+        if self.rollout.reuse and held_between:
             raise ValueError(
                 "rollout.reuse: processes that hold a network between them compute every step; leave it out"
             )

@@ -3,18 +3,19 @@
 One step of a walk is the policy's action and is computed exactly (`policy.py`). The other steps have no gradient and no
 density in the loss: they only lead to the video that is scored. So they may be made cheaper without touching the
 gradient of the action: by a multistep solver that takes fewer steps, by guidance within an interval of noise levels
-only, and by a lower precision. What each does to the videos is measured by `benchmarks/fidelity.py`.
+only, and by lower precisions. What each does to the videos is measured by `benchmarks/fidelity.py`.
 """
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from flashgrpo.float8 import Float8
 from flashgrpo.reuse import Features, Reuse
 from flashgrpo.schedule import SigmaGrid
 from flashgrpo.solvers import Euler, Solver, Walk
@@ -33,6 +34,7 @@ class Environment:
         solver: of the deterministic steps; it begins anew after a stochastic step.
         steps: points of the grid at which a walk without stochastic steps stops, evenly spread; None is all N.
         dtype: in which the network computes (autocast); None leaves it as it is.
+        float8: computes its frozen layers; None leaves them as they are.
         reuse: of what the network has computed at the last step; None computes everything.
     """
 
@@ -42,6 +44,7 @@ class Environment:
     solver: Solver = field(default_factory=Euler)
     steps: int | None = None
     dtype: torch.dtype | None = None
+    float8: Float8 | None = None
     reuse: Reuse | None = None
 
     def visits(self, stochastic: StepMask) -> StepMask:
@@ -69,10 +72,11 @@ class Environment:
     def _moment(self, k: Int64[Tensor, " batch"]) -> Moment:
         return Moment(self.grid.timesteps[k], self.grid.sigmas[k], self.guidance[k])
 
-    def _precision(self) -> AbstractContextManager[object]:
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.model.device.type, self.dtype)
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        lower = torch.autocast(self.model.device.type, self.dtype) if self.dtype else nullcontext()
+        with lower, self.float8() if self.float8 else nullcontext():
+            yield
 
 
 def visited(stochastic: StepMask, steps: int | None) -> StepMask:

@@ -105,8 +105,9 @@ class RolloutConfig(Part):
     step besides; all N when not given."""
     guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Sigmas between which deterministic steps use guidance, none with [0, 0]; stochastic steps always do."""
-    deterministic_dtype: Literal["bfloat16"] | None = None
-    """In which the network computes deterministic steps (autocast)."""
+    deterministic_dtype: Literal["bfloat16", "float8"] | None = None
+    """In which the network computes deterministic steps (autocast); `float8` is of the frozen linear layers of the
+    blocks, beside bfloat16, for GPUs that have units for it."""
     reuse: Annotated[FirstBlock | TaylorSeer, Field(discriminator="kind")] | None = None
     """Of features from one deterministic step to the next, by diffusers' hooks; not for a network that is sharded."""
     retain: bool | None = None

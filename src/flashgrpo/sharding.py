@@ -38,7 +38,9 @@ def place(network: nn.Module, team: Team, compute_dtype: torch.dtype | None) -> 
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, by the class names that diffusers' models list for this purpose."""
+    """The transformer blocks, of two experts too, by the class names that diffusers lists for this purpose."""
+    if isinstance(network, nn.ModuleDict):
+        return [block for expert in network.values() for block in blocks_of(expert)]
     names = getattr(network, "_no_split_modules", None) or getattr(network, "_repeated_blocks", None) or []
     return [module for module in network.modules() if type(module).__name__ in names]
 

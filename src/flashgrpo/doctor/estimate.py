@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed import Team
+from flashgrpo.float8 import frozen_layers
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.scoring import AHEAD
@@ -74,6 +75,8 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     sizes = [_bytes(network.parameters()) for network in networks]
     gathered = 0 if shared == 1 else 2 * max(_bytes(block.parameters()) for block in blocks_of(networks[0]))
     weights = (max(sizes) if offload else sum(sizes)) // shared + gathered
+    if settings.deterministic_dtype == "float8":
+        weights += sum(layer.weight.numel() for layer in frozen_layers(blocks_of(model.network)))
     while_drawing = weights + (0 if offload else _bytes(vae.parameters()))
     while_decoding = (trained if offload else weights) + _bytes(vae.parameters())
     rest = {
