@@ -9,7 +9,7 @@ from PIL import Image
 
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Conditions, fingerprint
-from flashgrpo.types import Prompt
+from flashgrpo.types import Condition, Prompt
 from flashgrpo.video import image_bytes, open_image
 
 PROMPTS = [Prompt(f"prompt {n}", {}) for n in range(12)]
@@ -38,7 +38,21 @@ def test_a_prompt_is_encoded_once_for_all_processes_to_come(tmp_path):
         assert torch.equal(rows[name], again[name])
         assert rows[name].dtype == again[name].dtype
     assert rows["text"].shape == (3, 16, 4)
-    assert torch.equal(rows["text"][:2], torch.cat([Encoder()(PROMPTS[n])["text"] for n in (0, 10)]))
+    assert torch.equal(rows["text"], torch.cat([Encoder()(PROMPTS[n])["text"] for n in (0, 10, 0)]))
+
+
+def test_a_prompt_of_many_samples_travels_once(monkeypatch):
+    sent, to = [], Condition.to
+
+    def noted(rows: Condition, device: torch.device) -> Condition:
+        sent.append(len(rows.tensors["text"]))
+        return to(rows, device)
+
+    monkeypatch.setattr(Condition, "to", noted)
+    order = [3, 10, 3, 3, 10]
+    rows = Conditions(None, Encoder())([PROMPTS[n] for n in order], torch.device("cpu"))
+    assert sent == [2]
+    assert torch.equal(rows.tensors["text"], torch.cat([Encoder()(PROMPTS[n])["text"] for n in order]))
 
 
 def test_padding_takes_no_room(tmp_path):

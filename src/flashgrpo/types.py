@@ -77,8 +77,11 @@ class Condition:
         return Condition({name: taken(tensor, rows) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> "Condition":
-        """The same on another device."""
-        return Condition({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        """The same on another device; to a GPU through pinned memory, so that nothing waits for it."""
+        tensors = self.tensors
+        if onto_gpu := device.type == "cuda":
+            tensors = {name: tensor.pin_memory() if tensor.is_cpu else tensor for name, tensor in tensors.items()}
+        return Condition({name: tensor.to(device, non_blocking=onto_gpu) for name, tensor in tensors.items()})
 
     def replaced(self, row: "Condition") -> "Condition":
         """The same with the tensors of `row`, which has one row, in every row."""

@@ -81,13 +81,19 @@ class Conditions:
         self._rows: OrderedDict[str, _Short] = OrderedDict()
         self._held = 0
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Condition:
-        """The rows of the prompts, on the CPU.
+    def __call__(self, prompts: Sequence[Prompt], device: torch.device | None = None) -> Condition:
+        """The rows of the prompts, on the CPU or a device, to which a prompt of many samples travels once.
 
         Prompts are encoded one at a time: a prompt's row must not depend on which others were new with it, or a resumed
         run would differ in the last bits.
         """
-        return Condition.stack([Condition(self._row(prompt)) for prompt in prompts])
+        keys = [self._key(prompt) for prompt in prompts]
+        distinct = dict(zip(keys, prompts, strict=True))
+        places = {key: place for place, key in enumerate(distinct)}
+        rows = Condition.stack([Condition(self._row(key, prompt)) for key, prompt in distinct.items()])
+        if device is not None:
+            rows = rows.to(device)
+        return rows if len(distinct) == len(keys) else rows[torch.tensor([places[key] for key in keys])]
 
     def missing(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Those that are not on disk yet, each once."""
@@ -112,8 +118,7 @@ class Conditions:
             if not _is_whole(self._file(self._key(prompt))):
                 self._store(prompt)
 
-    def _row(self, prompt: Prompt) -> Row:
-        key = self._key(prompt)
+    def _row(self, key: str, prompt: Prompt) -> Row:
         if key not in self._rows:
             self._rows[key] = self._read(key) or self._store(prompt)
             self._held += self._rows[key].size

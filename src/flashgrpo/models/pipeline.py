@@ -134,7 +134,7 @@ class PipelineModel(ABC):
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """The rows of the prompts' texts, and of their images where the family takes them."""
         self._check_images(prompts)
-        rows = self._conditions(prompts).to(self.device)
+        rows = self._conditions(prompts, self.device)
         if self._residence is not None:  # a prompt that was not known before, or whose entry was lost
             self.source.drop(self.encoder_names)
         return rows
@@ -152,7 +152,7 @@ class PipelineModel(ABC):
         if len(missing := self._conditions.missing(every)) > MANY:
             say(f"encoding {len(missing)} of {len(every)} prompts, once")
         team.agree(lambda: self._conditions.fill(every, begin=team.rank / team.size))
-        self._negative = self._conditions([negative]).to(self.device)  # one row, the same for every sample
+        self._negative = self._conditions([negative], self.device)  # one row, the same for every sample
         self.source.drop(self.encoder_names)
 
     def _check_images(self, prompts: Sequence[Prompt]) -> None:
