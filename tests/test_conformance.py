@@ -12,8 +12,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
-from flashgrpo.distributed import alone
+from flashgrpo.distributed import Team, alone
+from flashgrpo.doctor.estimate import META, weightless
 from flashgrpo.environment import Environment
+from flashgrpo.graphs import Graphs
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.optim import Optimizer
@@ -264,6 +266,25 @@ def test_one_update(kind, folder, prompts, solver, offload):
     assert metrics["grad_norm"] > 0
     with weights_replaced(model.network, before):
         assert model.decode(latents[:1]).shape[1] == kind.num_frames
+
+
+def test_a_rollout_never_waits_for_the_device(kind, folder, prompts):
+    """On the meta device there are no values: whoever asks for one, as a GPU would have to be waited for, fails."""
+    model = weightless(kind.config(folder))
+    grid = model.grid(6)
+    guidance = guidance_by_step(model, grid, SCALE, kind.guidance_scale_2)
+    policy = Policy(model, grid, FLASH_GRPO.noise(grid.sigmas), guidance, micro_batch=2)
+    environment = Environment(model, grid, guidance, UniPC(), steps=3)
+    groups = [PromptGroup(0, number, prompt, 2) for number, prompt in enumerate(prompts)]
+    samples = [Sample(group, member) for group in groups for member in range(2)]
+    condition = model.nothing()[torch.zeros(4, dtype=torch.int64)]
+    graphs = Graphs(1000, None)
+    latents, transitions = rollout(policy, environment, samples, condition, FLASH_GRPO, 0, 3, Team(META), graphs=graphs)
+    assert latents.is_meta
+    assert transitions.retained
+    model.decode(latents, 5)
+    with pytest.raises(RuntimeError, match="meta"):
+        latents.sum().item()
 
 
 def test_a_tokenizer_that_is_a_sentencepiece_model(tmp_path):

@@ -8,7 +8,8 @@ import torch
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.compute import update_cost
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import alone
+from flashgrpo.distributed import Team, alone
+from flashgrpo.doctor.estimate import META, weightless
 from flashgrpo.environment import Environment, leaders, visited, within
 from flashgrpo.errors import UserError
 from flashgrpo.float8 import Float8, frozen_layers
@@ -182,6 +183,18 @@ def test_reused_features_are_not_computed(make_model):
     assert 1 <= blocks_computed(model, loose, 9) < 9
     assert not model.network.is_cache_enabled  # and nothing stays behind
     assert blocks_computed(model, plain, 9) == 9
+
+
+def test_which_reuse_waits_for_the_device(make_run):
+    """The meta device has no values to wait for."""
+    model = weightless(make_run().model)
+    noise = torch.zeros(1, *model.latent_shape, device=META)
+    plain = Environment(model, model.grid(9), torch.ones(9))
+    by_number = dataclasses.replace(plain, reuse=TaylorSeer(interval=2, order=1))
+    by_value = dataclasses.replace(plain, reuse=FirstBlock(0.3))
+    assert denoise(by_number, noise, model.nothing(), 1, Team(META)).is_meta
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        denoise(by_value, noise, model.nothing(), 1, Team(META))
 
 
 def test_a_shared_start_is_computed_once(make_model):
