@@ -1,6 +1,9 @@
 """The steps that are not trained: where they stop, what they cost, and that they never touch the one that is."""
 
 import dataclasses
+import gc
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -279,16 +282,40 @@ def test_a_kept_graph_gives_the_gradient_of_a_replay(make_model, algorithm, micr
 
 def test_graphs_that_do_not_fit_are_dropped(make_model):
     model = make_model()
-    graphs = Graphs(12, 1000)
+    graphs = Graphs(6, 1000)
+    alive = []
+    forward = model.network.register_forward_hook(lambda module, inputs, result: alive.append(result[0].requires_grad))
     _, _, transitions = draw(model, FLASH_GRPO, graphs)
+    forward.remove()
     assert not graphs.kept
     assert graphs.bytes_each > 1000
     assert not transitions.retained
-    enough = Graphs(12, 12 * graphs.bytes_each)
+    assert sum(alive) == 1  # it is found out with one call of the network, not with all that act at a step
+    enough = Graphs(6, 6 * graphs.bytes_each)
     _, _, transitions = draw(model, FLASH_GRPO, enough)
     assert enough.kept
     assert sum(len(one.rows) for one in transitions.retained) == 12
     assert not transitions[torch.arange(3)].retained
+    draw(model, FLASH_GRPO, enough)
+    assert enough.kept  # each update anew
+    underrated = Graphs(1, 5 * graphs.bytes_each)  # more calls than were foreseen, as where micro-batches are filled up
+    _, _, transitions = draw(model, FLASH_GRPO, underrated)
+    assert not underrated.kept
+    assert not transitions.retained
+
+
+def test_a_graph_that_was_measured_goes():
+    """What autograd saves is measured, and not held."""
+    layer, held = torch.nn.Linear(64, 64), []
+    for _ in range(3):
+        with Graphs(1, 1000).of(layer):
+            y = layer(torch.ones(8, 64)).exp()  # saves its result, which has the graph
+            lives_with_it = partial(max)
+            y.grad_fn.register_hook(lives_with_it)
+            held.append(weakref.ref(lives_with_it))
+        del y, lives_with_it
+    gc.collect()
+    assert not any(node() for node in held)
 
 
 def test_when_graphs_are_kept(make_run):

@@ -69,8 +69,8 @@ class Assembly:
             Float8(blocks_of(model.network), model.device) if settings.deterministic_dtype == "float8" else None,
             settings.reuse,
         )
-        self.graphs = self._graphs()
         self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
+        self.graphs = self._graphs()  # in the memory that is left
         self.evaluator = Evaluator(model, config, self.heldout, self.rewards, team)
 
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
@@ -85,13 +85,14 @@ class Assembly:
         replays = None
         if optim.passes * optim.minibatches > 1:
             replays = "a rollout that serves several optimizer steps is replayed for the later ones"
-        elif self.team.wraps:
+        elif self.team.wraps or self.team.context > 1:
             replays = "processes that hold a network between them replay together"
         elif config.model.offload:
             replays = "with model.offload the network leaves the device before the update"
         trained = config.algorithm.steps.trained(config.seed, 0, one, rollout.num_steps, members=one)
         own = len(self.team.share(rollout.prompts * rollout.group_size))
-        return graphs_for(rollout.retain, own * int(trained.sum()), replays, self.team.device)
+        calls = -(-own * int(trained.sum()) // optim.micro_batch)
+        return graphs_for(rollout.retain, calls, replays, self.team.device)
 
     @property
     def guided(self) -> Guided:

@@ -20,27 +20,36 @@ SHARE = 0.25  # of the device's memory, which graphs may fill at most
 class Graphs:
     """Keeps graphs, or finds with the first of them that all would not fit, and keeps none from then on.
 
+    The decision is that of the machine and the settings, not of the moment, so that a resumed run decides the same.
+
     Args:
-        transitions: that this process records in an update, at most.
+        calls: of the network with trained steps that this process makes in an update, at least.
         limit: bytes that the graphs of an update may take; None: whatever they take.
 
     Attributes:
         kept: whether graphs are kept.
-        bytes_each: what autograd saves for one transition; None before the first.
+        bytes_each: what autograd saves for one call of the network; None before the first.
     """
 
-    def __init__(self, transitions: int, limit: int | None) -> None:
+    def __init__(self, calls: int, limit: int | None) -> None:
         self.kept = True
         self.bytes_each: int | None = None
-        self._transitions, self._limit = transitions, limit
+        self._calls, self._limit, self._made = calls, limit, 0
+
+    def begin(self) -> None:
+        """A rollout begins; the graphs of the last are gone."""
+        self._made = 0
 
     @contextmanager
-    def of(self, network: nn.Module, rows: int) -> Iterator[None]:
-        """Inside of it the forward of so many rows leaves a graph, while graphs are kept."""
+    def of(self, network: nn.Module) -> Iterator[None]:
+        """Around one call of the network, which leaves a graph while graphs are kept."""
+        self._made += 1
+        if self.bytes_each is not None:
+            self._decide()
         if not self.kept:
             yield
             return
-        if self.bytes_each is not None or self._limit is None:
+        if self.bytes_each is not None:
             with torch.enable_grad():
                 yield
             return
@@ -50,20 +59,26 @@ class Graphs:
             storage = tensor.untyped_storage()
             if tensor.data_ptr() not in weights:
                 saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # itself would hold the graph that holds it
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             yield
-        self.bytes_each = -(-sum(saved.values()) // rows)
-        self.kept = self.bytes_each * self._transitions <= self._limit
+        self.bytes_each = sum(saved.values())
+        self._decide()
+
+    def _decide(self) -> None:
+        assert self.bytes_each is not None
+        if self._limit is not None and self.bytes_each * max(self._calls, self._made) > self._limit:
+            self.kept = False
 
 
-def graphs_for(setting: bool | None, transitions: int, replays: str | None, device: torch.device) -> Graphs | None:
+def graphs_for(setting: bool | None, calls: int, replays: str | None, device: torch.device) -> Graphs | None:
     """As `rollout.retain` says; None where every step is to be replayed.
 
     Args:
         setting: keep them, do not, or (None) keep them if they take at most a quarter of the device's memory, and half
-            of what is free on a GPU when the model is there.
+            of what this process leaves free on a GPU when the model is there.
+        calls: of the network with trained steps that this process makes in an update, at least.
         replays: why a replay is necessary all the same, if it is.
 
     Raises:
@@ -74,4 +89,4 @@ def graphs_for(setting: bool | None, transitions: int, replays: str | None, devi
     if setting is False or replays:
         return None
     room = int(min(SHARE * memory.total(device), memory.free(device) / 2))
-    return Graphs(transitions, None if setting else room)
+    return Graphs(calls, None if setting else room)

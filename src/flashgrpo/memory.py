@@ -1,7 +1,9 @@
 """Memory of the device that a process computes on: the highest use of a phase, and what there is."""
 
+import contextlib
 import os
 import resource
+from pathlib import Path
 
 import torch
 
@@ -30,12 +32,15 @@ def wait_for_device() -> None:
 
 
 def free(device: torch.device) -> int:
-    """Bytes of a GPU that nobody has taken; of the CPU, whose memory others give back, all that it has."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total(device)
+    """Bytes of a GPU that this process has not taken; of the CPU, whose memory others give back, all that it has."""
+    return total(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else total(device)
 
 
 def total(device: torch.device) -> int:
-    """Bytes that the device has."""
+    """Bytes that the device has; of the CPU's this process's share, and no more than its container may take."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -5,7 +5,8 @@
 Rollout draws from it and update replays it, both through this one class, so that the first ratio is 1 bit for bit.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from flashgrpo.types import Condition, Latents, Moment, VideoModel, taken
 
 Steps = Int64[Tensor, " batch"]
 LogProb = Float32[Tensor, " batch"]
+Around = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Policy:
         """The velocity of a stochastic step: bit for bit the same for a sample, whatever else is computed with it."""
         return torch.cat(self.exact_parts(k, x, condition))
 
-    def exact_parts(self, k: Steps, x: Latents, condition: Condition) -> list[Tensor]:
-        """The same, as the network computes it: `micro_batch` rows at a time.
+    def exact_parts(self, k: Steps, x: Latents, condition: Condition, around: Around = nullcontext) -> list[Tensor]:
+        """The same, as the network computes it: `micro_batch` rows at a time, with a context `around` each call.
 
         Kernels round differently for different batch sizes. So this always runs the network on `micro_batch` rows, and
         fills the last batch up with copies of its last row. The deterministic steps need no such care, since they are
@@ -63,7 +65,7 @@ class Policy:
         for first in range(0, len(x), self.micro_batch):
             count = min(self.micro_batch, len(x) - first)
             rows = first + torch.arange(self.micro_batch).clamp(max=count - 1)
-            with uncompiled():
+            with uncompiled(), around():
                 parts.append(self.velocity(k[rows], taken(x, rows), condition[rows])[:count])
         return parts
 

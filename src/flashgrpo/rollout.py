@@ -1,8 +1,9 @@
 """The only denoising loop: samples of prompt groups -> latents, and the transitions that the update will replay."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Int64
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from flashgrpo.distributed import Team
 from flashgrpo.environment import Environment, leaders
 from flashgrpo.graphs import Graphs
-from flashgrpo.policy import LogProb, Policy
+from flashgrpo.policy import Around, LogProb, Policy
 from flashgrpo.presets import Algorithm
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents, Retained, Sample, Transitions, VideoModel, taken
@@ -104,6 +105,8 @@ class Records:
 
     def __init__(self, graphs: Graphs | None) -> None:
         self._graphs = graphs
+        if graphs:
+            graphs.begin()
         self._rows: list[tuple[int, int, Tensor, Tensor, Tensor]] = []
         self._retained: list[tuple[list[tuple[int, int]], Tensor]] = []
         self._batch, self._trained = torch.empty(0), torch.empty(0)
@@ -112,10 +115,11 @@ class Records:
         """The next micro-batch: its rows among the rollout's, and which of their steps are trained."""
         self._batch, self._trained = rows, trained
 
-    def graph_of(self, network: nn.Module, step: int, rows: Int64[Tensor, " rows"]) -> AbstractContextManager[None]:
-        """Inside of it the forward of a stochastic step leaves a graph, where that is to be kept."""
-        wanted = self._graphs is not None and bool(self._trained[rows, step].all())
-        return self._graphs.of(network, len(rows)) if wanted and self._graphs else nullcontext()
+    def graph_of(self, network: nn.Module, step: int, rows: Int64[Tensor, " rows"]) -> Around:
+        """What goes around each call of the network for a stochastic step: its graph is left where it is to be kept."""
+        if self._graphs is None or not bool(self._trained[rows, step].all()):
+            return nullcontext
+        return partial(self._graphs.of, network)
 
     def add(
         self, step: int, rows: Tensor, x: Latents, x_next: Latents, log_prob: LogProb, parts: Sequence[Tensor]
@@ -125,6 +129,8 @@ class Records:
         names = [(int(self._batch[row]), step) for row in rows]
         for i in _rows(wanted):  # clones, for a view would keep the latents of the whole batch
             self._rows.append((*names[i], x[i].clone(), x_next[i].clone(), log_prob[i]))
+        if self._graphs and not self._graphs.kept:
+            self._retained.clear()  # now, and not when the rollout ends
         first = 0
         for v in parts if wanted.all() and self._graphs and self._graphs.kept else ():
             self._retained.append((names[first : first + len(v)], v))
@@ -156,8 +162,7 @@ class _Acts:
         shape, policy = tuple(x.shape[1:]), self.policy
         noise = torch.stack([normal(shape, self.seed, "step", *self.names[row], step) for row in rows])
         k = torch.full_like(rows, step)
-        with self.records.graph_of(policy.model.network, step, rows):
-            parts = policy.exact_parts(k, x, condition)
+        parts = policy.exact_parts(k, x, condition, self.records.graph_of(policy.model.network, step, rows))
         x_next, log_prob = policy.act(k, x, torch.cat(parts).detach(), noise.to(x.device, non_blocking=True))
         self.records.add(step, rows, x, x_next, log_prob, parts)
         return x_next
