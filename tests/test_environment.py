@@ -280,6 +280,16 @@ def test_a_kept_graph_gives_the_gradient_of_a_replay(make_model, algorithm, micr
         torch.testing.assert_close(got[name], value, rtol=2e-3, atol=1e-3 * float(value.abs().max()) + 1e-12)
 
 
+def test_weights_that_are_not_those_that_drew_show_with_kept_graphs_too(make_model):
+    model = make_model()
+    policy, _, kept = draw(model, FLASH_GRPO, Graphs(6, None))
+    for parameter in trained_parameters(model.network).values():
+        parameter.data += 0.02
+    optimizer = Optimizer(trained_parameters(model.network), OptimConfig(micro_batch=2), TEAM)
+    metrics = policy_update(policy, optimizer, kept, torch.linspace(-1, 1, 12), FLASH_GRPO, optimizer.config, TEAM)
+    assert metrics["drift"] > 0
+
+
 def test_graphs_that_do_not_fit_are_dropped(make_model):
     model = make_model()
     graphs = Graphs(6, 1000)

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashgrpo.distributed import Team
 from flashgrpo.loss import policy_losses, ratio_metrics
 from flashgrpo.optim import GradientSum
-from flashgrpo.policy import Policy, uncompiled
+from flashgrpo.policy import LogProb, Policy, uncompiled
 from flashgrpo.presets import Algorithm
 from flashgrpo.settings import OptimConfig
 from flashgrpo.types import Latents, Transitions
@@ -51,6 +51,8 @@ def policy_update(
     retained: dict[int, list[tuple[Tensor, Latents | None]]] = {}
     for one in transitions.retained if once else ():
         retained.setdefault(int(transitions.k[one.rows[0]]), []).append((one.rows, one.v))
+    for one in transitions.retained[:1] if once else ():
+        metrics.add_check(*checked(policy, transitions[one.rows]))
     old_v = None
     if algorithm.ratio.needs_old_velocity and not once:
         old_v = drawn_velocities(policy, transitions, k, owner, config.micro_batch, team)
@@ -95,6 +97,16 @@ def micro_batches(
         own = rows[owner[rows] == rank]
         parts = own.split(size) if len(own) else ()
         yield step, parts, most - len(parts)
+
+
+@torch.no_grad()
+def checked(policy: Policy, batch: Transitions) -> tuple[LogProb, LogProb]:
+    """Densities of transitions whose graph was kept, computed again all the same, and as they were drawn.
+
+    Where nothing is replayed nothing would show that the weights, or what surrounds them, are no longer those that drew.
+    """
+    v = policy.exact_velocity(batch.k, batch.x, batch.condition[batch.sample])
+    return policy.table.log_prob(batch.k, batch.x_next, batch.x, v), batch.log_prob
 
 
 @torch.no_grad()
@@ -178,6 +190,11 @@ class UpdateMetrics:
         for name, values in rows.items():
             self._rows[name].append(values.detach())
 
+    def add_check(self, log_prob: LogProb, old_log_prob: LogProb) -> None:
+        """Record densities by a replay that only looks, and no loss."""
+        self._rows["first_log_prob"].append(log_prob)
+        self._rows["first_old_log_prob"].append(old_log_prob)
+
     def add_gradient(self, k: int, norm: Tensor) -> None:
         """Record the norm of the mean gradient of the rows of step k."""
         self._step_gradients[k].append(norm)
@@ -191,7 +208,8 @@ class UpdateMetrics:
         """The metrics of the update; means over the transitions of all ranks and over its optimizer steps.
 
         `drift` is the largest |ratio - 1| within the first optimizer step, where the policy has not changed yet: any
-        deviation there is a difference between rollout and replay. `ratio_max_dev` is over all of them.
+        deviation there is a difference between rollout and replay. Of kept graphs a micro-batch is replayed for it.
+        `ratio_max_dev` is over all of them.
         `grad_norm_by_step` is the norm of the mean gradient of the transitions of a denoising step.
         """
         own = {name: torch.cat(values).tolist() for name, values in self._rows.items()}
