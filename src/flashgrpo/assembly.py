@@ -16,8 +16,8 @@ from flashgrpo.distributed import Team, use_threads
 from flashgrpo.environment import Environment, within
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import Evaluator
-from flashgrpo.float8 import Float8
-from flashgrpo.graphs import Graphs, graphs_for
+from flashgrpo.float8 import Float8, check_float8
+from flashgrpo.graphs import Graphs, room_for_graphs
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.optim import Optimizer
@@ -53,6 +53,8 @@ class Assembly:
         groups, size = config.rollout.prompts, config.rollout.group_size
         drawn = (prompt_groups(self.prompts, config.seed, update, groups, size) for update in range(config.updates))
         self.used = [*{id(g.prompt): g.prompt for update in drawn for g in update}.values(), *self.heldout]
+        if config.rollout.deterministic_dtype == "float8":
+            check_float8(team.device)
         model = load_model(config.model, team, config.seed, self.used, config.algorithm.kl_coef > 0, say)
         self.rewards.load(team)  # after the prompts' encoders have made room, and before anything is drawn
         grid, settings = model.grid(config.rollout.num_steps), config.rollout
@@ -66,7 +68,7 @@ class Assembly:
             settings.solver,
             settings.deterministic_steps,
             torch.bfloat16 if settings.deterministic_dtype else None,
-            Float8(blocks_of(model.network), model.device) if settings.deterministic_dtype == "float8" else None,
+            Float8(blocks_of(model.network)) if settings.deterministic_dtype == "float8" else None,
             settings.reuse,
         )
         self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
@@ -81,18 +83,13 @@ class Assembly:
         return Scoring(self.rewards, model, self.team, prompts, False, batch, at_once=offloads, clock=clock)
 
     def _graphs(self) -> Graphs | None:
-        config, rollout, optim, one = self.config, self.config.rollout, self.config.optim, torch.zeros(1).long()
-        replays = None
-        if optim.passes * optim.minibatches > 1:
-            replays = "a rollout that serves several optimizer steps is replayed for the later ones"
-        elif self.team.wraps or self.team.context > 1:
-            replays = "processes that hold a network between them replay together"
-        elif config.model.offload:
-            replays = "with model.offload the network leaves the device before the update"
+        config, rollout, one = self.config, self.config.rollout, torch.zeros(1).long()
+        if rollout.retain is False or config.replays:
+            return None
         trained = config.algorithm.steps.trained(config.seed, 0, one, rollout.num_steps, members=one)
         own = len(self.team.share(rollout.prompts * rollout.group_size))
-        calls = -(-own * int(trained.sum()) // optim.micro_batch)
-        return graphs_for(rollout.retain, calls, replays, self.team.device)
+        calls = -(-own * int(trained.sum()) // config.optim.micro_batch)
+        return Graphs(calls, None if rollout.retain else room_for_graphs(self.team.device))
 
     @property
     def guided(self) -> Guided:

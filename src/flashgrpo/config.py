@@ -89,23 +89,47 @@ class RunConfig(Part):
             raise ValueError("model.offload: a network that FSDP2 holds stays where it is; choose one of the two")
         if self.model.offload and isinstance(self.model.train, Full):
             raise ValueError("model.offload: full training has nothing that could be off the device; leave it out")
-        held_between = self.parallel.shard > 1 or self.parallel.context > 1 or self.model.compute_dtype
-        if self.rollout.deterministic_dtype == "float8" and (held_between or self.model.offload):
-            raise ValueError(
-                "rollout.deterministic_dtype: float8 needs the network whole and on the device; take bfloat16, or "
-                "leave out parallel.shard, parallel.context, model.compute_dtype and model.offload"
-            )
-        if self.rollout.reuse and held_between:
-            raise ValueError(
-                "rollout.reuse: processes that hold a network between them compute every step; leave it out"
-            )
-        if self.rollout.reuse and self.model.compile:
-            raise ValueError("rollout.reuse: compiled blocks compute every step; choose one of the two")
         if self.optim.eight_bit and (self.parallel.shard > 1 or self.model.compute_dtype):
             raise ValueError("optim.eight_bit: moments that FSDP2 shards stay in 32 bits; choose one of the two")
         if self.model.dtype != "float32" and isinstance(self.model.train, Full):
             raise ValueError(f"model.dtype: full training keeps float32 weights, so {self.model.dtype} has no effect")
         return self
+
+    @model_validator(mode="after")
+    def _shortcuts_fit(self) -> "RunConfig":
+        settings, held_between = self.rollout, self.parallel.context > 1 or self.sharded
+        if settings.deterministic_dtype == "float8" and (held_between or self.model.offload):
+            raise ValueError(
+                "rollout.deterministic_dtype: float8 needs the network whole and on the device; take bfloat16, or "
+                "leave out parallel.shard, parallel.context, model.compute_dtype and model.offload"
+            )
+        if settings.deterministic_dtype == "float8" and isinstance(self.model.train, Full):
+            raise ValueError("rollout.deterministic_dtype: float8 is of frozen weights, full training has none")
+        if settings.reuse and held_between:
+            raise ValueError(
+                "rollout.reuse: processes that hold a network between them compute every step; leave it out"
+            )
+        if settings.reuse and self.model.compile:
+            raise ValueError("rollout.reuse: compiled blocks compute every step; choose one of the two")
+        if settings.retain and self.replays:
+            raise ValueError(f"rollout.retain: {self.replays}; leave it out")
+        return self
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 holds the network, between processes or in another type than it computes in."""
+        return self.parallel.shard > 1 or self.model.compute_dtype is not None
+
+    @property
+    def replays(self) -> str | None:
+        """Why an update has to replay the trained steps rather than keep their graphs, if it has to."""
+        if self.optim.passes * self.optim.minibatches > 1:
+            return "a rollout that serves several optimizer steps is replayed for the later ones"
+        if self.sharded or self.parallel.context > 1:
+            return "processes that hold a network between them replay together"
+        if self.model.offload:
+            return "with model.offload the network leaves the device before the update"
+        return None
 
     def with_absolute_paths(self) -> "RunConfig":
         """The same run, whatever folder it is started from."""

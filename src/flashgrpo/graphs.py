@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from flashgrpo import memory
-from flashgrpo.errors import UserError
 
 SHARE = 0.25  # of the device's memory, which graphs may fill at most
 
@@ -72,21 +71,6 @@ class Graphs:
             self.kept = False
 
 
-def graphs_for(setting: bool | None, calls: int, replays: str | None, device: torch.device) -> Graphs | None:
-    """As `rollout.retain` says; None where every step is to be replayed.
-
-    Args:
-        setting: keep them, do not, or (None) keep them if they take at most a quarter of the device's memory, and half
-            of what this process leaves free on a GPU when the model is there.
-        calls: of the network with trained steps that this process makes in an update, at least.
-        replays: why a replay is necessary all the same, if it is.
-
-    Raises:
-        UserError: they are to be kept, and cannot be.
-    """
-    if setting and replays:
-        raise UserError(f"rollout.retain: {replays}; leave it out")
-    if setting is False or replays:
-        return None
-    room = int(min(SHARE * memory.total(device), memory.free(device) / 2))
-    return Graphs(calls, None if setting else room)
+def room_for_graphs(device: torch.device) -> int:
+    """Bytes: a quarter of the device's memory, but no more than half of what this process leaves free on a GPU."""
+    return int(min(SHARE * memory.total(device), memory.free(device) / 2))

@@ -103,7 +103,7 @@ def micro_batches(
 def checked(policy: Policy, batch: Transitions) -> tuple[LogProb, LogProb]:
     """Densities of transitions whose graph was kept, computed again all the same, and as they were drawn.
 
-    Where nothing is replayed nothing would show that the weights, or what surrounds them, are no longer those that drew.
+    Where nothing is replayed, nothing would show that the weights are no longer those that drew.
     """
     v = policy.exact_velocity(batch.k, batch.x, batch.condition[batch.sample])
     return policy.table.log_prob(batch.k, batch.x_next, batch.x, v), batch.log_prob
