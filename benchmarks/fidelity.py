@@ -39,6 +39,7 @@ from flashgrpo.models.lora import weights_replaced
 from flashgrpo.progress import Clock
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run_directory import RunDirectory
+from flashgrpo.scoring import untimed
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ class Drawn:
 
 def drawn(config: RunConfig, team: Team, updates: int, run: Path | None) -> Drawn:
     """Draw so many updates and keep their gradients; the weights stay as they are."""
-    parts, clock = Assembly(config, team), Clock()
+    parts, clock, settings = Assembly(config, team), Clock(), config.rollout
     kept, rewards, forwards = Kept(parts.optimizer.parameters, team), [], 0
     with weights_replaced(parts.policy.model.network, averaged(parts, run)):
+        warm_up = prompt_groups(parts.prompts, config.seed, updates, settings.prompts, settings.group_size)
+        experience(parts, warm_up, untimed)
         for update in range(updates):
-            settings = config.rollout
             groups = prompt_groups(parts.prompts, config.seed, update, settings.prompts, settings.group_size)
             batch = experience(parts, groups, clock)
             kept.update(parts, batch.transitions, batch.advantages)

@@ -42,8 +42,10 @@ def measure(config: RunConfig) -> dict[str, Any]:
         seconds = meter.clock.lap()
         device = team.device
         rate = matmul_rate(device, getattr(torch, config.model.dtype))
-        counted = estimate(config).totals
-        work = operations(config, graphs_kept=parts.graphs is not None and parts.graphs.kept)
+        kept = parts.graphs is not None and parts.graphs.kept
+        settings = config.rollout.model_copy(update={"retain": kept})
+        counted = estimate(config.model_copy(update={"rollout": settings})).totals
+        work = operations(config, graphs_kept=kept)
         return {
             "device": team.device_name,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},

@@ -34,6 +34,7 @@ PUBLISHED = (
     "rollout.deterministic_steps=null",
     "rollout.guidance_interval=[0,1]",
     "rollout.deterministic_dtype=null",
+    "rollout.reuse=null",
     "rollout.retain=false",
     "model.compile=false",
     "model.vae_dtype=float32",

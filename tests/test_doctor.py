@@ -74,6 +74,23 @@ def test_a_sound_run(diagnose, algorithm):
     assert finding(diagnosis, "trained layers").sentence.startswith("24 of 24 targeted layers")
 
 
+@pytest.mark.parametrize(
+    "shortcut",
+    [
+        ["rollout.solver.kind=unipc", "rollout.deterministic_steps=3", "rollout.guidance_interval=[0,0]"],
+        ["rollout.deterministic_dtype=float8"],
+        ["rollout.reuse.kind=taylorseer"],
+        ["rollout.reuse={kind: first-block, threshold: 0.3}"],
+    ],
+    ids=["unipc", "float8", "taylorseer", "first-block"],
+)
+def test_a_run_with_shortcuts_is_sound(diagnose, shortcut):
+    diagnosis = diagnose("rollout.num_steps=12", *shortcut)
+    assert {finding.level for finding in diagnosis.findings} == {"sound"}
+    distance = finding(diagnosis, "residual noise").numbers["distance"]
+    assert (distance is None) == ("reuse" in shortcut[0])
+
+
 def test_the_trial_leaves_the_weights_alone(make_run, monkeypatch):
     """With and without the quick checks a run learns the same, bit for bit."""
     seen = []

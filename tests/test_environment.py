@@ -247,6 +247,9 @@ def test_evaluation_takes_no_shortcut(make_run):
     videos = [denoise(one.evaluator.environment, noise, condition, 1, TEAM) for one in (parts, plain)]
     assert torch.equal(*videos)
     assert parts.environment.steps == 2
+    low = Assembly(make_run("rollout.deterministic_dtype=float8", "rollout.reuse.kind=taylorseer"), TEAM)
+    for environment, used in ((low.environment, True), (low.evaluator.environment, False)):
+        assert all((part is not None) == used for part in (environment.dtype, environment.float8, environment.reuse))
     assert set(parts.environment.guidance.tolist()) == {1.0, 1.5}
 
 

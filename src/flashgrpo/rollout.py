@@ -15,7 +15,7 @@ from flashgrpo.graphs import Graphs
 from flashgrpo.policy import Around, LogProb, Policy
 from flashgrpo.presets import Algorithm
 from flashgrpo.seeds import normal
-from flashgrpo.types import Condition, Latents, Retained, Sample, Transitions, VideoModel, taken
+from flashgrpo.types import Condition, Latents, Retained, Sample, Transitions, VideoModel, sent, taken
 
 Drawn = Callable[[Tensor, Latents], None]  # hears of the rows (B,) and latents of each micro-batch when it is done
 
@@ -97,7 +97,7 @@ def initial_noise(model: VideoModel, seed: int, names: Sequence[tuple[int, int, 
     """x_0 of each sample, named (update, group, member); a group that shares it has its first member's."""
     shape = model.latent_shape
     noise = [normal(shape, seed, "noise", update, group, 0 if shared else member) for update, group, member in names]
-    return torch.stack(noise or [torch.empty(0, *shape)]).reshape(-1, *shape).to(model.device)
+    return sent(torch.stack(noise or [torch.empty(0, *shape)]).reshape(-1, *shape), model.device)
 
 
 class Records:
@@ -163,7 +163,7 @@ class _Acts:
         noise = torch.stack([normal(shape, self.seed, "step", *self.names[row], step) for row in rows])
         k = torch.full_like(rows, step)
         parts = policy.exact_parts(k, x, condition, self.records.graph_of(policy.model.network, step, rows))
-        x_next, log_prob = policy.act(k, x, torch.cat(parts).detach(), noise.to(x.device, non_blocking=True))
+        x_next, log_prob = policy.act(k, x, torch.cat(parts).detach(), sent(noise, x.device))
         self.records.add(step, rows, x, x_next, log_prob, parts)
         return x_next
 

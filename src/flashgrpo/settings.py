@@ -112,7 +112,7 @@ class RolloutConfig(Part):
     """Of features from one deterministic step to the next, by diffusers' hooks; not for a network that is sharded."""
     retain: bool | None = None
     """Keep the graph of a trained step from rollout to update rather than replay it; when not given, where a rollout
-    serves one optimizer step and all graphs take at most a quarter of the device's memory."""
+    serves one optimizer step and all graphs take at most a quarter of the device's memory and half of what is free."""
     micro_batch: int = Field(default=64, ge=1)
     """Samples denoised at once."""
     decode_micro_batch: int = Field(default=64, ge=1)

@@ -29,6 +29,13 @@ def taken(tensor: Tensor, rows: Tensor | slice) -> Tensor:
     return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device, non_blocking=True)]
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the CPU to a GPU through pinned memory, so that nothing waits for it."""
+    if device.type == "cuda" and tensor.is_cpu:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A line of a prompt file: the text, and the file's other columns, which reach the rewards.
@@ -77,11 +84,8 @@ class Condition:
         return Condition({name: taken(tensor, rows) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> "Condition":
-        """The same on another device; to a GPU through pinned memory, so that nothing waits for it."""
-        tensors = self.tensors
-        if onto_gpu := device.type == "cuda":
-            tensors = {name: tensor.pin_memory() if tensor.is_cpu else tensor for name, tensor in tensors.items()}
-        return Condition({name: tensor.to(device, non_blocking=onto_gpu) for name, tensor in tensors.items()})
+        """The same on another device, without waiting for it."""
+        return Condition({name: sent(tensor, device) for name, tensor in self.tensors.items()})
 
     def replaced(self, row: "Condition") -> "Condition":
         """The same with the tensors of `row`, which has one row, in every row."""
@@ -145,9 +149,9 @@ class Transitions:
             self,
             sample=self.sample[rows],
             k=self.k[rows],
-            x=self.x[rows],
-            x_next=self.x_next[rows],
-            log_prob=self.log_prob[rows],
+            x=taken(self.x, rows),
+            x_next=taken(self.x_next, rows),
+            log_prob=taken(self.log_prob, rows),
             retained=(),
         )
 

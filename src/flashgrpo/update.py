@@ -14,7 +14,7 @@ from flashgrpo.optim import GradientSum
 from flashgrpo.policy import LogProb, Policy, uncompiled
 from flashgrpo.presets import Algorithm
 from flashgrpo.settings import OptimConfig
-from flashgrpo.types import Latents, Transitions
+from flashgrpo.types import Latents, Transitions, taken
 
 
 def policy_update(
@@ -63,10 +63,9 @@ def policy_update(
                 for local, v in retained.get(step) or [(rows[part] - mine[0], None) for part in parts]:
                     batch = transitions[local]
                     with uncompiled():  # the backward pass may compute blocks again
-                        drawn = None if old_v is None else old_v[local]
-                        loss = replay(
-                            policy, batch, advantages[batch.sample], weights[local], algorithm, metrics, drawn, v
-                        )
+                        drawn = None if old_v is None else taken(old_v, local)
+                        advantage, weight = taken(advantages, batch.sample), taken(weights, local)
+                        loss = replay(policy, batch, advantage, weight, algorithm, metrics, drawn, v)
                         (loss.sum() * (team.loss_scale / len(rows))).backward()
                 for _ in range(idle if team.wraps else 0):
                     idle_replay(policy, algorithm, step)
@@ -124,7 +123,8 @@ def drawn_velocities(
     for step, parts, idle in micro_batches(k, owner, team.data_rank, micro_batch):
         for part in parts:
             batch = transitions[part - first]
-            v[part - first] = policy.exact_velocity(batch.k, batch.x, batch.condition[batch.sample])
+            now = policy.exact_velocity(batch.k, batch.x, batch.condition[batch.sample])
+            v.index_copy_(0, (part - first).to(v.device, non_blocking=True), now)
         for _ in range(idle if team.wraps else 0):
             policy.idle(step)
     return v

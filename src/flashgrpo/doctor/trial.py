@@ -33,7 +33,8 @@ class Trial:
         metrics: of the update; drift is there.
         replicas: a sentence where copies of the network differ after a step along the gradient.
         finish: largest distance between the rollout's latents and a noiseless finish of their last recorded step,
-            relative to the latents' size; None where no sample can be followed.
+            relative to the latents' size; None where no sample can be followed, or features are reused, which depend
+            on what else is drawn.
         noise_floor: the largest |ratio - 1| if a replay were not cut into the rollout's batches; None: not measured.
         evaluated: samples that the short evaluation drew, on all ranks.
         seconds, memory: by phase; bytes at the highest.
@@ -171,7 +172,7 @@ def _on_any_rank(parts: Assembly, received: dict[str, float]) -> dict[str, float
 @torch.no_grad()
 def _distance_to_finish(parts: Assembly, drawn: Experience) -> float | None:
     policy, transitions, steps = parts.policy, drawn.transitions, parts.config.algorithm.steps
-    if parts.team.wraps or not len(transitions):
+    if parts.team.wraps or not len(transitions) or parts.config.rollout.reuse:
         return None  # calls of a network that is held between ranks have to be made by all of them
     last = {int(sample): row for row, sample in enumerate(transitions.sample)}  # sorted by sample, then by step
     batch = transitions[torch.tensor(list(last.values())[: policy.micro_batch])]
