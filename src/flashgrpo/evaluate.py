@@ -22,10 +22,9 @@ from flashgrpo.policy import guidance_by_step
 from flashgrpo.progress import Reporter
 from flashgrpo.prompts import read_prompts
 from flashgrpo.reward_set import Rewards
-from flashgrpo.rollout import denoise
+from flashgrpo.rollout import denoise, noise_of
 from flashgrpo.run_directory import RunDirectory
 from flashgrpo.scoring import Scoring, decode
-from flashgrpo.seeds import normal
 from flashgrpo.settings import RewardConfig
 from flashgrpo.types import Prompt, RewardTable, VideoModel
 from flashgrpo.video import Video, write_mp4
@@ -146,8 +145,7 @@ class Evaluator:
         """x_0 of each row, from the evaluation's own seed and purpose."""
         settings, model = self._config.evaluation, self.environment.model
         names = [divmod(row, settings.samples_per_prompt) for row in rows]
-        noise = [normal(model.latent_shape, settings.seed, "evaluation", *name) for name in names]
-        return torch.stack(noise or [torch.empty(0)]).reshape(-1, *model.latent_shape).to(model.device)
+        return noise_of(model, settings.seed, "evaluation", names)
 
 
 def deterministic(model: VideoModel, config: RunConfig, num_steps: int) -> Environment:

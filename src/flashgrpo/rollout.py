@@ -95,9 +95,15 @@ def denoise(
 
 def initial_noise(model: VideoModel, seed: int, names: Sequence[tuple[int, int, int]], shared: bool) -> Latents:
     """x_0 of each sample, named (update, group, member); a group that shares it has its first member's."""
+    owners = [(update, group, 0 if shared else member) for update, group, member in names]
+    return noise_of(model, seed, "noise", owners)
+
+
+def noise_of(model: VideoModel, seed: int, purpose: str, names: Sequence[tuple[int, ...]]) -> Latents:
+    """Standard normal latents on the model's device, each a function of seed, purpose and its name alone."""
     shape = model.latent_shape
-    noise = [normal(shape, seed, "noise", update, group, 0 if shared else member) for update, group, member in names]
-    return sent(torch.stack(noise or [torch.empty(0, *shape)]).reshape(-1, *shape), model.device)
+    noise = [normal(shape, seed, purpose, *name) for name in names]
+    return sent(torch.stack(noise) if noise else torch.empty(0, *shape), model.device)
 
 
 class Records:

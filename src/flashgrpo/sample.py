@@ -13,9 +13,8 @@ from flashgrpo.evaluate import deterministic
 from flashgrpo.models import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.progress import Reporter
-from flashgrpo.rollout import denoise
+from flashgrpo.rollout import denoise, noise_of
 from flashgrpo.run_directory import RunDirectory
-from flashgrpo.seeds import normal
 from flashgrpo.settings import ModelConfig
 from flashgrpo.types import Prompt, VideoModel
 from flashgrpo.video import Video, side_by_side, write_mp4
@@ -77,8 +76,7 @@ def sample(
 @torch.no_grad()
 def _draw(model: VideoModel, config: RunConfig, prompt: Prompt, seed: int, num_steps: int | None, team: Team) -> Video:
     environment = deterministic(model, config, num_steps or config.evaluation.num_steps)
-    noise = normal(model.latent_shape, seed, "sample")[None].to(model.device)
-    latents = denoise(environment, noise, model.encode([prompt]), 1, team)
+    latents = denoise(environment, noise_of(model, seed, "sample", [()]), model.encode([prompt]), 1, team)
     return model.decode(latents)[0].cpu()
 
 
