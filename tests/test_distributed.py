@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flashgrpo import checkpoint
+from flashgrpo import RunConfig, checkpoint
+from flashgrpo.distributed import joined
 from flashgrpo.run_directory import read_lines
 
 LORA, FULL = [], ["model.train={kind: full}"]
@@ -140,6 +141,13 @@ def test_ranks_that_share_a_sample_by_its_tokens(update, size, parallel, train):
         scale = float(value.abs().max())
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-3 * scale + 1e-12)
     assert several["metrics"]["drift"] == 0
+
+
+def test_one_process_that_evaluates_a_sharded_run_holds_it_whole(monkeypatch):
+    for variable in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    with joined(RunConfig.load("tiny", ["parallel.shard=2"]), strict=False) as team:
+        assert (team.size, team.shard, team.wraps) == (1, 1, False)
 
 
 def test_mixed_precision_computes_in_bf16_and_learns_in_fp32(update):

@@ -267,6 +267,14 @@ def test_an_embedding_that_is_not_finite(diagnose, monkeypatch):
     assert "'a cyan circle moving right quickly'" in only_fault(diagnose("evaluation.videos=0"), "text embeddings")
 
 
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = memory.total(torch.device("cpu"))
+    assert whole > 2**28
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.total(torch.device("cpu")) == whole // 4
+
+
 def test_too_little_memory_and_disk(diagnose, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(memory, "total", lambda device: 10**8)

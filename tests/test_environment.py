@@ -169,7 +169,7 @@ def test_products_in_float8(make_model):
     assert list(network.state_dict()) == state  # nothing of it is saved
 
 
-def test_compiled_blocks_in_float8_are_compiled_once(make_model):
+def test_compiled_blocks_in_float8_are_compiled_once():
     """Not once for each of them, which the compiler gives up after a few."""
     torch.compiler.reset()
     layers = [torch.nn.Linear(32, 32).requires_grad_(False) for _ in range(12)]

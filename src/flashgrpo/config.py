@@ -85,11 +85,11 @@ class RunConfig(Part):
                 f"optim.ema.every: the run has {steps} optimizer steps, so an average that moves every "
                 f"{self.optim.ema.every} would stay the base model, which is what evaluation would see; lower it"
             )
-        if self.model.offload and (self.parallel.shard > 1 or self.model.compute_dtype):
+        if self.model.offload and self.sharded:
             raise ValueError("model.offload: a network that FSDP2 holds stays where it is; choose one of the two")
         if self.model.offload and isinstance(self.model.train, Full):
             raise ValueError("model.offload: full training has nothing that could be off the device; leave it out")
-        if self.optim.eight_bit and (self.parallel.shard > 1 or self.model.compute_dtype):
+        if self.optim.eight_bit and self.sharded:
             raise ValueError("optim.eight_bit: moments that FSDP2 shards stay in 32 bits; choose one of the two")
         if self.model.dtype != "float32" and isinstance(self.model.train, Full):
             raise ValueError(f"model.dtype: full training keeps float32 weights, so {self.model.dtype} has no effect")
@@ -117,7 +117,7 @@ class RunConfig(Part):
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 holds the network, between processes or in another type than it computes in."""
+        """Whether FSDP2 holds the network in training, between processes or in another type than it computes in."""
         return self.parallel.shard > 1 or self.model.compute_dtype is not None
 
     @property

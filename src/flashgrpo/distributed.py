@@ -239,7 +239,7 @@ def joined(config: RunConfig, strict: bool = True) -> Iterator[Team]:
         UserError: the number of processes does not fit the mesh.
     """
     settings = config.parallel if strict or int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
-    wraps = config.sharded
+    wraps = settings.shard > 1 or config.model.compute_dtype is not None  # not for `shard` where one process evaluates
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     _check_mesh(settings, size)
     device = torch.device("cpu")
