@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DOCS_INSTALLED := .venv/.docs-installed
 
-.PHONY: demo test install check lint types layers docs clean
+.PHONY: demo test install check lint types layers docs curve clean
 
 demo: $(INSTALLED)
 	$(BIN)/flashgrpo demo
@@ -25,6 +25,10 @@ types: $(INSTALLED)
 
 layers: $(INSTALLED)
 	$(BIN)/lint-imports
+
+# The loss curves of this commit and of another one on this machine, compared to the last digit.
+curve: $(INSTALLED)
+	$(BIN)/python tools/curve.py --against $(AGAINST)
 
 # The documentation site, into site/; what its pages say is tested by tests/test_docs.py.
 docs: $(DOCS_INSTALLED)
