@@ -29,17 +29,18 @@ from rich.console import Console
 from rich.table import Table
 from update import PUBLISHED
 
-from flashgrpo import RunConfig, checkpoint
+from flashgrpo import RunConfig
 from flashgrpo.assembly import Assembly, experience
-from flashgrpo.compute import update_cost
-from flashgrpo.distributed import Team, joined
-from flashgrpo.evaluate import bootstrap_interval
-from flashgrpo.gradients import Kept
+from flashgrpo.diagnostics.gradients import Kept
+from flashgrpo.distributed.world import Team, joined
 from flashgrpo.models.lora import weights_replaced
-from flashgrpo.progress import Clock
+from flashgrpo.processes.flow.cost import update_cost
 from flashgrpo.prompts import prompt_groups
-from flashgrpo.run_directory import RunDirectory
-from flashgrpo.scoring import untimed
+from flashgrpo.run import checkpoint
+from flashgrpo.run.directory import RunDirectory
+from flashgrpo.run.progress import Clock
+from flashgrpo.scoring.heldout import bootstrap_interval
+from flashgrpo.scoring.scoring import untimed
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashgrpo import RunConfig
 from flashgrpo.assembly import Assembly, guided_steps
-from flashgrpo.compute import update_cost
-from flashgrpo.distributed import joined
+from flashgrpo.distributed.world import joined
 from flashgrpo.doctor.estimate import META, estimate, records_per_sample, weightless
 from flashgrpo.doctor.trial import Meter
+from flashgrpo.processes.flow.cost import update_cost
+from flashgrpo.processes.flow.model import Moment
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.train import one_update
-from flashgrpo.types import Moment
 
 PHASES = ("rollout", "decode", "update")
 

@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashgrpo.rewards.loading import bind, load_reward
-from flashgrpo.rewards.names import full_name
-from flashgrpo.rewards.remote import Remote
+from flashgrpo.scoring.loading import bind, load_reward
+from flashgrpo.scoring.names import full_name
+from flashgrpo.serving.client import Remote
 
 REWARDS = ("motion:amount", "motion:flicker", "frames:sharpness", "jpeg:compressibility")
 SHAPE = (64, 17, 3, 64, 64)

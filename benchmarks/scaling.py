@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flashgrpo.run_directory import read_lines
+from flashgrpo.run.directory import read_lines
 
 BASE = {"rollout.prompts": 2, "rollout.group_size": 8, "model.num_frames": 9, "rollout.num_steps": 20}
 SWEEPS: dict[str, tuple[Sequence[int], Callable[[int], dict[str, object]]]] = {

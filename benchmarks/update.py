@@ -20,13 +20,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashgrpo import RunConfig, memory
+from flashgrpo import RunConfig
 from flashgrpo.assembly import Assembly
-from flashgrpo.compute import update_cost
-from flashgrpo.distributed import joined
+from flashgrpo.distributed import memory
+from flashgrpo.distributed.world import joined
 from flashgrpo.models.pipeline import PipelineModel
-from flashgrpo.progress import Clock
+from flashgrpo.processes.flow.cost import update_cost
 from flashgrpo.prompts import prompt_groups
+from flashgrpo.run.progress import Clock
 from flashgrpo.train import one_update
 
 PUBLISHED = (

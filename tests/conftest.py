@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import alone
-from flashgrpo.models import load_model
-from flashgrpo.types import VideoModel
-from tests.processes import Nursery
+from flashgrpo.distributed.world import alone
+from flashgrpo.models.load import load_model
+from flashgrpo.processes.flow.model import VideoModel
+from tests.nursery import Nursery
 
 torch.set_num_threads(1)  # many short operations: two threads mostly wait for each other, far longer on a busy machine
 

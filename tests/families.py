@@ -31,8 +31,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.tiny.architecture import make_tokenizer
-from flashgrpo.settings import ModelConfig
 
 WIDTH = 24  # of a text's embedding
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}

@@ -1,4 +1,4 @@
-"""What the processes of `tests/processes.py` do. Arguments and results are JSON."""
+"""What the processes of `tests/nursery.py` do. Arguments and results are JSON."""
 
 import os
 import sys
@@ -16,12 +16,12 @@ from flashgrpo import evaluate as evaluation
 from flashgrpo import train as training
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import joined, local, whole
+from flashgrpo.distributed.world import joined, local, whole
 from flashgrpo.errors import UserError
+from flashgrpo.learning.update import policy_update
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.progress import Clock
 from flashgrpo.prompts import prompt_groups
-from flashgrpo.update import policy_update
+from flashgrpo.run.progress import Clock
 
 torch.set_num_threads(1)
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import httpx
 import torch
 
-from flashgrpo.inputs import LatentVideos, VideoFiles
-from flashgrpo.rewards.answers import FORMAT
-from flashgrpo.rewards.http import Endpoint
-from flashgrpo.rewards.server import bound, make_server
-from flashgrpo.rewards.service import Options
-from flashgrpo.video import read_mp4
+from flashgrpo.scoring.inputs import LatentVideos, VideoFiles
+from flashgrpo.serving.answers import FORMAT
+from flashgrpo.serving.http import Endpoint
+from flashgrpo.serving.server import bound, make_server
+from flashgrpo.serving.service import Options
+from tests.videos import read_mp4
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.reward_servers"])

@@ -36,8 +36,9 @@ from typer.testing import CliRunner
 import flashgrpo
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
-from flashgrpo.recipe import find_recipe, merge_choices, resolve_path
-from flashgrpo.reward_set import Rewards
+from flashgrpo.config.recipe import find_recipe, merge_choices
+from flashgrpo.files import resolve_path
+from flashgrpo.scoring.rewards import Rewards
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -8,13 +8,13 @@ from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from flashgrpo import checkpoint
 from flashgrpo.cli import app
-from flashgrpo.distributed import alone
+from flashgrpo.distributed.world import alone
 from flashgrpo.errors import UserError
 from flashgrpo.export import export
-from flashgrpo.models import load_model
+from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import weights_replaced
+from flashgrpo.run import checkpoint
 from flashgrpo.train import train
 from flashgrpo.types import Prompt
 from tests.conftest import WEIGHTS, small_run

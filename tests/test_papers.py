@@ -9,8 +9,8 @@ import yaml
 from pydantic import TypeAdapter
 
 from flashgrpo.config import RunConfig, algorithm_from
-from flashgrpo.loss import NoiseLevel, NormalizedRatio, PlainRatio, StepLength
 from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO, PRESETS, Algorithm
+from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, StepLength
 
 PAGE = (Path(__file__).parent.parent / "docs" / "papers.md").read_text()
 BLOCKS = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]

@@ -9,28 +9,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashgrpo.advantage import combine_advantages
-from flashgrpo.compute import Guided
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import Team, use_threads
-from flashgrpo.environment import Environment, within
+from flashgrpo.distributed.sharding import blocks_of
+from flashgrpo.distributed.world import Team, use_threads
 from flashgrpo.errors import UserError
-from flashgrpo.evaluate import Evaluator
-from flashgrpo.float8 import Float8, check_float8
-from flashgrpo.graphs import Graphs, room_for_graphs
-from flashgrpo.models import load_model
+from flashgrpo.learning.advantage import combine_advantages
+from flashgrpo.learning.optim import Optimizer
+from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.optim import Optimizer
-from flashgrpo.policy import Policy, guidance_by_step
 from flashgrpo.presets import Algorithm
+from flashgrpo.processes.flow.cost import Guided
+from flashgrpo.processes.flow.float8 import Float8, check_float8
+from flashgrpo.processes.flow.model import Transitions, VideoModel
+from flashgrpo.processes.flow.policy import Policy, guidance_by_step
+from flashgrpo.processes.flow.retain import Graphs, room_for_graphs
+from flashgrpo.processes.flow.rollout import rollout
+from flashgrpo.processes.flow.schedule import SigmaGrid
+from flashgrpo.processes.flow.settings import RolloutConfig
+from flashgrpo.processes.flow.shortcuts import Environment, within
 from flashgrpo.prompts import prompt_groups, read_prompts
-from flashgrpo.reward_set import Rewards
-from flashgrpo.rollout import rollout
-from flashgrpo.schedule import SigmaGrid
-from flashgrpo.scoring import Scoring, untimed
-from flashgrpo.settings import RolloutConfig
-from flashgrpo.sharding import blocks_of
-from flashgrpo.types import Latents, Prompt, PromptGroup, RewardTable, Sample, Transitions, VideoModel
+from flashgrpo.scoring.heldout import Evaluator
+from flashgrpo.scoring.rewards import Rewards
+from flashgrpo.scoring.scoring import Scoring, untimed
+from flashgrpo.types import Latents, Prompt, PromptGroup, RewardTable, Sample
 
 Phases = Callable[[str], AbstractContextManager[None]]  # a clock: `with clock("rollout"): ...`
 

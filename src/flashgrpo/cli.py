@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import speaks
-from flashgrpo.errors import UserError
-from flashgrpo.explain import suggest
-from flashgrpo.progress import Reporter, describe
+from flashgrpo.distributed.world import speaks
+from flashgrpo.errors import UserError, suggest
+from flashgrpo.run.progress import Reporter, describe
 
 app = typer.Typer(
     help="Align video diffusion models with rewards by training one denoising step per rollout.",
@@ -50,7 +49,7 @@ def train(
     ray_workers: Annotated[int, typer.Option(min=0, help="Start so many workers through Ray Train.")] = 0,
 ) -> None:
     """Train a recipe; a run directory that has a checkpoint goes on from it. Under torchrun, with all its processes."""
-    from flashgrpo.ray_launcher import train_on_ray
+    from flashgrpo.distributed.ray import train_on_ray
     from flashgrpo.train import train as run_training
 
     config = RunConfig.load(recipe, overrides or [])
@@ -254,8 +253,8 @@ def serve_reward(
     token_env: TokenEnv = "FLASHGRPO_REWARD_TOKEN",
 ) -> None:
     """Serve a reward over HTTP, for recipes with `call: "http://HOST:PORT"`."""
-    from flashgrpo.rewards.server import serve
-    from flashgrpo.rewards.service import Options
+    from flashgrpo.serving.server import serve
+    from flashgrpo.serving.service import Options
 
     serve(name, args or [], Options(host, port, batch, queue, max_mib, token_env))
 
@@ -275,7 +274,7 @@ def reward_environment(
     token_env: TokenEnv = "FLASHGRPO_REWARD_TOKEN",
 ) -> None:
     """Serve a reward in a virtual environment of its own, with the versions that it needs; made at the first call."""
-    from flashgrpo.rewards.environment import Environment, start
+    from flashgrpo.serving.environment import Environment, start
 
     options = {
         "host": host,

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from flashgrpo.config import RunConfig
-from flashgrpo.progress import Reporter
 from flashgrpo.report import write_report
-from flashgrpo.run_directory import RunDirectory
+from flashgrpo.run.directory import RunDirectory
+from flashgrpo.run.progress import Reporter
 from flashgrpo.train import train
 
 

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from flashgrpo import checkpoint
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import alone
+from flashgrpo.distributed.world import alone
 from flashgrpo.errors import UserError
 from flashgrpo.files import write_aside
-from flashgrpo.models import load_model
-from flashgrpo.progress import Reporter, describe
-from flashgrpo.run_directory import RunDirectory
-from flashgrpo.settings import Lora
+from flashgrpo.models.load import load_model
+from flashgrpo.models.settings import Lora
+from flashgrpo.run import checkpoint
+from flashgrpo.run.directory import RunDirectory
+from flashgrpo.run.progress import Reporter, describe
 
 Format = Literal["diffusers", "comfyui", "merged"]
 

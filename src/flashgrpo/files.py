@@ -10,6 +10,18 @@ from safetensors import SafetensorError
 
 from flashgrpo.errors import UserError
 
+PACKAGE = Path(__file__).parent
+SHIPPED = (PACKAGE / "models", PACKAGE / "shipped", PACKAGE.parent.parent)
+"""Where the package's own files lie: installed, and in a checkout."""
+
+
+def resolve_path(path: str) -> str:
+    """`flashgrpo:NAME` is a file or folder that ships with the package (prompts/train.txt); else the path itself."""
+    head, colon, tail = path.partition("flashgrpo:")
+    if head or not colon:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    return str(next((folder / tail for folder in SHIPPED if (folder / tail).exists()), SHIPPED[0] / tail))
+
 
 @contextlib.contextmanager
 def write_aside(path: Path) -> Iterator[Path]:

@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from flashgrpo.advantage import Grouping
-from flashgrpo.loss import NoiseLevel, NormalizedRatio, PlainRatio, Rectified, StepLength, Uniform
-from flashgrpo.noise import ConstantSde, Cps, FlowSde, LinearSde
-from flashgrpo.steps import AllSteps, OneStep, Window
+from flashgrpo.learning.settings import Grouping
+from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
+from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
+from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, Rectified, StepLength, Uniform
 
 Steps = Annotated[AllSteps | Window | OneStep, Field(discriminator="kind")]
 Noise = Annotated[LinearSde | FlowSde | ConstantSde | Cps, Field(discriminator="kind")]
@@ -65,7 +65,7 @@ FLASH_GRPO = Algorithm(
     steps=_GROUPED,
     noise=LinearSde(eta=1.0),
     grouping=Grouping(std="batch"),
-    weighting=Rectified(over="window"),
+    weighting=Rectified(),
 )
 FLOW_GRPO = Algorithm(
     steps=AllSteps(),

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from flashgrpo.errors import UserError
-from flashgrpo.explain import first_line
-from flashgrpo.recipe import resolve_path
+from flashgrpo.errors import UserError, first_line
+from flashgrpo.files import resolve_path
 from flashgrpo.seeds import generator
 from flashgrpo.types import Prompt, PromptGroup
 

@@ -5,18 +5,19 @@ from pathlib import Path
 
 import torch
 
-from flashgrpo import checkpoint
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import Team, joined, use_threads
+from flashgrpo.distributed.world import Team, joined, use_threads
 from flashgrpo.errors import UserError
-from flashgrpo.evaluate import deterministic
-from flashgrpo.models import load_model
+from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import weights_replaced
-from flashgrpo.progress import Reporter
-from flashgrpo.rollout import denoise, noise_of
-from flashgrpo.run_directory import RunDirectory
-from flashgrpo.settings import ModelConfig
-from flashgrpo.types import Prompt, VideoModel
+from flashgrpo.models.settings import ModelConfig
+from flashgrpo.processes.flow.model import VideoModel
+from flashgrpo.processes.flow.rollout import denoise, noise_of
+from flashgrpo.run import checkpoint
+from flashgrpo.run.directory import RunDirectory
+from flashgrpo.run.progress import Reporter
+from flashgrpo.scoring.heldout import deterministic
+from flashgrpo.types import Prompt
 from flashgrpo.video import Video, side_by_side, write_mp4
 
 Size = tuple[int, int, int]

@@ -5,9 +5,6 @@ So any number of processes, a run that was interrupted, and any share of an upda
 
 import hashlib
 
-import torch
-from torch import Tensor
-
 
 def keyed_bits(purpose: str, *ids: int) -> int:
     """64 uniform bits that depend on the name alone, in every process, on every machine, in every release of torch.
@@ -18,11 +15,15 @@ def keyed_bits(purpose: str, *ids: int) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def generator(seed: int, purpose: str, *ids: int) -> torch.Generator:
-    """A CPU generator by name: `generator(seed, "noise", update, group, member)`."""
+def generator(seed: int, purpose: str, *ids: int) -> "torch.Generator":
+    """Return a CPU generator by name: `generator(seed, "noise", update, group, member)`."""
+    import torch  # which settings, whose draws are `keyed_bits` alone, do without
+
     return torch.Generator().manual_seed(keyed_bits(purpose, seed, *ids) >> 1)  # torch takes 63 bits
 
 
-def normal(shape: tuple[int, ...], seed: int, purpose: str, *ids: int) -> Tensor:
+def normal(shape: tuple[int, ...], seed: int, purpose: str, *ids: int) -> "torch.Tensor":
     """Standard normal float32 of `shape` from the named generator, on the CPU (so that every device gets the same)."""
+    import torch
+
     return torch.randn(shape, generator=generator(seed, purpose, *ids))

@@ -1,33 +1,21 @@
 """The main loop: roll out, score, compare within groups, update."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
-from flashgrpo import checkpoint
-from flashgrpo.assembly import Assembly, Experience, Phases, experience
-from flashgrpo.checkpoint import Progress
-from flashgrpo.compute import update_cost
+from flashgrpo.assembly import Assembly, Phases, experience
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import Team, joined, whole
-from flashgrpo.doctor import refuse_unsound
-from flashgrpo.errors import SharedError, UserError
-from flashgrpo.evaluate import Evaluation, broken_watch, extremes, record, write_videos
-from flashgrpo.files import write_aside
-from flashgrpo.models.lora import weights_replaced
-from flashgrpo.progress import Clock, Interrupt, Reporter, traced
+from flashgrpo.distributed.world import joined
+from flashgrpo.learning.update import policy_update
+from flashgrpo.processes.flow.cost import update_cost
 from flashgrpo.prompts import prompt_groups
-from flashgrpo.run_directory import RunDirectory
-from flashgrpo.settings import Lora, TrackingConfig
-from flashgrpo.trackers import Trackers, check_installed
+from flashgrpo.run.progress import Clock, Interrupt, Reporter, traced
+from flashgrpo.session import Run, describe_rewards
 from flashgrpo.types import PromptGroup
-from flashgrpo.update import policy_update
-from flashgrpo.video import write_mp4
 
 
 def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
@@ -76,213 +64,3 @@ def one_update(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) ->
         return metrics | policy_update(
             parts.policy, parts.optimizer, drawn.transitions, own, config.algorithm, config.optim, parts.team
         )
-
-
-class Run:
-    """A run in progress: its directory, model, optimizer and how far it has come. Opening it resumes it."""
-
-    def __init__(self, config: RunConfig, reporter: Reporter, team: Team) -> None:
-        self.config = config
-        self.reporter = reporter
-        self.team = team
-        self.progress = Progress()
-        self._evaluations: list[dict[str, Any]] = []
-        self._saved = self._begun = Progress()  # of the newest checkpoint on disk, and of the one that is being written
-        self.directory = RunDirectory(Path(config.out))
-        team.lead(lambda: check_installed(config.tracking))
-        team.lead(lambda: self.directory.check(config))
-        self.parts = Assembly(config, team, reporter.say)
-        self.optimizer = self.parts.optimizer
-        self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, team)
-        identity = self.parts.policy.model.identity
-        prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}
-        team.lead(lambda: self.directory.begin(config, team, prompts, identity))
-        shown = config.tracking if team.leads else TrackingConfig()
-        self.trackers = Trackers(shown, self.directory.path, config.model_dump(mode="json"), reporter.warn)
-
-    def __enter__(self) -> "Run":
-        try:
-            self._resume()
-            self.reporter.start(self.progress.update, self.config.updates)
-            self.evaluate_if_due()
-        except BaseException:
-            self._close()
-            raise
-        return self
-
-    def _resume(self) -> None:
-        """Examine a new run and score its base model; continue another from its newest checkpoint that is whole."""
-        saved, self._evaluations = self.team.lead(self._find_checkpoint)
-        if not saved:
-            refuse_unsound(self.parts, self.reporter.warn)
-        if not self._evaluations:
-            self.reporter.say("scoring the base model on the held-out prompts")
-            self._evaluate(0)
-        if saved:
-            state = self.optimizer.state()
-            self.progress = Progress(**saved)
-            checkpoint.read_into(self.directory.checkpoints, self.progress.update, state, self.team)
-            self.optimizer.restored(state)
-            self._saved = self._begun = self.progress
-            self.progress = self._as_evaluated(self.progress.update)
-            done = self.progress.update >= self.config.updates
-            self.reporter.say(
-                f"{self.directory.path} is complete; another run needs another folder"
-                if done
-                else f"continuing {self.directory.path} after update {self.progress.update}"
-            )
-        self.team.check_replicas(self.optimizer.weights())
-
-    def _as_evaluated(self, update: int) -> Progress:
-        """Where the run stands by its evaluations; the last may have been made up for after the checkpoint."""
-        best = max((line["update"] for line in self._evaluations if line["best"]), default=0)
-        return Progress(update, best, sum(line["update"] > best for line in self._evaluations))
-
-    def _find_checkpoint(self) -> tuple[dict[str, int] | None, list[dict[str, Any]]]:
-        update = checkpoint.newest_whole(self.directory.checkpoints, self.reporter.warn)
-        self.directory.forget_after(update or 0)
-        progress = checkpoint.read_progress(self.directory.checkpoints, update) if update else None
-        return asdict(progress) if progress else None, self.directory.evaluations()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Whatever ended the loop, the updates that are done are kept - unless the ranks no longer go together."""
-        try:
-            if kind is None:
-                self.save()
-                self._finish_writing()
-            elif self.team.size == 1 or issubclass(kind, SharedError):
-                try:
-                    self.save()
-                    self._finish_writing()
-                except UserError as error:
-                    self.reporter.warn(str(error))
-        finally:
-            self._close()
-        if self._saved.update < self.progress.update:
-            self.reporter.warn(f"updates after {self._saved.update} could not be saved and will be done again")
-        if kind is None and self.progress.update < self.config.updates:
-            self.reporter.say(f"stopped after update {self.progress.update}: {self.ending or 'interrupted'}")
-
-    def _close(self) -> None:
-        self.reporter.stop()
-        self.trackers.close()
-        self.parts.rewards.close()
-        self.directory.close()
-
-    @property
-    def ending(self) -> str | None:
-        """Why the run is to end before its last update: a watched reward has fallen, or nothing gets better."""
-        patience, best = self.config.evaluation.patience, self.progress.best_update
-        if fallen := broken_watch(self._evaluations[-1], self.config.rewards):
-            return f"{fallen}; " + (f"the best checkpoint is that of update {best}" if best else "keep the base model")
-        stale = patience is not None and self.progress.stale >= patience
-        return f"no new best in {self.progress.stale} evaluations" if stale else None
-
-    def log(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
-        """Append the update's line to metrics.jsonl; the update counts as done from here on."""
-        line = {"update": self.progress.update + 1, **metrics, "seconds": seconds}
-        self.team.lead(lambda: self.directory.log_metrics(line))
-        self.trackers.log("train", line)
-        self.progress = replace(self.progress, update=line["update"])
-        self.reporter.update(line)
-
-    def evaluate_if_due(self) -> None:
-        """Evaluate the averaged weights after every so many updates and after the last, once; export a new best."""
-        update = self.progress.update
-        due = update % self.config.evaluation.every == 0 or update == self.config.updates
-        if not due or self._evaluations[-1]["update"] >= update:
-            return
-        with weights_replaced(self.parts.policy.model.network, self.optimizer.ema):
-            line = self._evaluate(update)
-        if not line["best"]:
-            self.progress = replace(self.progress, stale=self.progress.stale + 1)
-            return
-        if isinstance(self.config.model.train, Lora):
-            averaged = {name: whole(tensor) for name, tensor in self.optimizer.ema.items()}
-            self.team.lead(lambda: self._export(averaged))
-        self.progress = replace(self.progress, best_update=update, stale=0)
-
-    def _export(self, tensors: dict[str, Tensor]) -> None:
-        with write_aside(self.directory.lora) as aside:
-            self.parts.policy.model.save_lora(aside, tensors)
-
-    def _evaluate(self, update: int) -> dict[str, Any]:
-        evaluation = self.parts.evaluator()
-        earlier = self._evaluations
-        line = record(update, evaluation, earlier[0] if earlier else None, self.config.evaluation.samples_per_prompt)
-        line["watch"] = broken_watch(line, self.config.rewards)
-        admitted = [e["reward"] for e in earlier if not e.get("watch")]
-        line["best"] = not line["watch"] and line["reward"] > max(admitted, default=float("-inf"))
-        if line["best"] or line["watch"] or update == self.config.updates:
-            self._keep_videos(line, evaluation)
-        self.team.lead(lambda: self.directory.log_evaluation(line))
-        self.trackers.log("heldout", line)
-        if line["watch"] and update == self.config.updates:  # where it ends the run sooner, that says it
-            self.reporter.warn(line["watch"])
-        self._evaluations.append(line)
-        self.reporter.evaluation(line)
-        return line
-
-    def _keep_videos(self, line: dict[str, Any], evaluation: Evaluation) -> None:
-        """Write the videos of the fixed samples and, where adapters can be taken off, of those that changed most."""
-        update, samples, fps = line["update"], line["samples"], self.config.model.fps
-        base = (self._evaluations[0] if self._evaluations else line)["samples"]
-        videos = self.team.agree(lambda: write_videos(self.directory, update, evaluation, fps))[0]
-        for row, video in videos.items():
-            samples[int(row)] |= {"video": video, "base_video": base[int(row)].get("video", video)}
-        if update and videos and isinstance(self.config.model.train, Lora):
-            line["extremes"] = extremes(samples)
-            rows = [row for row in line["extremes"] if "video" not in samples[row]]
-            tuned = self.parts.evaluator.again(rows) if rows else []
-            with self.parts.policy.model.reference():
-                before = self.parts.evaluator.again(rows) if rows else []
-            for row, *pair in zip(rows, tuned, before, strict=True):
-                names = [f"videos/{update:06d}/{row:03d}{end}.mp4" for end in ("", "-base")]
-                for name, drawn in zip(names, pair, strict=True):
-                    self.team.lead(partial(write_mp4, self.directory.path / name, drawn, fps))
-                samples[row] |= {"video": names[0], "base_video": names[1]}
-        files = {f"{row:03d}": sample["video"] for row, sample in enumerate(samples) if "video" in sample}
-        self.trackers.videos(update, {label: self.directory.path / file for label, file in files.items()})
-
-    def save_if_due(self) -> None:
-        """Write a checkpoint after every so many updates and after every evaluation."""
-        update = self.progress.update
-        if update % self.config.checkpoint.every == 0 or self._evaluations[-1]["update"] == update:
-            self.save()
-
-    def save(self) -> None:
-        """Begin a checkpoint, unless there is one of this update or an update was broken off in the middle."""
-        steps_per_update = self.config.optim.minibatches * self.config.optim.passes
-        whole_update = self.optimizer.whole and self.optimizer.steps == self.progress.update * steps_per_update
-        if whole_update and self.progress != self._begun:
-            self._finish_writing()
-            self.team.check_replicas(self.optimizer.weights())
-            self.writer.save(self.optimizer.state(), self.progress)
-            self._begun = self.progress
-
-    def _finish_writing(self) -> None:
-        """Wait for the checkpoint that is being written."""
-        try:
-            self.writer.wait()
-        except UserError:
-            self._begun = self._saved
-            raise
-        self._saved = self._begun
-
-
-def describe_rewards(drawn: Experience, group_size: int) -> dict[str, Any]:
-    """The part of a metrics line that tells of rewards; stds are over all samples of the update."""
-    rewards, advantages, total = drawn.rewards, drawn.advantages, drawn.rewards.total
-    spread = dict(zip(rewards.names, rewards.values.std(dim=0, correction=0).tolist(), strict=True))
-    return {
-        "reward": float(total.mean()),
-        "reward_std": float(total.std(correction=0)),
-        "rewards": rewards.means(trained=True),
-        "rewards_std": spread,
-        "reward_failures": dict(rewards.failures),
-        "advantage_mean": float(advantages.mean()),
-        "advantage_std": float(advantages.std(correction=0)),
-        "advantage_max": float(advantages.abs().max()),
-        "zero_spread_groups": int((advantages.unflatten(0, (-1, group_size)) == 0).all(dim=1).sum()),
-        "samples": len(total),
-    }

@@ -8,16 +8,12 @@ Shapes are written with these letters throughout:
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int64, Shaped
-from torch import Tensor, nn
-
-from flashgrpo.schedule import SigmaGrid
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
 
 Latents = Float32[Tensor, "batch channels frames height width"]
 LoraStyle = Literal["diffusers", "comfyui"]
@@ -99,64 +95,6 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Where on the sigma grid each of B rows stands; (B,) each, on the CPU, where families choose by them.
-
-    `timestep` is what the network is fed, `guidance_scale` that of classifier-free guidance there (1: none).
-    """
-
-    timestep: Shaped[Tensor, " batch"]
-    sigma: Float64[Tensor, " batch"]
-    guidance_scale: Float32[Tensor, " batch"]
-
-    def __getitem__(self, rows: Tensor) -> "Moment":
-        return Moment(self.timestep[rows], self.sigma[rows], self.guidance_scale[rows])
-
-
-@dataclass(frozen=True)
-class Retained:
-    """Velocities (B, C, F, H, W) of some transitions, of one step, with the graph that leads to the weights."""
-
-    rows: Int64[Tensor, " batch"]
-    v: Latents
-
-
-@dataclass(frozen=True)
-class Transitions:
-    """All that crosses from rollout to update: the stochastic steps x_k -> x_{k+1} that are trained.
-
-    Row i belongs to sample `sample[i]` of the rollout; a sample has one row in Flash-GRPO and up to N - 1 in Flow-GRPO.
-    `condition` has a row per sample, not per transition. Example with B = 4 samples in 2 groups, one step each:
-
-        sample [0, 1, 2, 3]   k [2, 2, 0, 0]   log_prob [-0.91, -0.93, -0.87, -0.90]
-
-    `retained` is of all rows or empty; a part of the transitions has none, and neither does a second backward pass.
-    """
-
-    sample: Int64[Tensor, " transitions"]
-    k: Int64[Tensor, " transitions"]
-    x: Float32[Tensor, "transitions channels frames height width"]
-    x_next: Float32[Tensor, "transitions channels frames height width"]
-    log_prob: Float32[Tensor, " transitions"]
-    condition: Condition
-    retained: Sequence[Retained] = ()
-
-    def __len__(self) -> int:
-        return len(self.k)
-
-    def __getitem__(self, rows: Tensor) -> "Transitions":
-        return replace(
-            self,
-            sample=self.sample[rows],
-            k=self.k[rows],
-            x=taken(self.x, rows),
-            x_next=taken(self.x_next, rows),
-            log_prob=taken(self.log_prob, rows),
-            retained=(),
-        )
-
-
-@dataclass(frozen=True)
 class PlantedPair:
     """Two videos (F, 3, H, W) of which a reward should prefer the second, for a prompt with the columns it needs.
 
@@ -196,79 +134,6 @@ class RewardTable:
         """Component -> mean, of the trained components or of the watched ones."""
         columns = [r for r in range(len(self.names)) if (r in self.trained) == trained]
         return {self.names[r]: float(self.values[:, r].mean()) for r in columns}
-
-
-@runtime_checkable
-class VideoModel(Protocol):
-    """A video flow model: everything that rollout, update and evaluation ask of one. See docs/adding-a-model.md."""
-
-    @property
-    def network(self) -> nn.Module:
-        """The network, with all experts where there are several; its parameters with `requires_grad` are trained."""
-        ...
-
-    def expert(self, timestep: float) -> nn.Module:
-        """The part of `network` that computes at a timestep: all of it, or one of several experts."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Tells the base weights from others, wherever they lie."""
-        ...
-
-    @property
-    def takes_image(self) -> bool:
-        """Whether each prompt has to come with its video's first frame, in a column `image`."""
-        ...
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of one sample's latents."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        ...
-
-    def grid(self, num_steps: int) -> SigmaGrid:
-        """The sigma grid of `num_steps` steps, read from the checkpoint's own scheduler."""
-        ...
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Condition of each prompt, its text and whatever else the family takes; a row each, on `device`."""
-        ...
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before any are cut off."""
-        ...
-
-    def velocity(self, x: Latents, moment: Moment, condition: Condition) -> Latents:
-        """v = eps - x0 as the network predicts it, with classifier-free guidance; differentiable."""
-        ...
-
-    def decode(self, latents: Latents, frames: int | None = None) -> Videos:
-        """Videos (B, F, 3, H, W) in [0, 1]; with `frames` the first so many of F, at less expense where it can."""
-        ...
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside this context `velocity` is the base model's, before any training."""
-        ...
-
-    def idle(self, moment: Moment) -> Tensor:
-        """Make the network call of one row on nothing, for the sake of the collectives in it; differentiable."""
-        ...
-
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
-        """Write trained adapters (name -> tensor) as the family's own pipeline loads them, or as ComfyUI does.
-
-        Returns the names of the files, one for each expert.
-        """
-        ...
-
-    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write a whole pipeline with the trained parameters in it; the model is of no further use afterwards."""
-        ...
 
 
 @runtime_checkable

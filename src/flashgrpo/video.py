@@ -47,19 +47,6 @@ def _is_whole(path: Path, frames: int) -> bool:
         return False
 
 
-def read_mp4(path: Path) -> Video:
-    """Read a video as (F, 3, H, W) in [0, 1].
-
-    Raises:
-        UserError: the file is missing or no video.
-    """
-    try:
-        frames = iio.imread(path, plugin="FFMPEG")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a video") from error
-    return torch.from_numpy(np.asarray(frames)).permute(0, 3, 1, 2).float() / 255
-
-
 def side_by_side(*videos: Video, gap: int = 4) -> Float[Tensor, "frames 3 height total_width"]:
     """Put videos of one shape beside each other with a white gap of `gap` pixels: (F, 3, H, sum of W + gaps)."""
     white = torch.ones(*videos[0].shape[:-1], gap)

@@ -26,7 +26,6 @@ from typing import Any
 
 from rich.console import Console
 
-from flashgrpo import diagnostics
 from flashgrpo.compare.figures import write_figures
 from flashgrpo.compare.folder import ComparisonFolder, RunFiles
 from flashgrpo.compare.measured import diagnosis_as_markdown
@@ -34,6 +33,7 @@ from flashgrpo.compare.plan import Plan, make_plan
 from flashgrpo.compare.processes import run_all
 from flashgrpo.compare.results import collect, is_done
 from flashgrpo.compare.table import as_markdown
+from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.errors import UserError
 from flashgrpo.files import write_aside
 from flashgrpo.report import write_report

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from flashgrpo.assembly import guided_steps
-from flashgrpo.compute import Cost, Guided, update_cost
 from flashgrpo.config import RunConfig
+from flashgrpo.config.recipe import merge_choices, parse_override
 from flashgrpo.doctor.estimate import weightless
-from flashgrpo.errors import UserError
-from flashgrpo.explain import suggest
+from flashgrpo.errors import UserError, suggest
+from flashgrpo.models.settings import ModelConfig
 from flashgrpo.presets import PRESETS, Algorithm
-from flashgrpo.recipe import merge_choices, parse_override
-from flashgrpo.settings import ModelConfig, RolloutConfig
+from flashgrpo.processes.flow.cost import Cost, Guided, update_cost
+from flashgrpo.processes.flow.settings import RolloutConfig
 
 OWN = ("algorithm", "rollout", "optim", "model.train", "model.gradient_checkpointing")  # may differ by algorithm
 OF_THE_PLAN = {"out": "--out", "evaluation.every": "--points"}  # settings that an option decides

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from flashgrpo.compare.folder import RunFiles
 from flashgrpo.config import RunConfig
 from flashgrpo.files import write_aside
-from flashgrpo.progress import Interrupt
+from flashgrpo.run.progress import Interrupt
 
 POLL = 0.2  # seconds between two looks at the processes
 Process = subprocess.Popen[bytes]

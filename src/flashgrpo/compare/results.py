@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from flashgrpo import checkpoint
 from flashgrpo.compare import statistics
 from flashgrpo.compare.folder import ComparisonFolder, RunFiles
 from flashgrpo.compare.statistics import Row, interval_over_seeds_and_prompts
-from flashgrpo.run_directory import read_lines
+from flashgrpo.run import checkpoint
+from flashgrpo.run.directory import read_lines
 
 NOT_TRAINING = ("evaluate", "checkpoint", "total")  # phases that a comparison by seconds leaves out
 KEPT = ("reward", "reward_std", "grad_norm", "drift", "ratio_mean", "ratio_max_dev", "clip_fraction", "approx_kl", "kl")

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import joined
+from flashgrpo.distributed.world import joined
 from flashgrpo.doctor.checks import QUICK, THOROUGH, Finding
 from flashgrpo.doctor.costs import COSTS
 from flashgrpo.doctor.trial import try_out

@@ -10,7 +10,7 @@ from torch import nn
 
 from flashgrpo.assembly import Assembly
 from flashgrpo.doctor.trial import Trial
-from flashgrpo.settings import Lora
+from flashgrpo.models.settings import Lora
 
 ROUNDING = 1e-4  # of a reward's size: what two calls on the same video may differ by
 CLIP_MARGIN = 10  # clip_range has to be so many times the numeric drift, or rounding decides what is clipped

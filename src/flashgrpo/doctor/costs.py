@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from flashgrpo import memory
 from flashgrpo.assembly import Assembly
+from flashgrpo.distributed import memory
 from flashgrpo.doctor.checks import Finding
 from flashgrpo.doctor.trial import Trial
-from flashgrpo.settings import ModelConfig
+from flashgrpo.models.settings import ModelConfig
 
 MP4_BITS = 1.0  # bits per pixel and frame of the videos that evaluations keep; crf 18 rarely needs more
 

@@ -17,14 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed import Team
-from flashgrpo.float8 import frozen_layers
-from flashgrpo.models import load_model
+from flashgrpo.distributed.sharding import blocks_of
+from flashgrpo.distributed.world import Team
+from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.scoring import AHEAD
-from flashgrpo.settings import ModelConfig
-from flashgrpo.sharding import blocks_of
-from flashgrpo.types import Condition, Moment
+from flashgrpo.models.settings import ModelConfig
+from flashgrpo.processes.flow.float8 import frozen_layers
+from flashgrpo.processes.flow.model import Moment
+from flashgrpo.scoring.scoring import AHEAD
+from flashgrpo.types import Condition
 
 META = torch.device("meta")
 MOMENTS = 3  # copies of what is trained: Adam's two moments, and the average

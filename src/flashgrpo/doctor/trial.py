@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgrpo import memory
 from flashgrpo.assembly import Assembly, Experience, experience
-from flashgrpo.distributed import local
+from flashgrpo.distributed import memory
+from flashgrpo.distributed.world import local
 from flashgrpo.errors import SharedError
-from flashgrpo.optim import GradientSum
-from flashgrpo.policy import Policy
-from flashgrpo.progress import Clock
+from flashgrpo.learning.optim import GradientSum
+from flashgrpo.learning.update import policy_update
+from flashgrpo.processes.flow.model import Transitions
+from flashgrpo.processes.flow.policy import Policy
 from flashgrpo.prompts import prompt_groups
-from flashgrpo.types import Transitions
-from flashgrpo.update import policy_update
+from flashgrpo.run.progress import Clock
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flashgrpo.errors import UserError
-from flashgrpo.settings import ModelConfig
+from flashgrpo.models.settings import ModelConfig
 
 FAMILIES = ("WanPipeline", "WanImageToVideoPipeline", "LTXPipeline")
 BUILT = ("transformer", "transformer_2", "vae", "scheduler")

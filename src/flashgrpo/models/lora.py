@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flashgrpo.distributed import local
+from flashgrpo.distributed.world import local
 from flashgrpo.errors import UserError
+from flashgrpo.models.settings import Full, Lora
 from flashgrpo.seeds import generator
-from flashgrpo.settings import Full, Lora
 
 
 def prepare(network: nn.Module, train: Lora | Full, seed: int, prefix: str = "") -> None:

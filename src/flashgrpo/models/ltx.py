@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from flashgrpo.models.architectures import checked_size
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.pipeline import PipelineModel, Size
-from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
+from flashgrpo.processes.flow.model import Moment
+from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
 from flashgrpo.seeds import normal
-from flashgrpo.types import Condition, Latents, Moment
+from flashgrpo.types import Condition, Latents
 
 _SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 """Settings of a scheduler, in the order of `calculate_shift`, with what the pipeline takes where one is missing."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashgrpo.distributed import Team
+from flashgrpo.distributed.sharding import place
+from flashgrpo.distributed.world import Team
 from flashgrpo.errors import UserError
 from flashgrpo.models.lora import prepare
-from flashgrpo.settings import ModelConfig
-from flashgrpo.sharding import place
+from flashgrpo.models.settings import ModelConfig
 
 
 def prepare_network(network: Any, config: ModelConfig, team: Team, seed: int, prefix: str = "") -> None:

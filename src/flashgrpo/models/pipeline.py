@@ -9,16 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from flashgrpo.distributed import Team
+from flashgrpo.distributed.world import Team
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Conditions, Row, entries_of, fingerprint
 from flashgrpo.models.lora import adapters_off, trained_parameters, weights_replaced, write_adapters
 from flashgrpo.models.network import channels_last, explain_attention, prepare_network
 from flashgrpo.models.residence import Residence
+from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.models.source import Source
-from flashgrpo.schedule import SigmaGrid, grid_from_scheduler
-from flashgrpo.settings import Lora, ModelConfig
-from flashgrpo.types import Condition, Latents, LoraStyle, Moment, Prompt, Videos, taken
+from flashgrpo.processes.flow.model import Moment
+from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
+from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, taken
 
 Size = tuple[int, int, int, int]
 MANY = 64  # prompts that are worth a word before they are encoded

@@ -11,7 +11,7 @@ import transformers
 
 from flashgrpo.errors import UserError
 from flashgrpo.models.architectures import Architecture
-from flashgrpo.settings import ModelConfig
+from flashgrpo.models.settings import ModelConfig
 
 LARGE = ("transformer", "transformer_2", "text_encoder", "image_encoder")
 

@@ -19,8 +19,9 @@ from flashgrpo.errors import UserError
 from flashgrpo.models.architectures import checked_size
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.pipeline import PipelineModel, Size
+from flashgrpo.processes.flow.model import Moment
 from flashgrpo.seeds import normal
-from flashgrpo.types import Condition, Latents, Moment
+from flashgrpo.types import Condition, Latents
 from flashgrpo.video import open_image
 
 CLIP_LENGTH = 512  # places of text that diffusers' attention splits off from what CLIP says about an image

@@ -11,9 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flashgrpo.distributed import current_device
-from flashgrpo.errors import UserError
-from flashgrpo.explain import first_line
+from flashgrpo.distributed.world import current_device
+from flashgrpo.errors import UserError, first_line
 from flashgrpo.rewards.frames import pick
 
 

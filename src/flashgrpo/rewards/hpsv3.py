@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashgrpo.errors import UserError
-from flashgrpo.inputs import Pixels
 from flashgrpo.rewards.qwen import QwenReward, checkpoint_folder, loading
+from flashgrpo.scoring.inputs import Pixels
 from flashgrpo.types import Videos
 
 FILE = "HPSv3.safetensors"

@@ -27,13 +27,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from flashgrpo.errors import UserError
-from flashgrpo.explain import first_line, suggest
-from flashgrpo.inputs import Pixels
-from flashgrpo.rewards.answers import load_json
+from flashgrpo.errors import UserError, first_line, suggest
 from flashgrpo.rewards.frames import pick
-from flashgrpo.rewards.http import Endpoint, Transient, all_of, persist, run
-from flashgrpo.rewards.loading import as_float
+from flashgrpo.scoring.inputs import Pixels
+from flashgrpo.scoring.loading import as_float
+from flashgrpo.serving.answers import load_json
+from flashgrpo.serving.http import Endpoint, Transient, all_of, persist, run
 
 MEND = "is the judge's server running there, and can this machine reach it?"
 AGAIN = "That is not an answer of the form that was asked for. Answer again, in exactly that form."

@@ -16,9 +16,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flashgrpo.distributed import current_device
-from flashgrpo.errors import UserError
-from flashgrpo.explain import first_line
+from flashgrpo.distributed.world import current_device
+from flashgrpo.errors import UserError, first_line
 
 Frames = Float[Tensor, "frames 3 height width"]
 DTYPES = ("bfloat16", "float16", "float32")

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashgrpo.errors import UserError
-from flashgrpo.inputs import Pixels
 from flashgrpo.rewards.frames import pick
 from flashgrpo.rewards.qwen import QwenReward, checkpoint_folder, loading
+from flashgrpo.scoring.inputs import Pixels
 from flashgrpo.types import Videos
 
 PARTS = {"visual": "VQ", "motion": "MQ", "text": "TA"}  # in the order of the reward tokens

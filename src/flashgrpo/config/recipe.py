@@ -1,0 +1,58 @@
+"""Where recipes lie, and how settings merge."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flashgrpo.errors import UserError, first_line
+from flashgrpo.files import PACKAGE
+
+RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent.parent / "recipes")  # installed; in a checkout
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file itself, or `recipes/NAME.yaml` of the package."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for folder in RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
+    if recipe in shipped:
+        return shipped[recipe]
+    raise UserError(f"there is no recipe {recipe}; give a YAML file or one of: {', '.join(sorted(shipped))}")
+
+
+def parse_override(override: str) -> dict[Any, Any]:
+    """`optim.lr=1e-4` as nested settings; the value is read as YAML."""
+    key, equals, _ = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {override!r} must have the form key=value, for example optim.lr=1e-4")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"override {override!r} cannot be read: {first_line(error)}") from error
+    assert isinstance(tree, dict)
+    return tree
+
+
+def merge_choices(old: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Merge nested settings; a change of `kind` or `preset` drops the settings of the one before.
+
+    A change below a name merges with that name's preset: {"algorithm": "flash-grpo"} and {"algorithm": {"kl_coef": 1}}.
+    """
+    merged = dict(old)
+    for key, new in changes.items():
+        before = merged.get(key)
+        if isinstance(before, str) and isinstance(new, Mapping):
+            before = {"preset": before}
+        if (
+            isinstance(before, Mapping)
+            and isinstance(new, Mapping)
+            and all(new.get(name) in (None, before.get(name)) for name in ("kind", "preset"))
+        ):
+            new = merge_choices(before, new)
+        merged[key] = new
+    return merged

@@ -1,0 +1,1 @@
+"""Where the claims of Flash-GRPO hold, measured."""

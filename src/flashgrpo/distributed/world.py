@@ -1,0 +1,298 @@
+"""The processes of a run: where each computes, which samples are its own, and what they tell each other.
+
+Started by torchrun, by Ray, or not at all: a process alone is a team of one on the same path. The ranks form a mesh:
+
+    replicate  copies of the network; each draws and replays other samples, and their gradients are added up
+    shard      ranks that hold one copy between them (FSDP2), each drawing and replaying samples of its own
+    context    ranks that compute one sample together, each a part of its tokens (Ulysses or ring attention)
+"""
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed.heartbeat import connect
+from flashgrpo.distributed.settings import ParallelConfig
+from flashgrpo.distributed.shares import cut
+from flashgrpo.errors import SharedError, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run, seen from one of them.
+
+    Args:
+        device: where this one computes.
+        shares: how much of each update's samples a data rank takes, in any unit; equal parts where None.
+        reward_ranks: the ranks that compute rewards; where there is none, each scores what it has drawn.
+        wraps: whether FSDP2 wraps the network, so that network calls are collectives and gradients come reduced.
+        talk: the group that the processes talk over; on the CPU whatever the device.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    shard: int = 1
+    context: int = 1
+    context_kind: Literal["ulysses", "ring"] = "ulysses"
+    shares: Sequence[float] | None = None
+    reward_ranks: Sequence[int] = ()
+    wraps: bool = False
+    talk: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run's files and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """What computes, in words."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or "cpu"
+
+    @property
+    def data_size(self) -> int:
+        """Ranks with samples of their own; the ranks of one context share theirs."""
+        return self.size // self.context
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank among those with samples of their own."""
+        return self.rank // self.context
+
+    def slice(self, total: int) -> slice:
+        """`share` as a slice."""
+        own = self.share(total)
+        return slice(own.start, own.stop)
+
+    def share(self, total: int, rank: int | None = None) -> range:
+        """The numbers of `total` samples that a rank draws, this one by default; all data ranks have each once."""
+        place = (self.rank if rank is None else rank) // self.context
+        return cut(total, self.shares or [1.0] * self.data_size, place)
+
+    def scored_by(self, total: int, rank: int) -> range:
+        """The numbers of `total` samples whose rewards a rank computes: its own, unless some ranks do so for all."""
+        if self.reward_ranks:
+            weights = [float(other in self.reward_ranks) for other in range(self.size)]
+            return cut(total, weights, rank)
+        if rank % self.context:
+            return range(0)
+        return self.share(total, rank)
+
+    @property
+    def scores(self) -> bool:
+        """Whether this rank computes rewards."""
+        return self.rank in self.reward_ranks if self.reward_ranks else self.rank % self.context == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The JSON values of all data ranks, in the order of their samples."""
+        return self.exchange(value)[:: self.context]
+
+    def agree(self, compute: Callable[[], T]) -> list[T]:
+        """Compute on every rank; returns the JSON values of all of them.
+
+        Raises:
+            SharedError: on every rank, where `compute` raised a `UserError` on one of them.
+        """
+        return self._all_or_none(compute, True)
+
+    def lead(self, compute: Callable[[], T]) -> T:
+        """Compute on the leading rank alone; its JSON value, or its `UserError`, comes to all."""
+        return self._all_or_none(compute, self.leads)[0]
+
+    def _all_or_none(self, compute: Callable[[], T], mine: bool) -> list[T]:
+        if self.size == 1:
+            return [compute()]
+        try:
+            outcome: dict[str, Any] = {"value": compute() if mine else None}
+        except UserError as error:
+            outcome = {"error": str(error)}
+        outcomes = self.exchange(outcome)
+        for one in outcomes:
+            if "error" in one:
+                raise SharedError(one["error"])
+        return [cast(T, one["value"]) for one in outcomes]
+
+    def exchange(self, value: T) -> list[T]:
+        """The JSON values of all ranks. Nothing is ever unpickled, and Python writes and reads floats without loss."""
+        if self.size == 1:
+            return [value]
+        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(message)]), group=self.talk)
+        longest = int(max(lengths))
+        padded = nn.functional.pad(message, (0, longest - len(message)))
+        messages = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(messages, padded, group=self.talk)
+        return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(messages, lengths, strict=True)]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return any(self.exchange(flag))
+
+    def in_step(self, calls: Tensor) -> Tensor:
+        """How many network calls every rank has to make, given how many each needs: (...) integers, the most of any.
+
+        Ranks that hold the network between them gather its weights in every call, so they have to call together.
+        """
+        if self.wraps and self.size > 1:
+            calls = calls.clone()
+            dist.all_reduce(calls, dist.ReduceOp.MAX, group=self.talk)
+        return calls
+
+    @property
+    def loss_scale(self) -> float:
+        """What each rank's part of a loss sum is multiplied by: FSDP2 averages gradients over ranks."""
+        return float(self.size) if self.wraps else 1.0
+
+    def add_up(self, gradients: Sequence[Tensor]) -> None:
+        """Replace this rank's part of each gradient by the sum over all ranks; FSDP2 has done so already."""
+        if self.size == 1 or self.wraps:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def check_replicas(self, tensors: Mapping[str, Tensor]) -> None:
+        """Whether all copies of the tensors have the same checksum, the sum of their bits as integers.
+
+        Raises:
+            SharedError: names the ranks that differ from the first copy and a tensor in which they do.
+        """
+        sums = {name: int(local(tensor).contiguous().view(torch.int32).sum()) for name, tensor in tensors.items()}
+        everyone = self.exchange(sums)
+        copy = self.shard * self.context if self.wraps else 1  # ranks that hold one copy between them
+        for rank, theirs in enumerate(everyone):
+            different = [name for name, value in theirs.items() if value != everyone[rank % copy][name]]
+            if different:
+                raise SharedError(
+                    f"rank {rank} trains another model than rank {rank % copy}: {different[0]} differs; "
+                    "are code, checkpoint and packages the same on every machine?"
+                )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, or the tensor where it is whole."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every rank; all ranks have to call this together."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def alone(computes: bool = True) -> Team:
+    """This process by itself, on the first GPU when there is one and it `computes`, else on the CPU."""
+    return Team(torch.device("cuda", 0) if computes and torch.cuda.is_available() else torch.device("cpu"))
+
+
+def use_threads(threads: int | None) -> None:
+    """Set the number of CPU threads; None leaves the tensor library's choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def current_device() -> torch.device:
+    """The GPU that this thread computes on, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def use_in_thread(threads: int, device: torch.device) -> None:
+    """Give a new thread the number of CPU threads and the GPU of the one it comes from."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def speaks() -> bool:
+    """Whether this process is the one that prints results."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def joined(config: RunConfig, strict: bool = True) -> Iterator[Team]:
+    """The team that the launcher's environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+
+    The processes are cut into the mesh that `config.parallel` asks for. Inside, a process that dies ends all of them
+    within `parallel.dead_after` seconds and a few; see `heartbeat.py`.
+
+    Args:
+        strict: False lets one process alone do what was trained on a mesh of several.
+
+    Raises:
+        UserError: the number of processes does not fit the mesh.
+    """
+    settings = config.parallel if strict or int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
+    wraps = settings.shard > 1 or config.model.compute_dtype is not None  # not for `shard` where one process evaluates
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    _check_mesh(settings, size)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    patience = timedelta(seconds=settings.timeout)
+    begun_here = (size > 1 or wraps) and not dist.is_initialized()
+    if begun_here:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if size > 1:
+            dist.init_process_group(backend, timeout=patience)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    talk = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
+    team = Team(
+        device,
+        rank,
+        size,
+        settings.shard,
+        settings.context,
+        settings.context_kind,
+        settings.shares,
+        settings.reward_ranks,
+        wraps,
+        talk,
+    )
+    heartbeat = connect(rank, size, settings.dead_after) if size > 1 else None
+    try:
+        if heartbeat:
+            dist.barrier(group=talk)
+            heartbeat.start()
+        yield team
+        if heartbeat:
+            dist.barrier(group=talk)  # nobody leaves, and takes the store away, while others still watch
+            heartbeat.stop()
+            dist.barrier(group=talk)
+        if begun_here:
+            dist.destroy_process_group()
+    except BaseException as error:
+        explained = heartbeat.explain(error) if heartbeat else error
+        if begun_here and size == 1:
+            dist.destroy_process_group()
+        if explained is error:
+            raise
+        raise explained from None  # and the group stays: to take it down may wait for ranks that are gone
+
+
+def _check_mesh(settings: ParallelConfig, size: int) -> None:
+    shard, context, shares = settings.shard, settings.context, settings.shares
+    if size % (shard * context):
+        raise UserError(f"parallel: {size} processes cannot be cut into shard {shard} x context {context}")
+    if shares is not None and (len(shares) != size // context or not sum(shares)):
+        raise UserError(f"parallel.shares: {len(shares)} shares for {size // context} data ranks; give each one")
+    if any(rank >= size for rank in settings.reward_ranks):
+        raise UserError(f"parallel.reward_ranks: {list(settings.reward_ranks)} with {size} processes, numbered from 0")

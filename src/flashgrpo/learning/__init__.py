@@ -1,0 +1,1 @@
+"""Credit, objective and optimizer step; knows no process."""

@@ -1,0 +1,84 @@
+"""Group-relative advantages: how much better a sample is than the others of its prompt.
+
+    A_i = (R_i - mean of its group) / (std + 1e-4),  clipped to +-clip
+
+The std is over the group (GRPO, arXiv 2402.03300) or over all samples of the update ("global" in the code of Flow-GRPO
+and Flash-GRPO, and what Flash-GRPO's runs used). It is the population's: divided by the number of samples, not by one
+less, as numpy computes it in that code. Rows are groups, not prompts: a text drawn twice is two rows. None is dropped.
+
+>>> group_advantages(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))               # std over the group: 1 and 0
+tensor([[-0.9999,  0.9999],
+        [ 0.0000,  0.0000]])
+>>> group_advantages(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), std="batch")  # of 1 3 5 5: sqrt(11/4) = 1.6583
+tensor([[-0.6030,  0.6030],
+        [ 0.0000,  0.0000]])
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
+
+from flashgrpo.errors import UserError
+from flashgrpo.learning.settings import check_choice
+
+EPSILON = 1e-4  # added to the std, as in the published code
+ROUNDING = 1e-6  # of the largest reward of a group: below it a spread is float32 rounding, not a preference
+
+
+def group_advantages(
+    rewards: Float[Tensor, "groups members"], std: Literal["group", "batch"] = "group", clip: float = 5.0
+) -> Float32[Tensor, "groups members"]:
+    """Advantages (P, G) of the rewards (P, G) of P groups of G >= 2 samples; a group without spread gets exact zeros.
+
+    Rewards have to be finite, and to be those of the whole update where std is "batch".
+    """
+    _check_clip(clip)
+    return _normalized(rewards, std).clamp(-clip, clip).float()
+
+
+def combine_advantages(
+    rewards: Float[Tensor, "groups members components"],
+    weights: Float[Tensor, " components"],
+    std: Literal["group", "batch"] = "group",
+    clip: float = 5.0,
+    combine: Literal["normalized", "raw"] = "normalized",
+) -> Float32[Tensor, "groups members"]:
+    """Advantages (P, G) of several rewards (P, G, R), weighted by (R,); clipped once, at the end.
+
+    "normalized": `sum_r weight_r (R_r - mean) / (std_r + 1e-4)`. "raw": `group_advantages(sum_r weight_r R_r)`.
+    """
+    _check_clip(clip)
+    check_choice("combine", combine, ("normalized", "raw"))
+    if rewards.ndim != 3 or weights.shape != rewards.shape[-1:]:
+        raise ValueError(f"rewards are (P, G, R) with R weights, not {tuple(rewards.shape)} and {tuple(weights.shape)}")
+    if not bool(torch.isfinite(weights).all()):
+        raise UserError(f"reward weights have to be finite, got {weights.tolist()}")
+    weights = weights.double().to(rewards.device)
+    if combine == "raw":
+        return group_advantages((rewards.double() * weights).sum(-1), std, clip)
+    normalized = torch.stack([_normalized(component, std) for component in rewards.unbind(-1)], dim=-1)
+    return (normalized * weights).sum(-1).clamp(-clip, clip).float()
+
+
+def _normalized(rewards: Float[Tensor, "groups members"], std: str) -> Float64[Tensor, "groups members"]:
+    check_choice("std", std, ("group", "batch"))
+    if rewards.ndim != 2 or 0 in rewards.shape:
+        raise ValueError(f"rewards are (P, G), a row per group and a column per member, not {tuple(rewards.shape)}")
+    if rewards.shape[1] == 1:
+        raise UserError("a group of one sample has nothing to be compared with: take a group size of at least 2")
+    if not bool(torch.isfinite(rewards).all()):
+        group, member = (~torch.isfinite(rewards)).nonzero()[0].tolist()
+        raise UserError(f"the reward of sample {member} of group {group} is {float(rewards[group, member])}")
+    rewards = rewards.double()
+    centered = rewards - rewards.mean(dim=1, keepdim=True)
+    scale = rewards.std(dim=1, keepdim=True, correction=0) if std == "group" else rewards.std(correction=0)
+    spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
+    has_spread = spread > ROUNDING * rewards.abs().amax(dim=1, keepdim=True)
+    return torch.where(has_spread, centered / (scale + EPSILON), 0.0)
+
+
+def _check_clip(clip: float) -> None:
+    if not clip > 0:
+        raise ValueError(f"advantages are clipped to +-clip, which has to be above 0, got {clip}")

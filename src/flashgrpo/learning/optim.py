@@ -1,0 +1,177 @@
+"""The optimizer step: AdamW, linear warm-up, clipping by global norm, and a moving average of the weights."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashgrpo.distributed.world import Team, local, whole
+from flashgrpo.errors import SharedError, UserError
+from flashgrpo.learning.settings import OptimConfig
+
+
+class GradientSum(ABC):
+    """The gradient of an optimizer step, collected in parts and added up over all ranks; parameters may be sharded."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], team: Team) -> None:
+        self.parameters = dict(parameters)
+        self.team = team
+        self._gradients: list[Tensor] | None = None
+
+    @property
+    @abstractmethod
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+
+    def collect(self) -> Tensor:
+        """Take what backward has left, added up over all ranks, into the gradient of the next step; returns its norm.
+
+        All ranks call this together. Parameters without a gradient count as zero.
+        """
+        parts = [_gradient(parameter) for parameter in self.parameters.values()]
+        self.team.add_up(parts)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self._gradients is None:
+            self._gradients = parts
+        else:
+            torch._foreach_add_([local(g) for g in self._gradients], [local(part) for part in parts])
+        return _norm(parts)
+
+    def take(self) -> list[Tensor]:
+        """What was collected, in the order of the parameters; the next step starts from nothing."""
+        assert self._gradients is not None, "collect() comes before step()"
+        gradients, self._gradients = self._gradients, None
+        return gradients
+
+    @abstractmethod
+    def step(self) -> float:
+        """Use up what was collected; returns its norm."""
+
+
+class Optimizer(GradientSum):
+    """AdamW over named parameters, with an exponential moving average that is updated once per optimizer step.
+
+    Attributes:
+        ema: name -> average, float32; what evaluation and export use.
+        steps: optimizer steps taken.
+        whole: False only while a step is under way, and for good where one was broken off.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, team: Team) -> None:
+        super().__init__(parameters, team)
+        self.config = config
+        self.steps = 0
+        self.whole = True
+        self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._adamw = _adamw(list(self.parameters.values()), config)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.config.lr * min(1.0, (self.steps + 1) / (self.config.warmup + 1))
+
+    def step(self) -> float:
+        """Clip what was collected, step, average the weights; returns the norm before clipping.
+
+        Raises:
+            SharedError: a gradient is not finite; the weights are as they were before.
+        """
+        gradients = self.take()
+        norm = float(_norm(gradients))
+        if not norm < float("inf"):
+            raise SharedError(
+                f"the gradient of optimizer step {self.steps + 1} is {norm}; lower optim.lr or check rewards"
+            )
+        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
+        for group in self._adamw.param_groups:
+            _set_lr(group, self.lr)
+        self.whole = False
+        self._adamw.step()
+        self._adamw.zero_grad()
+        self.steps += 1
+        if self.steps % self.config.ema.every == 0:
+            for name, parameter in self.parameters.items():
+                local(self.ema[name]).lerp_(local(parameter), 1 - self.config.ema.decay)
+        self.whole = True
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        """Name -> current value."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that the next step depends on, as the very tensors in use: reading into them restores a state.
+
+        Only the number of steps is a copy; `restored` takes it over.
+        """
+        moments = {
+            f"{key}:{name}": value
+            for name, parameter in self.parameters.items()
+            for key, value in _plain(self._adamw.state[parameter]).items()
+        }
+        return {"policy": self.weights(), "ema": self.ema, "optimizer": {**moments, "steps": torch.tensor(self.steps)}}
+
+    def restored(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Continue from `state`, whose tensors have been read into."""
+        self.steps = int(state["optimizer"]["steps"])
+
+
+def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW with its state in place at once, as a checkpoint is read into what is there.
+
+    Raises:
+        UserError: torchao is asked for and not installed.
+    """
+    settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    if not config.eight_bit:
+        adamw = torch.optim.AdamW(parameters, lr=config.lr, foreach=True, **settings)
+        for parameter in parameters:
+            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            adamw.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return adamw
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("optim.eight_bit needs torchao: pip install torchao") from error
+    small: torch.optim.Optimizer = AdamW8bit(parameters, lr=0.0, **settings)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    small.step()  # of length 0: it makes the moments
+    small.zero_grad()
+    for state in small.state.values():
+        state["step"].zero_()
+    return small
+
+
+def _set_lr(group: dict[str, Any], lr: float) -> None:
+    """torchao keeps the learning rate in a tensor, so that compiled code reads it."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A parameter's state as tensors of usual kinds; one of 8 bits is its codes and their scales."""
+    plain: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if hasattr(value, "codes"):
+            plain |= {f"{key}.codes": value.codes, f"{key}.scale": value.scale}
+        else:
+            plain[key] = value
+    return plain
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all tensors together, of sharded ones over all shards."""
+    return whole(nn.utils.get_total_norm(tensors))

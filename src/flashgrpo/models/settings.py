@@ -1,0 +1,74 @@
+"""Settings of a model: the checkpoint, the size of its videos, what is trained of it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flashgrpo.settings import Part
+
+
+class Lora(Part):
+    """Train low-rank adapters on the named linear layers (through peft)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
+    """Module names; one that a model lacks is passed over as long as another matches."""
+
+
+class Full(Part):
+    """Train every parameter of the network."""
+
+    kind: Literal["full"] = "full"
+
+
+class ModelConfig(Part):
+    """The video model: a diffusers pipeline folder or hub id, and the size of its videos."""
+
+    path: str
+    """A local folder, a hub id, or `flashgrpo:tiny/weights`, the bundled model."""
+    height: int = Field(ge=1)
+    """Pixels."""
+    width: int = Field(ge=1)
+    num_frames: int = Field(ge=1)
+    fps: float = Field(default=16, gt=0)
+    max_sequence_length: int = Field(default=512, ge=1)
+    """Text tokens; the pipeline pads to it."""
+    negative_prompt: str = ""
+    from_image: bool = False
+    """Start each video from its prompt's image, with a checkpoint that does both (Wan 2.2 TI2V-5B)."""
+    shift: float | None = Field(default=None, gt=0)
+    """Overrides the flow shift of the checkpoint's scheduler."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights; adapters, latents and densities are always float32."""
+    compute_dtype: Literal["bfloat16"] | None = None
+    """Casts all weights, norms too, for each computation and reduces gradients in float32 (FSDP2)."""
+    vae_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of the autoencoder; `auto` is bfloat16 where the device has units for it, and float32 where it is slow."""
+    train: Annotated[Lora | Full, Field(discriminator="kind")] = Lora()
+    gradient_checkpointing: bool = False
+    """Compute a block again in the backward pass rather than keep what is inside of it."""
+    offload: bool = False
+    """Keep on the device only the part that computes: one expert, or the autoencoder, and what is trained."""
+    vae_tiling: bool = False
+    """Decode in overlapping tiles: less memory, and slightly other pixels at the seams."""
+    vae_slicing: bool = False
+    """Decode a batch one video at a time."""
+    attention: str | None = None
+    """Attention back end, by diffusers' name for it (flash, sage, _native_cudnn); torch's choice when not given."""
+    compile: bool = False
+    """Compile the blocks for the deterministic steps (torch.compile); the step that is trained is never compiled."""
+    condition_cache: str | None = None
+    """Folder of computed text embeddings; `$FLASHGRPO_CACHE` or ~/.cache/flashgrpo when not given."""
+    random_init: bool = False
+    """Random weights in place of the checkpoint's, to measure shapes, memory and speed without a download."""

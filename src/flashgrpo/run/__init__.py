@@ -1,0 +1,1 @@
+"""A run's files: directory, checkpoints, trackers, and what a person sees."""

@@ -1,0 +1,297 @@
+"""Save and resume everything that determines the rest of a run.
+
+A checkpoint is a folder `checkpoints/000040` in the format of torch.distributed.checkpoint (DCP): each rank writes its
+own shards, and any number of ranks, or one process, reads them. `state.json` beside them holds the progress and each
+file's SHA-256; it is written last, so a checkpoint that was cut short or changed is recognised. A folder has its name
+only when it is whole. Pruning keeps the newest `keep` and the best.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import pickle
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from flashgrpo.distributed.world import Team, use_in_thread
+from flashgrpo.errors import UserError
+from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, remove
+
+FORMAT = 2
+Tensors = Mapping[str, Mapping[str, Tensor]]
+warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, besides its tensors.
+
+    Args:
+        update: updates done.
+        best_update: the update of the best held-out reward so far; 0 is the base model.
+        stale: evaluations since then.
+    """
+
+    update: int = 0
+    best_update: int = 0
+    stale: int = 0
+
+
+class Writer:
+    """Writes checkpoints into `folder` while training goes on: one at a time, in a thread.
+
+    `save` copies the tensors to CPU memory and returns; what the disk says comes out of the next `save`, or `wait`.
+    """
+
+    def __init__(self, folder: Path, keep: int, team: Team) -> None:
+        self._folder, self._keep, self._team = folder, keep, team
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # collectives of the thread
+        self._pending: _Background | None = None
+
+    def save(self, tensors: Tensors, progress: Progress) -> None:
+        """Begin to write `folder/UPDATE`; all ranks call this together.
+
+        Raises:
+            UserError: the one before could not be written; older ones are untouched.
+        """
+        self.wait()
+        path = _path(self._folder, progress.update)
+        aside = Path(self._team.lead(lambda: str(make_room_aside(path))))
+        copies = {
+            kind: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+            for kind, named in tensors.items()
+        }
+        self._pending = _Background(lambda: self._write(path, aside, copies, progress))
+
+    def wait(self) -> None:
+        """Wait until what was begun is on disk, on all ranks."""
+        pending, self._pending = self._pending, None
+        if pending:
+            self._team.agree(pending.result)
+
+    def _write(self, path: Path, aside: Path, tensors: Tensors, progress: Progress) -> None:
+        use_in_thread(1, self._team.device)
+        try:
+            with explain_os_errors(path):
+                _write_shards(tensors, aside, self._group)
+                if self._team.leads:
+                    _seal(aside, progress)
+                    publish(path)
+                    _prune(self._folder, progress, self._keep)
+        except BaseException:
+            if self._team.leads:
+                discard_aside(path)
+            raise
+
+
+def newest_whole(folder: Path, warn: Callable[[str], None]) -> int | None:
+    """The update of the newest checkpoint that is whole; None where there is none. `warn` hears of those passed over.
+
+    Raises:
+        UserError: there are checkpoints and none is whole.
+    """
+    saved = updates(folder)
+    for update in reversed(saved):
+        try:
+            read_progress(folder, update)
+            return update
+        except UserError as error:
+            warn(f"{error}; trying the one before")
+    if saved:
+        raise UserError(f"no checkpoint in {folder} is whole; remove the folder of the run to start over")
+    return None
+
+
+def choose(folder: Path, update: int | None, warn: Callable[[str], None]) -> int:
+    """`update` itself; without one, that of the best held-out reward, or the newest where none beat the base.
+
+    Raises:
+        UserError: there is no checkpoint of it, or it is damaged.
+    """
+    saved = updates(folder)
+    if update is None:
+        newest = newest_whole(folder, warn)
+        if newest is None:
+            raise UserError(f"{folder.parent} has no checkpoint yet")
+        best = read_progress(folder, newest).best_update
+        update = best if best in saved else newest
+    if update not in saved:
+        raise UserError(f"{folder.parent} has no checkpoint of update {update}; there are {', '.join(map(str, saved))}")
+    read_progress(folder, update)
+    return update
+
+
+def read_progress(folder: Path, update: int) -> Progress:
+    """The progress in `folder/UPDATE`, after all its files have been checked against their digests.
+
+    Raises:
+        UserError: it is missing, cut short, changed, or of another format.
+    """
+    path = _path(folder, update)
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise UserError(f"checkpoint {path} has format {state['format']}; this version reads {FORMAT}")
+        if state.pop("digest") != _digest_of(state) or state["progress"]["update"] != update:
+            raise UserError(f"checkpoint {path} is damaged: state.json has changed since it was written")
+        for name, digest in state["files"].items():
+            if _digest(path / name) != digest:
+                raise UserError(f"checkpoint {path} is damaged: {name} has changed since it was written")
+        return Progress(**state["progress"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"checkpoint {path} is not whole") from error
+
+
+def read_into(folder: Path, update: int, tensors: Tensors, team: Team) -> None:
+    """Read `folder/UPDATE` into the tensors that are there; all ranks call this together.
+
+    Raises:
+        UserError: the names or shapes are those of another network or adapter.
+    """
+    reader = _Reader(_path(folder, update))
+    saved = reader.read_metadata().state_dict_metadata
+    wanted = {f"{kind}.{name}": tensor for kind, named in tensors.items() for name, tensor in named.items()}
+    kinds = tuple(f"{kind}." for kind in tensors)
+    for name in [*wanted, *(name for name in saved if name.startswith(kinds))]:
+        there = saved.get(name)
+        if name not in wanted or not isinstance(there, TensorStorageMetadata) or there.size != wanted[name].shape:
+            raise UserError(f"the checkpoint is of another model or adapter: {name} is missing or of another shape")
+    state = {kind: dict(named) for kind, named in tensors.items()}
+    dcp.load(state, storage_reader=reader)
+
+
+def load(
+    folder: Path, update: int, kinds: Sequence[str] = ("policy", "ema", "optimizer")
+) -> dict[str, dict[str, Tensor]]:
+    """The whole tensors of `folder/UPDATE` on the CPU, by kind and name, whatever number of ranks wrote them."""
+    metadata = _Reader(_path(folder, update)).read_metadata()
+    state: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    for full_name, there in metadata.state_dict_metadata.items():
+        kind, _, name = full_name.partition(".")
+        if kind in state and isinstance(there, TensorStorageMetadata):
+            state[kind][name] = torch.empty(there.size, dtype=there.properties.dtype)
+    dcp.load(state, storage_reader=_Reader(_path(folder, update)))
+    return state
+
+
+def updates(folder: Path) -> list[int]:
+    """The updates that have a checkpoint, rising."""
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, with its index (a pickle) read by an unpickler that knows the index's own types and nothing else.
+
+    The tensors are read by DCP with `weights_only=True`.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                metadata = _IndexUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        except (OSError, EOFError, ValueError, AttributeError, ImportError, pickle.UnpicklingError) as error:
+            raise UserError(f"checkpoint {self.path} is damaged: its index cannot be read ({error})") from error
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds the classes of DCP's metadata, sizes, dtypes and paths."""
+
+    DCP = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in self.DCP and name.isidentifier():
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ in self.DCP:
+                return found
+        if (module, name) == ("torch", "Size") or (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith("pathlib") and name in ("PosixPath", "Path", "PurePosixPath"):
+            return pathlib.PurePosixPath
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+def _write_shards(tensors: Tensors, folder: Path, group: Any) -> None:
+    try:
+        dcp.save(dict(tensors), checkpoint_id=folder, process_group=group)
+    except dcp.api.CheckpointException as error:  # on every rank; it holds what happened on the one that failed
+        failure = next(iter(error.failures.values()))[0]
+        if isinstance(failure, RuntimeError) and "inline_container" in str(failure):  # torch's archive, of a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise failure from error
+
+
+class _Background(threading.Thread):
+    """Computes in a daemon thread: one that hangs on a rank that has died must not keep this process from ending.
+
+    A thread that still frees tensors while the interpreter ends aborts the process (it asks for the lock inside of a
+    C++ destructor). So the result is that of a thread which has gone.
+    """
+
+    def __init__(self, compute: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._compute: Callable[[], None] | None = compute
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Compute, and let go of whatever that took."""
+        compute, self._compute = self._compute, None
+        assert compute is not None
+        try:
+            compute()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> None:
+        """Wait for its end; raises what it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _seal(folder: Path, progress: Progress) -> None:
+    digests = {file.name: _digest(file) for file in sorted(folder.iterdir())}
+    state = {"format": FORMAT, "files": digests, "progress": asdict(progress)}
+    (folder / "state.json").write_text(json.dumps({**state, "digest": _digest_of(state)}, indent=2) + "\n")
+
+
+def _prune(folder: Path, progress: Progress, keep: int) -> None:
+    saved = updates(folder)
+    earlier = [update for update in saved if update <= progress.update]  # a later one was damaged, and passed over
+    for update in set(saved) - {*earlier[-keep:], progress.best_update}:
+        remove(_path(folder, update))
+
+
+def _path(folder: Path, update: int) -> Path:
+    return folder / f"{update:06d}"
+
+
+def _digest_of(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,225 @@
+"""A run directory: settings, metrics, evaluations, videos - and the rules of who may write into it."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed.world import Team
+from flashgrpo.errors import UserError
+from flashgrpo.files import append_line, explain_os_errors, write_aside
+from flashgrpo.run import checkpoint
+from flashgrpo.types import Prompt
+from flashgrpo.video import image_bytes
+
+FREE_TO_CHANGE = ("out", "updates", "checkpoint", "parallel", "tracking", "model.condition_cache")  # by a later start
+
+
+class RunDirectory:
+    """The files of one run. Construction reads only; `begin` writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.evaluations_file = path / "evaluations.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.lora = path / "lora"
+        self.videos = path / "videos"
+        self._lock: Any = None
+
+    @classmethod
+    def existing(cls, path: Path) -> tuple["RunDirectory", RunConfig]:
+        """A directory that `train` made, with its settings.
+
+        Raises:
+            UserError: it is none.
+        """
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise UserError(f"{path} is no run directory, for it has no config.yaml")
+        return run, RunConfig.load(run.config_file).model_copy(update={"out": str(path)})
+
+    def check(self, config: RunConfig) -> None:
+        """Whether this is a new or empty folder, or a run that has the same settings and goes on.
+
+        Raises:
+            UserError: the folder holds something else, or a run with other settings.
+        """
+        with explain_os_errors(self.path):
+            entries = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
+            nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                raise PermissionError(errno.EACCES, "not a folder that this user may write into")
+        if not self.config_file.is_file():
+            foreign = [name for name in entries if not name.startswith(".")]
+            if foreign:
+                raise UserError(f"out: {self.path} holds {foreign[0]!r} and is no run; choose a new or empty folder")
+            return
+        if not self.evaluations() and not any(self.checkpoints.glob("*")):
+            return  # nothing was done yet that other settings could contradict
+        before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
+        differences = _differences(before, now)
+        free = {*FREE_TO_CHANGE, *(key for key in differences if key.endswith(".max_fall"))}
+        changed = [key for key in differences if not {key, key.split(".")[0]} & free]
+        if changed:
+            raise UserError(
+                f"out: {self.path} is a run with another {', '.join(changed[:3])}; "
+                "take its settings to continue it, or choose another folder"
+            )
+
+    def begin(self, config: RunConfig, team: Team, prompts: Mapping[str, Sequence[Prompt]], model: str) -> None:
+        """Create the folder, take its lock, write settings and environment.
+
+        Args:
+            prompts: setting -> the prompts of its file, which may not change between the starts of one run.
+            model: what tells the base weights from others; they may not change either.
+
+        Raises:
+            UserError: another process is training into it, it cannot be written, or prompts or weights have changed.
+        """
+        with explain_os_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, also after kill -9
+        except BlockingIOError as error:
+            self.close()
+            raise UserError(f"out: another process is training into {self.path}") from error
+        for leftover in (*self.checkpoints.glob(".partial-*"), *self.checkpoints.glob(".removed-*")):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed while it wrote
+        environment = {**_environment(team), "prompts": {key: _digest(file) for key, file in prompts.items()}}
+        environment["model"] = model
+        try:
+            self._check_prompts(environment["prompts"])
+            if self.evaluations():
+                self.check_model(model)
+        except UserError:
+            self.close()
+            raise
+        with write_aside(self.config_file) as aside:  # first, for it is what marks the folder as a run
+            aside.write_text(config.to_yaml(), encoding="utf-8")
+        with write_aside(self.path / "environment.json") as aside:
+            aside.write_text(json.dumps(environment, indent=2) + "\n")
+
+    def _check_prompts(self, now: Mapping[str, str]) -> None:
+        file = self.path / "environment.json"
+        if not file.exists() or not self.evaluations():
+            return
+        before = json.loads(file.read_text()).get("prompts", {})
+        for key, digest in now.items():
+            if before.get(key, digest) != digest:
+                raise UserError(f"{key}: the file has changed since {self.path} began; choose another out")
+
+    def check_model(self, model: str) -> None:
+        """Whether the base weights are those that the run was trained on.
+
+        Raises:
+            UserError: they are others.
+        """
+        file = self.path / "environment.json"
+        if file.exists() and json.loads(file.read_text()).get("model", model) != model:
+            raise UserError(f"model.path holds other weights than those that {self.path} was trained on")
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def log_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        append_line(self.metrics_file, json.dumps(metrics))
+
+    def log_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Append a line to evaluations.jsonl."""
+        append_line(self.evaluations_file, json.dumps(record))
+
+    def forget_after(self, update: int) -> None:
+        """Drop the lines of updates that the checkpoint to resume from does not know, and a line cut short."""
+        for file in (self.metrics_file, self.evaluations_file):
+            if file.exists():
+                kept = [json.dumps(line) for line in read_lines(file) if line["update"] <= update]
+                with write_aside(file) as aside:
+                    aside.write_text("".join(f"{line}\n" for line in kept))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All evaluations, the base model's first (update 0)."""
+        return read_lines(self.evaluations_file)
+
+    def choose_checkpoint(self, update: int | None, warn: Callable[[str], None]) -> int:
+        """`update` itself; without one, that of the best held-out reward, or the newest where none beat the base.
+
+        Raises:
+            UserError: there is no checkpoint of it, it is damaged, or a watch has fired before there was a best one.
+        """
+        evaluations = self.evaluations()
+        improved = any(line.get("best") and line["update"] for line in evaluations)
+        fallen = evaluations[-1].get("watch") if evaluations else None
+        if update is None and fallen and not improved:
+            raise UserError(
+                f"{self.path} has no good checkpoint, since {fallen}; name an update (--checkpoint) to take one "
+                "all the same"
+            )
+        return checkpoint.choose(self.checkpoints, update, warn)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; what a kill left of a last line is passed over."""
+    if not file.exists():
+        return []
+    *lines, _cut_short = file.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise UserError(f"{file} has a line that is no JSON, so it was changed by something else") from error
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            keys += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            keys.append(prefix + key)
+    return keys
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    rows = [
+        [prompt.text, {name: _content(name, value) for name, value in prompt.columns.items()}] for prompt in prompts
+    ]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _content(name: str, value: Any) -> Any:
+    """A column's value; of an image what is in it, not where it lies."""
+    return hashlib.sha256(image_bytes(value)).hexdigest() if name == "image" else value
+
+
+def _environment(team: Team) -> dict[str, Any]:
+    packages = ("torch", "diffusers", "transformers", "peft", "numpy")
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": team.device_name,
+        "processes": team.size,
+        "threads": torch.get_num_threads(),
+        "flashgrpo": metadata.version("flash-grpo"),
+        **{name: metadata.version(name) for name in packages},
+    }

@@ -1,0 +1,171 @@
+"""What a person sees of a run that goes on, the clock by phase, and the interrupt that ends it cleanly."""
+
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from flashgrpo.distributed.memory import wait_for_device
+
+
+class Reporter:
+    """Shows a run's progress on `console`, which defaults to standard error; `quiet` shows warnings only."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True)
+        self._quiet = quiet
+        self._live: Progress | None = None
+        self._task: Any = None
+        self._total = 0
+        self._held_out = ""
+
+    def start(self, done: int, total: int) -> None:
+        """The run is at update `done` of `total`."""
+        self._total = total
+        if not self._quiet and self.console.is_terminal:
+            self._live = Progress(
+                TextColumn("update"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+                speed_estimate_period=3600,  # rich forgets steps older than 30 s, and an update can take minutes
+            )
+            self._task = self._live.add_task("", total=total, completed=done)
+            self._live.start()
+
+    def say(self, sentence: str) -> None:
+        """A sentence that stays."""
+        if not self._quiet:
+            self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, sentence: str) -> None:
+        """A warning, also when quiet."""
+        self.console.print(Text("warning: ", "yellow") + Text(sentence), soft_wrap=True)
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """An update is done."""
+        reward = f"reward {metrics['reward']:.3f}"
+        if self._live:
+            self._live.update(self._task, completed=metrics["update"], description=f"{reward}  {self._held_out}")
+        elif metrics["update"] % max(1, self._total // 20) == 0:
+            self.say(f"update {metrics['update']}/{self._total}  {reward}  {metrics['seconds']['total']:.1f} s")
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """A held-out evaluation is done; update 0 is the base model's."""
+        if not record["update"]:
+            self.say(f"base model: held-out reward {record['reward']:.3f}")
+            return
+        self._held_out = f"held-out {record['reward']:.3f} ({record['difference']:+.3f})"
+        if not self._live:
+            self.say(f"update {record['update']}/{self._total}  {describe(record)}")
+
+    def stop(self) -> None:
+        """Take the live line away."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """An evaluation in words: 'held-out reward 0.71, 0.16 above the base (95 % interval +0.12 to +0.20)'."""
+    difference, interval = record["difference"], record["interval"]
+    side = "above" if difference >= 0 else "below"
+    between = f" (95 % interval {interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
+    return f"held-out reward {record['reward']:.3f}, {abs(difference):.3f} {side} the base{between}"
+
+
+class Clock:
+    """Seconds by phase since the last lap; `total` is the wall clock, so what is in no phase shows as the rest.
+
+    Phases may lie inside of one another; the time of an inner one is not counted for the outer.
+    """
+
+    def __init__(self) -> None:
+        self._phases: dict[str, float] = defaultdict(float)
+        self._inside: list[float] = []  # of each phase that is open, the seconds of those inside of it
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time inside for `phase`."""
+        if self._inside:
+            wait_for_device()
+        started = time.perf_counter()
+        self._inside.append(0.0)
+        try:
+            with torch.profiler.record_function(phase):
+                yield
+        finally:
+            wait_for_device()  # what a GPU still computes belongs to the phase that asked for it
+            spent = time.perf_counter() - started
+            self._phases[phase] += spent - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += spent
+
+    def lap(self) -> dict[str, float]:
+        """The seconds of each phase and their `total`; starts over."""
+        now = time.perf_counter()
+        seconds = {
+            **{phase: round(spent, 4) for phase, spent in self._phases.items()},
+            "total": round(now - self._started, 4),
+        }
+        self._phases.clear()
+        self._started = now
+        return seconds
+
+
+@contextmanager
+def traced(updates: int, path: Path) -> Iterator[Callable[[], None]]:
+    """Trace so many updates after the first into the file `path`; what it yields is to be called after each update."""
+    if not updates:
+        yield lambda: None
+        return
+    path.parent.mkdir(exist_ok=True)
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=0, warmup=1, active=updates, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        yield profiler.step
+
+
+class Interrupt:
+    """Inside this context the first SIGINT or SIGTERM is only noted; a second one has its usual effect.
+
+    Args:
+        patient: later ones are only noted as well. Processes of torchrun get a Ctrl-C twice, from the terminal and from
+            torchrun, and it kills by itself those that do not end.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, patient: bool = False) -> None:
+        self.requested = False
+        self._patient = patient
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for other, handler in self._before.items() if not self._patient else ():
+            signal.signal(other, handler)

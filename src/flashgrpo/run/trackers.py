@@ -1,0 +1,145 @@
+"""What metrics.jsonl and evaluations.jsonl say, sent to trackers as well, through the tracker classes of accelerate.
+
+Everything stays here unless `tracking.offline` is false: TensorBoard and MLflow write into the run directory,
+Weights & Biases and SwanLab keep their offline folders there, trackio its local data base.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashgrpo.errors import UserError
+from flashgrpo.run.settings import TrackingConfig
+
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # any of them; other trackers are named as their package
+
+
+def check_installed(config: TrackingConfig) -> None:
+    """Whether the packages of the trackers are there.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in config.trackers:
+        if not any(find_spec(package) for package in PACKAGES.get(name, (name,))):
+            raise UserError(f"tracking.trackers: {name} is not installed: pip install {name}")
+
+
+class Trackers:
+    """The trackers of a run, of which one that fails is left out from then on: a run outlives its spectators.
+
+    Args:
+        run: the run directory; its name is the run's.
+        settings: the resolved recipe, as it is shown beside the curves.
+        warn: hears of a tracker that fails.
+    """
+
+    def __init__(
+        self, config: TrackingConfig, run: Path, settings: Mapping[str, Any], warn: Callable[[str], None]
+    ) -> None:
+        self._warn = warn
+        self._open: dict[str, Any] = {}
+        for name in config.trackers:
+            self._do(name, lambda name=name: self._begin(name, config, run, settings))  # type: ignore[misc]
+
+    def log(self, section: str, line: Mapping[str, Any]) -> None:
+        """Send the numbers of a line of metrics.jsonl or evaluations.jsonl, named `section/key/subkey`."""
+        values = dict(_numbers(line, section))
+        for name, tracker in list(self._open.items()):
+            self._do(name, lambda tracker=tracker: tracker.log(values, step=line["update"]))  # type: ignore[misc]
+
+    def videos(self, update: int, files: Mapping[str, Path]) -> None:
+        """Send mp4 files, label -> path, to the trackers that show videos."""
+        for name, tracker in list(self._open.items()):
+            if send := SENDERS.get(name):
+                self._do(name, lambda send=send, tracker=tracker: send(tracker, update, files))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """The run has ended."""
+        for name, tracker in list(self._open.items()):
+            self._do(name, tracker.finish)
+        self._open.clear()
+
+    def _begin(self, name: str, config: TrackingConfig, run: Path, settings: Mapping[str, Any]) -> None:
+        from accelerate import PartialState, tracking
+
+        threads = torch.get_num_threads()
+        PartialState()  # accelerate's logging asks it, and stops where there is none
+        torch.set_num_threads(threads)  # which it may have set to its own liking
+        local = run / "trackers"
+        local.mkdir(exist_ok=True)
+        tracker: Any
+        if name == "tensorboard":
+            tracker = tracking.TensorBoardTracker("tensorboard", local)
+        elif name == "wandb":
+            mode = "offline" if config.offline else "online"
+            tracker = tracking.WandBTracker(config.project, name=run.name, dir=str(local), mode=mode)
+        elif name == "trackio":
+            os.environ.setdefault("TRACKIO_DIR", str(local / "trackio"))
+            tracker = tracking.TrackioTracker(config.project, name=run.name)
+        elif name == "swanlab":
+            mode = "offline" if config.offline else "cloud"
+            tracker = tracking.SwanLabTracker(
+                config.project, experiment_name=run.name, logdir=str(local / "swanlab"), mode=mode
+            )
+        else:
+            if config.offline:
+                os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{local / 'mlflow.db'}"
+            tracker = tracking.MLflowTracker(
+                config.project, logging_dir=f"file://{local / 'mlflow'}", run_name=run.name
+            )
+        tracker.main_process_only = (
+            False  # only the leading process has trackers; accelerate need not ask its own state
+        )
+        tracker.start()
+        self._open[name] = tracker
+        if name != "tensorboard":  # which takes flat settings only, and makes a run of its own of them
+            tracker.store_init_configuration(dict(settings))
+
+    def _do(self, name: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:  # of any kind: no tracker's trouble may end a run of days
+            self._open.pop(name, None)
+            self._warn(f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}")
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """The numbers in nested mappings, named by the path to them."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            if key != "update":
+                yield from _numbers(below, f"{name}/{key}")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, float(value)
+
+
+def _to_wandb(tracker: Any, update: int, files: Mapping[str, Path]) -> None:
+    import wandb
+
+    tracker.log({f"videos/{label}": wandb.Video(str(file), format="mp4") for label, file in files.items()}, step=update)
+
+
+def _to_trackio(tracker: Any, update: int, files: Mapping[str, Path]) -> None:
+    import trackio
+
+    videos = {f"videos/{label}": trackio.Video(str(file), format="mp4") for label, file in files.items()}
+    tracker.log(videos, step=update)
+
+
+def _to_mlflow(tracker: Any, update: int, files: Mapping[str, Path]) -> None:
+    import mlflow
+
+    for file in files.values():
+        mlflow.log_artifact(str(file), f"videos/{update:06d}")
+
+
+SENDERS: dict[str, Callable[[Any, int, Mapping[str, Path]], None]] = {
+    "wandb": _to_wandb,
+    "trackio": _to_trackio,
+    "mlflow": _to_mlflow,
+}

@@ -1,0 +1,1 @@
+"""Outputs to rewards, beside the drawing; held-out evaluation."""

@@ -1,0 +1,98 @@
+"""What a reward looks at: decoded frames, latents, or the encoded file.
+
+A reward says so in an attribute `takes`; without one it gets every frame at full size. A recipe may say otherwise
+(`rewards.NAME.input`). What no reward asks for is not made: a run whose rewards all take latents decodes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from jaxtyping import Float
+
+from flashgrpo.settings import FORBID_EXTRA
+
+Frames = Float[Any, "batch video_frames 3 video_height video_width"]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Decoded frames, (B, F, 3, H, W) in [0, 1], float32 on the CPU.
+
+    Args:
+        stride: every so many frames, from the first on.
+        fps: or frames nearest to so many a second, from the first on; a video that has fewer gives all it has.
+        size: pixels of the shorter side that larger frames are reduced to (bilinear, antialiased).
+        first: of the video's first so many frames only. Those after them are not decoded where no reward asks for them.
+    """
+
+    stride: int = 1
+    fps: float | None = None
+    size: int | None = None
+    first: int | None = None
+    kind: Literal["pixels"] = "pixels"
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ValueError(f"stride must be at least 1, not {self.stride}")
+        if self.fps is not None and (self.fps <= 0 or self.stride != 1):
+            raise ValueError("fps must be above 0, and takes the place of stride: give one of the two")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"size must be at least 1, not {self.size}")
+        if self.first is not None and self.first < 1:
+            raise ValueError(f"first must be at least 1, not {self.first}")
+
+    def frames(self, count: int, fps: float) -> Any:
+        """The numbers of the frames taken of `count` frames at `fps` frames a second.
+
+        `Pixels(fps=2).frames(17, 8)` is [0, 4, 8, 12, 16].
+        """
+        import torch  # which settings do without
+
+        count = min(count, self.first or count)
+        if self.fps is None or self.fps >= fps:
+            return torch.arange(0, count, self.stride)
+        taken = torch.arange(int((count - 1) * self.fps / fps + 1e-6) + 1, dtype=torch.float64)
+        return (taken * (fps / self.fps)).round().long().clamp(max=count - 1)
+
+    def prepare(self, videos: Frames, fps: float) -> Float[Any, "batch taken 3 taken_height taken_width"]:
+        """These frames of the videos at this size; the videos themselves where nothing is to be done."""
+        rows = self.frames(videos.shape[1], fps)
+        if len(rows) < videos.shape[1]:
+            videos = videos[:, rows]
+        height, width = videos.shape[-2:]
+        if self.size is None or min(height, width) <= self.size:
+            return videos
+        scale = self.size / min(height, width)
+        size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        from torch.nn import functional
+
+        flat = functional.interpolate(videos.flatten(0, 1), size, mode="bilinear", antialias=True)
+        return flat.clamp(0, 1).unflatten(0, videos.shape[:2])
+
+
+@dataclass(frozen=True)
+class LatentVideos:
+    """The model's own latents, (B, C, F, H, W) float32 on the CPU: nothing is decoded for it."""
+
+    kind: Literal["latents"] = "latents"
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+
+
+@dataclass(frozen=True)
+class VideoFiles:
+    """Paths of B H.264 mp4 files at the model's frame rate, there as long as the call lasts."""
+
+    kind: Literal["files"] = "files"
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+
+
+Input = Pixels | LatentVideos | VideoFiles
+
+
+def decoded_for(takes: Sequence[Input]) -> int | None:
+    """How many frames, from the first on, have to be decoded for these: 0 for latents alone; None is all of them."""
+    pixels = [one for one in takes if not isinstance(one, LatentVideos)]
+    asked = [one.first if isinstance(one, Pixels) else None for one in pixels]
+    return None if None in asked else max((first for first in asked if first), default=0)

@@ -1,0 +1,163 @@
+"""From the name of a reward to what scores videos.
+
+A name stands for a function, `reward(videos, prompts, **columns)`, or for a class whose constructor loads what its
+instances need to be called in the same way: a recipe's `args` go to the function's call, or to the constructor.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from flashgrpo.errors import UserError, first_line, suggest
+from flashgrpo.scoring.inputs import Input, Pixels
+from flashgrpo.types import Reward
+
+
+def load_reward(call: str, key: str) -> Any:
+    """Import `package.module:function`, `path/to/file.py:function`, or make `http://host:port` a client of that server.
+
+    Returns:
+        A function, or a class (or partial of one) whose instances are the reward.
+
+    Raises:
+        UserError: no such module, file or function; the sentence starts with `key`.
+    """
+    if call.startswith(("http://", "https://")):
+        from flashgrpo.serving.client import Remote
+
+        return partial(Remote, call.replace(",", " ").split())
+    module_name, colon, function = call.rpartition(":")
+    if not colon or not module_name or not function:
+        raise UserError(
+            f"{key}: {call!r} must have the form package.module:function, path/to/file.py:function or http://host:port"
+        )
+    try:
+        if module_name.endswith(".py"):
+            module = _load_file(Path(module_name), key)
+        else:
+            module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{key}: {module_name} cannot be imported: {first_line(error)}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UserError(f"{key}: {module_name} has no function {function!r}; {suggest(function, public)}")
+    return found
+
+
+def check_arguments(found: Any, args: Mapping[str, Any], key: str) -> None:
+    """Whether `args` are named parameters: `**columns` would swallow a misspelt one.
+
+    Raises:
+        UserError: one is none, or a class needs more than is given; the sentence starts with `key`.
+    """
+    parameters = inspect.signature(found).parameters.values()
+    named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    for argument in args:
+        if argument not in named:
+            raise UserError(f"{key}: the function has no parameter {argument!r}; {suggest(argument, named)}")
+    if makes_reward(found):
+        try:
+            inspect.signature(found).bind(**args)
+        except TypeError as error:
+            raise UserError(f"{key}: {first_line(error)}") from error
+
+
+def check_columns(found: Any, args: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+    """Whether the reward takes a prompt file's columns.
+
+    Raises:
+        TypeError: it does not, or needs one that is not there.
+    """
+    if makes_reward(found):
+        instances: Any = found.func if isinstance(found, partial) else found
+        if not any("__call__" in vars(one) for one in instances.__mro__):
+            raise TypeError(f"instances of {instances.__name__} cannot be called")
+        inspect.signature(instances.__call__).bind(None, [], [], **columns)
+    else:
+        inspect.signature(partial(found, **args)).bind([], [], **columns)
+
+
+def makes_reward(found: Any) -> bool:
+    """Whether it is called to make the reward, rather than to score."""
+    return inspect.isclass(found.func if isinstance(found, partial) else found)
+
+
+def bind(found: Any, args: Mapping[str, Any], key: str) -> Reward:
+    """The reward itself: an instance, which has loaded what it needs, or a function with its arguments fixed.
+
+    Raises:
+        UserError: arguments that it does not take, or something that it needs is not there.
+    """
+    check_arguments(found, args, key)
+    return cast(Reward, found(**args) if makes_reward(found) else partial(found, **args))
+
+
+def declared(reward: Any, name: str, default: Any = None) -> Any:
+    """What a reward says about itself: `takes`, `planted_pair`, `score_range` or `failures` (see `types.Reward`)."""
+    while isinstance(reward, partial):
+        reward = reward.func
+    return getattr(reward, name, default)
+
+
+def takes_of(reward: Any) -> Input:
+    """What the reward looks at; all frames where it does not say."""
+    return cast(Input, declared(reward, "takes", Pixels()))
+
+
+def checked_values(values: Any, count: int, what: str = "the reward") -> dict[str, list[float]]:
+    """What a reward returned as component -> `count` finite numbers; one without a name where it returned no mapping.
+
+    Args:
+        what: the reward's name in the sentences.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    parts = values if isinstance(values, Mapping) else {"": values}
+    if not parts:
+        raise ValueError(f"{what} returned an empty mapping for {count} videos")
+    return {
+        name: _column(numbers, count, f"{what}, component {name!r}," if name else what)
+        for name, numbers in parts.items()
+    }
+
+
+def _column(numbers: Any, count: int, what: str) -> list[float]:
+    column = numbers.tolist() if hasattr(numbers, "tolist") else numbers  # of a tensor, or an array
+    if not isinstance(column, Sequence) or isinstance(column, str):
+        raise ValueError(f"{what} must be {count} numbers, not {type(numbers).__name__}")
+    if len(column) != count:
+        raise ValueError(f"{what} has {len(column)} numbers for {count} videos")
+    for value in column:
+        if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+            raise ValueError(f"{what} must be {count} numbers, not {type(value).__name__}")
+    finite = [as_float(value) for value in column]
+    for row, value in enumerate(finite):
+        if not math.isfinite(value):
+            raise ValueError(f"{what} is {value} for video {row}; rewards must be finite")
+    return finite
+
+
+def as_float(value: Any) -> float:
+    """As a float; infinite where it is an integer beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _load_file(path: Path, key: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"{key}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"flashgrpo_reward_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,173 @@
+"""The samples of an update or an evaluation decoded and scored while later ones are being drawn -> RewardTable."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashgrpo.distributed.shares import overlap
+from flashgrpo.distributed.world import Team
+from flashgrpo.errors import SharedError
+from flashgrpo.processes.flow.model import VideoModel
+from flashgrpo.scoring.inputs import LatentVideos, decoded_for
+from flashgrpo.scoring.rewards import Batch, Columns, Rewards
+from flashgrpo.types import Latents, Prompt, RewardTable
+
+AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
+
+
+def untimed(phase: str) -> AbstractContextManager[None]:
+    """A clock that does not run."""
+    return nullcontext()
+
+
+class Scoring:
+    """The rewards of all samples of an update or an evaluation, begun while the later ones are still being drawn.
+
+    Args:
+        prompts: of all samples, of which this rank draws `team.share`.
+        watched: whether watched rewards are computed too.
+        micro_batch: latents decoded at once.
+        keep: numbers of the samples, among all, whose videos are kept in `videos`.
+        at_once: decode and score at the end, all in one: with parts of the model that take turns on the device, and
+            where ranks score what others have drawn.
+    """
+
+    def __init__(
+        self,
+        rewards: Rewards,
+        model: VideoModel,
+        team: Team,
+        prompts: Sequence[Prompt],
+        watched: bool,
+        micro_batch: int,
+        keep: Sequence[int] = (),
+        at_once: bool = False,
+        clock: Callable[[str], AbstractContextManager[None]] = untimed,
+    ) -> None:
+        self.videos: dict[int, Tensor] = {}
+        self._rewards, self._model, self._team, self._prompts = rewards, model, team, prompts
+        self._micro_batch, self._keep, self._clock = micro_batch, set(keep), clock
+        self._names = rewards.names(watched)
+        takes = [rewards.takes(name) for name in self._names]
+        self._frames = None if keep else decoded_for(takes)
+        self._hands_latents = any(isinstance(one, LatentVideos) for one in takes)
+        self._at_once = at_once or bool(team.reward_ranks)
+        self._first = team.share(len(prompts)).start
+        self._waiting: list[Tensor] = []
+        self._futures: dict[str, list[Future[Columns]]] = {name: [] for name in self._names}
+        self._failures = rewards.begin()
+
+    def add(self, rows: Tensor, latents: Latents) -> None:
+        """This rank has drawn the samples `rows` of its share, which come in their order; (B,) and (B, C, F, H, W)."""
+        if not len(rows) or self._team.rank % self._team.context:  # ranks of one context have drawn the same
+            return
+        if self._at_once:
+            self._waiting.append(latents)
+            return
+        first, last = self._first + int(rows[0]), self._first + int(rows[-1])
+        videos = self._decode(latents, first)
+        self._submit(self._prompts[first : last + 1], videos, latents if self._hands_latents else None)
+
+    def table(self) -> RewardTable:
+        """The rewards of all ranks' samples in their order, the same on every rank; all ranks call this together.
+
+        Raises:
+            SharedError: a reward failed, on any rank.
+        """
+        if self._at_once:
+            self._score_at_once()
+        with self._clock("reward"):
+            tables = [table for table in self._team.agree(self._own_table) if table]
+        if any(tuple(table["names"]) != tuple(tables[0]["names"]) for table in tables):
+            raise SharedError(f"a reward's components differ from one process to another: {tables[0]['names']}")
+        return RewardTable(
+            names=tuple(tables[0]["names"]),
+            values=torch.tensor([row for table in tables for row in table["values"]], dtype=torch.float64),
+            weights=torch.tensor(tables[0]["weights"], dtype=torch.float64),
+            failures={name: sum(table["failures"][name] for table in tables) for name in tables[0]["failures"]},
+        )
+
+    def _own_table(self) -> dict[str, Any] | None:
+        if not any(self._futures.values()):
+            return None
+        table = self._rewards.table(self._futures, self._failures)
+        exact = {"values": table.values.tolist(), "weights": table.weights.tolist()}
+        return {"names": table.names, "failures": dict(table.failures), **exact}
+
+    def _score_at_once(self) -> None:
+        none = torch.empty(0, *self._model.latent_shape, device=self._model.device)
+        latents = torch.cat([none, *self._waiting])
+        self._waiting.clear()
+        videos = self._decode(latents, self._first)
+        with self._clock("reward"):
+            rows = self._team.scored_by(len(self._prompts), self._team.rank)
+            if self._frames != 0:
+                videos = hand_over(self._team, videos, len(self._prompts))
+            if self._hands_latents:
+                latents = hand_over(self._team, latents, len(self._prompts))
+            if rows:
+                prompts = self._prompts[rows.start : rows.stop]
+                self._submit(prompts, videos, latents if self._hands_latents else None)
+
+    def _submit(self, prompts: Sequence[Prompt], videos: Tensor, latents: Tensor | None) -> None:
+        with self._clock("reward"):
+            wait([futures[-AHEAD] for futures in self._futures.values() if len(futures) >= AHEAD])
+        batch = Batch(prompts, self._rewards.fps, videos if self._frames != 0 else None, latents)
+        for name, future in self._rewards.submit(batch, self._names).items():
+            self._futures[name].append(future)
+
+    def _decode(self, latents: Latents, first: int) -> Tensor:
+        if self._frames == 0:
+            return torch.empty(0)
+        with self._clock("decode"):
+            videos = decode(self._model, latents, self._micro_batch, self._frames)
+        self.videos |= {first + i: videos[i].clone() for i in range(len(videos)) if first + i in self._keep}
+        return videos
+
+
+@torch.no_grad()
+def decode(model: VideoModel, latents: Tensor, micro_batch: int, frames: int | None = None) -> Tensor:
+    """Videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
+
+    With `frames` the first so many frames of each.
+    A full-size video is a hundred times larger than its latents: the device holds one micro-batch.
+    """
+    if not len(latents):
+        return torch.empty(0, 1, 3, 1, 1)
+    first = model.decode(latents[:micro_batch], frames)
+    videos = torch.empty(len(latents), *first.shape[1:])
+    videos[: len(first)] = first
+    del first
+    for done in range(micro_batch, len(latents), micro_batch):
+        videos[done : done + micro_batch] = model.decode(latents[done : done + micro_batch], frames)
+    return videos
+
+
+def hand_over(team: Team, rows: Tensor, total: int) -> Tensor:
+    """From the rows of this rank's share of `total` samples, to those that it has to score; (B, ...)."""
+    if not team.reward_ranks:
+        return rows
+    shape = next(shape for shape in team.exchange(list(rows.shape[1:]) if len(rows) else None) if shape)
+    wanted, have = team.scored_by(total, team.rank), team.share(total)
+    received = torch.empty(len(wanted), *shape)
+    transfers, sent = [], []
+    for other in range(team.size):
+        theirs = team.share(total, other)
+        if other % team.context == 0 and (both := overlap(theirs, wanted)):
+            into = received[both.start - wanted.start : both.stop - wanted.start]
+            if other == team.rank:
+                into.copy_(rows[both.start - have.start : both.stop - have.start])
+            else:
+                transfers.append(dist.irecv(into, other, team.talk))
+        both = overlap(have, team.scored_by(total, other))
+        if both and team.rank % team.context == 0 and other != team.rank:
+            sent.append(rows[both.start - have.start : both.stop - have.start].float().cpu().contiguous())
+            transfers.append(dist.isend(sent[-1], other, team.talk))
+    for transfer in filter(None, transfers):
+        transfer.wait()
+    return received

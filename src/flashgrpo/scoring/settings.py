@@ -1,0 +1,49 @@
+"""Settings of rewards and of held-out evaluation."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from flashgrpo.scoring.inputs import LatentVideos, Pixels, VideoFiles
+from flashgrpo.settings import Part
+
+
+class RewardConfig(Part):
+    """A reward: any callable, or a class whose instances are."""
+
+    call: str
+    """`package.module:function`, `path/to/file.py:function`, or `http://host:port` of a server; several with commas."""
+    weight: float = 1.0
+    """Negative to train against a quantity."""
+    watched: bool = False
+    """Scored at evaluation only and never trained on: a watch for reward hacking."""
+    max_fall: float | None = Field(default=None, ge=0)
+    """Of a watched reward: end the run when it has fallen by more than this, with 95 % confidence, in every component's
+    own units, while the trained reward has risen."""
+    input: Annotated[Pixels | LatentVideos | VideoFiles, Field(discriminator="kind")] | None = None
+    """What it is handed; as the reward says itself when not given."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the callable."""
+
+    @model_validator(mode="after")
+    def _counts(self) -> "RewardConfig":
+        if self.max_fall is not None and not self.watched:
+            raise ValueError("max_fall is for a reward that is watched; say watched: true, or leave it out")
+        if self.weight == 0:
+            raise ValueError("weight must not be 0; a reward that is only to be looked at says watched: true")
+        if self.watched and self.weight != 1:
+            raise ValueError("weight has no effect on a watched reward; leave it out")
+        return self
+
+
+class HeldoutConfig(Part):
+    """Held-out prompts on fixed noise, paired with the base model."""
+
+    every: int = Field(default=10, ge=1)
+    """Updates between two evaluations; the last update is always evaluated."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    seed: int = Field(default=1_000, ge=0)
+    videos: int = Field(default=8, ge=0)
+    """So many samples, spread evenly over the prompts, are kept as mp4 of the base and of each new best."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a new best."""

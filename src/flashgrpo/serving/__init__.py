@@ -1,0 +1,1 @@
+"""Rewards behind HTTP: the server and its client."""

@@ -1,0 +1,138 @@
+"""Settings: presets and overrides merge as a user means them, and bad ones get a sentence."""
+
+import json
+
+import pytest
+import yaml
+
+from flashgrpo import presets
+from flashgrpo.config import PRESETS, RunConfig
+from flashgrpo.errors import UserError
+from flashgrpo.processes.flow.noise import FlowSde
+from flashgrpo.processes.flow.steps import AllSteps
+
+
+def test_resolved_settings_start_the_same_run_again(make_run, tmp_path):
+    for name in PRESETS:
+        config = make_run(f"algorithm={name}", "rollout.num_steps=20")
+        file = tmp_path / "again.yaml"
+        file.write_text(config.to_yaml(), "utf-8")
+        assert RunConfig.load(file) == config
+
+
+@pytest.mark.parametrize(("name", "value"), PRESETS.items())
+def test_a_preset_by_name_is_that_value(make_run, name, value):
+    assert make_run(f"algorithm={name}", "rollout.num_steps=20").algorithm == value
+
+
+def test_published_presets():
+    flash = presets.FLASH_GRPO
+    assert (flash.steps.per, flash.steps.window, flash.noise.kind, flash.noise.eta) == (
+        "group",
+        (0.0, 0.5),
+        "linear",
+        1,
+    )
+    assert (flash.grouping.std, flash.grouping.shared_noise, flash.weighting.kind) == ("batch", False, "rectified")
+    assert (flash.clip_range, flash.adv_clip, flash.kl_coef) == (1e-3, 5.0, 0.0)
+    assert presets.FLOW_GRPO_FAST.grouping.shared_noise
+    assert presets.FLOW_GRPO_FAST.weighting.kind == "uniform"
+    assert presets.DANCE_GRPO.noise.eta == 0.3
+
+
+def test_a_preset_with_changes(make_run):
+    config = make_run("algorithm.kl_coef=0.01", "algorithm.noise.kind=flow")
+    assert config.algorithm.kl_coef == 0.01
+    assert config.algorithm.steps.draw == "stratified"  # the recipe's own change stays
+    assert config.algorithm.noise == FlowSde()  # another kind starts from its own defaults
+    assert config.algorithm.weighting == presets.FLASH_GRPO.weighting
+    changed = make_run("algorithm={preset: flow-grpo, steps: {fraction: 0.5}}")
+    assert changed.algorithm.steps == AllSteps(fraction=0.5)
+    assert changed.algorithm.noise == presets.FLOW_GRPO.noise  # another preset drops the recipe's changes
+
+
+def test_overrides_read_numbers_as_yaml(make_run):
+    config = make_run("optim.lr=1e-4", "optim.betas=[0.8,0.9]", "model.shift=2", "evaluation.patience=null")
+    assert (config.optim.lr, config.optim.betas, config.model.shift) == (1e-4, (0.8, 0.9), 2.0)
+    assert config.evaluation.patience is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["updatse=3"], "unknown key updatse; did you mean 'updates'?"),
+        (["optim.learning=3"], "unknown key optim.learning; "),
+        (["model.train.rnk=4"], "unknown key model.train.rnk; did you mean 'rank'?"),
+        (["algorithm.noise.etaa=1"], "unknown key algorithm.noise.etaa; did you mean 'eta'?"),
+        (["algorithm.clip_rang=1"], "unknown key algorithm.clip_rang; did you mean 'clip_range'?"),
+        (["rewards.agreement.wieght=2"], "unknown key rewards.agreement.wieght; did you mean 'weight'?"),
+        (
+            ["updates=many"],
+            "updates: input should be a valid integer, unable to parse string as an integer, not 'many'",
+        ),
+        (["updates=0"], "updates: input should be greater than or equal to 1, not 0"),
+        (["optim.lr=-1"], "optim.lr: input should be greater than 0, not -1"),
+        (["optim.lr=.nan"], "optim.lr: input should be a finite number"),
+        (["rollout.group_size=1"], "rollout.group_size: input should be greater than or equal to 2, not 1"),
+        (["algorithm=flash"], "algorithm: no preset is called 'flash'; did you mean 'flash-grpo'?"),
+        (["algorithm.steps.window=[0.5,1.5]"], "algorithm.steps: window of OneStep is a pair of fractions"),
+        (["algorithm.steps.window=[0.5,0.2]"], "algorithm.steps: window of OneStep is a pair of fractions"),
+        (["algorithm.steps.window=[0.9,1.0]"], "algorithm.steps with rollout.num_steps 4: the window (0.9, 1.0)"),
+        (["algorithm.steps={kind: window, stop: 99}"], "stop of Window is 99, but there are only 4 steps"),
+        (["algorithm.noise.eta=0"], "algorithm.noise: eta of the noise 'cps' has to be above 0 and at most 1"),
+        (["algorithm.noise.kind=lineal"], "algorithm.noise: input tag 'lineal' found using 'kind' does not match"),
+        (["optim.betas=[2,2]"], "optim.betas.0: input should be less than 1, not 2"),
+        (["algorithm.clip_range=.inf"], "algorithm: clip_range must be greater than 0 and finite"),
+        (["algorithm.kl_coef=.inf"], "algorithm: kl_coef must be at least 0 and finite"),
+        (["optim.minibatches=5"], "optim.minibatches: 4 samples cannot be cut into 5 parts"),
+        (["optim.ema.every=5"], "the run has 4 optimizer steps, so an average that moves every 5 would stay"),
+        (["model.dtype=bfloat16", "model.train={kind: full}"], "full training keeps float32 weights"),
+        (["optim.eight_bit=true", "parallel.shard=2"], "optim.eight_bit: moments that FSDP2 shards stay in 32 bits"),
+        (["model.offload=true", "model.train={kind: full}"], "model.offload: full training has nothing that could"),
+        (["model.offload=true", "model.compute_dtype=bfloat16"], "model.offload: a network that FSDP2 holds stays"),
+        (["rollout.solver.kind=unipcc"], "rollout.solver: input tag 'unipcc' found using 'kind' does not match"),
+        (["rewards.persistence.weight=3"], "rewards.persistence: weight has no effect on a watched reward"),
+        (["algorithm.clip_range=0"], "algorithm: clip_range must be greater than 0"),
+        (["rewards.agreement.weight=0"], "rewards.agreement: weight must not be 0"),
+        (["rewards.agreement.watched=true"], "every reward is watched only"),
+        (["seed"], "override 'seed' must have the form key=value"),
+        (["optim..lr=1"], "override 'optim..lr=1' must have the form key=value"),
+        (["optim=3"], "optim: input should be a valid dictionary"),
+        (["out=[1"], "override 'out=[1' cannot be read"),
+    ],
+)
+def test_a_bad_setting_gets_a_sentence(make_run, overrides, sentence):
+    with pytest.raises(UserError) as error:
+        make_run(*overrides)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "tiny.yaml" in str(error.value) or "override" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"out: [", "is no readable YAML file"),
+        (b"- 1\n", "must hold a mapping"),
+        (b"out: \xff\n", "is no readable YAML file"),
+        (b"out: a\nout: b\n", "is no readable YAML file"),
+        (b"", "is missing"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, text, sentence):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(text)
+    with pytest.raises(UserError, match=sentence):
+        RunConfig.load(file)
+
+
+def test_a_missing_recipe_names_those_that_ship():
+    with pytest.raises(UserError, match=r"no recipe nowhere\.yaml; give a YAML file or one of: .*tiny"):
+        RunConfig.load("nowhere.yaml")
+
+
+def test_schema_describes_every_setting():
+    schema = RunConfig.model_json_schema()
+    json.dumps(schema)
+    assert "run directory" in schema["properties"]["out"]["description"]
+    assert yaml.safe_load(RunConfig.load("tiny").to_yaml()).keys() == schema["properties"].keys()

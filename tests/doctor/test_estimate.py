@@ -1,0 +1,112 @@
+"""Memory counted without weights, against networks whose numbers are known and against tensors that are there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from flashgrpo.assembly import Assembly, experience
+from flashgrpo.cli import app
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed.world import alone
+from flashgrpo.doctor.estimate import LiveBytes, estimate
+from flashgrpo.models.load import load_model
+from flashgrpo.processes.flow.model import Moment
+from flashgrpo.processes.flow.retain import Graphs
+from flashgrpo.prompts import prompt_groups, read_prompts
+from flashgrpo.run.progress import Clock
+from flashgrpo.types import Prompt
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+BILLIONS = {
+    "wan21-1.3b": 1.42,
+    "wan21-14b": 14.29,
+    "wan21-i2v-14b": 16.4,
+    "wan22-5b": 5.0,
+    "wan22-a14b": 2 * 14.29,
+    "ltx-video": 1.92,
+}
+CARDS = {"wan21-1.3b-24gb": (1, 24), "ltx-video": (1, 24), "tiny": (1, 2)}  # processes, GiB of each
+
+
+def test_what_lives_at_a_time_is_counted():
+    before = torch.ones(1000)
+    with LiveBytes([before]) as live:
+        a = before + 1
+        b = a.view(10, 100)  # no memory of its own
+        assert live.now == 4000
+        c = torch.cat([b, b])
+        assert live.now == live.peak == 12_000
+        del a, b
+        assert live.now == 8000
+        del c
+    assert (live.now, live.peak) == (0, 12_000)
+
+
+def test_the_estimate_is_what_a_real_network_takes(make_run):
+    """The same call with weights, on the CPU, whose attention keeps no scores either."""
+    config = make_run("rollout.micro_batch=2", "model.num_frames=33", "model.height=96", "model.width=96")
+    model = load_model(config.model, alone(), 0)
+    condition = model.encode([Prompt("a red circle", {})] * 4)
+    x = torch.zeros(4, *model.latent_shape)
+    moment = Moment(torch.full((4,), 500.0), torch.full((4,), 0.5, dtype=torch.float64), torch.ones(4))
+    with torch.autograd.set_multithreading_enabled(False):
+        live = LiveBytes([*model.network.parameters(), x, *condition.tensors.values()])
+        with live:
+            model.velocity(x, moment, condition).square().mean().backward()
+    counted = estimate(config).phases["update"]["work"] - x.numel() * 4
+    assert counted == pytest.approx(live.peak, rel=0.15)
+
+
+def test_graphs_that_are_to_be_kept_are_counted(make_run):
+    """Against what autograd saves for a call of the real network, of four transitions."""
+    run = make_run("rollout.guidance_scale=1", "rollout.retain=true", "rollout.group_size=4", "optim.micro_batch=4")
+    parts = Assembly(run, alone())
+    graphs = parts.graphs = Graphs(2, 2**40)
+    experience(parts, prompt_groups(parts.prompts, run.seed, 0, 2, 4), Clock())
+    counted = estimate(run).phases["rollout"]["graphs"]
+    assert graphs.kept
+    assert 0.8 < counted / (2 * graphs.bytes_each) < 1.5  # what lives in the backward pass besides is counted, too
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_whole_and_fit_their_card(name):
+    text = (ROOT / f"recipes/{name}.yaml").read_text("utf-8")
+    assert "# Hardware:" in text
+    assert name == "tiny" or ("# Hours:" in text and "# Verification:" in text)
+    config = RunConfig.load(name)
+    if not config.prompts.train.startswith("prompts/images"):
+        train, heldout = (read_prompts(path, "prompts") for path in (config.prompts.train, config.prompts.heldout))
+        assert len(train) >= (100 if name == "tiny" else 400)
+        assert len(heldout) >= (32 if name == "tiny" else 64)
+        assert not {prompt.text for prompt in train} & {prompt.text for prompt in heldout}
+    processes, card = CARDS.get(name, (8, 80))
+    counted = estimate(config, processes)
+    assert counted.highest < card * 2**30
+    if name != "tiny":
+        row = " | ".join(f"{size / 2**30:.1f}" for size in counted.totals.values())
+        network, trained = counted.parameters["network"] / 1e9, counted.parameters["trained"] / 1e6
+        line = f"| {name} | {processes} | {network:.2f} B | {trained:.1f} M | {row} |"
+        assert line in (ROOT / "docs/hardware.md").read_text("utf-8")
+    assert counted.host < 64 * 2**30
+    if name in BILLIONS:
+        assert counted.parameters["network"] / 1e9 == pytest.approx(BILLIONS[name], rel=0.015)
+    if name == "wan21-1.3b":
+        assert counted.parameters["trained"] == 11_796_480  # as published
+
+
+def test_on_the_command_line(make_run, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(make_run().to_yaml())), "utf-8")
+    result = CliRunner().invoke(app, ["doctor", str(recipe), "--estimate", "--json"])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.output)["bytes"]) == {"rollout", "decode", "update"}
+    table = CliRunner().invoke(app, ["doctor", str(recipe), "--estimate"]).output
+    assert "rollout" in table
+    assert "a process at the highest" in table
+    unknown = CliRunner().invoke(app, ["doctor", str(recipe), "model.path=nobody/nothing", "--estimate"])
+    assert "the sizes of nobody/nothing are not known; known are Wan-AI/Wan2.1-T2V-1.3B" in str(unknown.exception)

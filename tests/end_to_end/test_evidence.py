@@ -1,0 +1,84 @@
+"""A small version of the comparison of docs/results.md: the facts that have an order of magnitude, not who wins.
+
+`flashgrpo compare --diagnose` on the bundled model at 20 steps over the whole grid, one seed, a few updates.
+"""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from flashgrpo.compare import compare
+from flashgrpo.diagnostics import measure as diagnostics
+from flashgrpo.diagnostics.measure import Effort
+
+pytestmark = pytest.mark.slow
+
+WHOLE_GRID = [
+    "rollout.num_steps=20",
+    "rollout.deterministic_steps=null",
+    "rollout.prompts=4",
+    "optim.ema.decay=0",
+    "evaluation.videos=0",
+]
+SHORT = ["evaluation.num_steps=4", "evaluation.samples_per_prompt=1", "parallel.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("evidence") / "comparison"
+    with pytest.MonkeyPatch.context() as patch:
+        real, effort = diagnostics.diagnose, Effort(prompts=4, members=3, updates=3)
+        patch.setattr(diagnostics, "diagnose", lambda *given, **options: real(*given, effort=effort, **options))
+        comparison = compare(
+            "tiny",
+            [*WHOLE_GRID, *SHORT],
+            ["flash-grpo={preset: flash-grpo-whole-grid}", "flow-grpo"],
+            seeds=1,
+            out=out,
+            budget=2 * 32 * (20 + 57),  # one update of Flow-GRPO
+            points=1,
+            keep="noise",
+            diagnose=True,
+            console=Console(quiet=True),
+        )
+    return comparison, json.loads((out / "diagnosis.json").read_text())
+
+
+def test_training_costs_a_nineteenth(found):
+    """One of 19 steps is trained; the paper's claim for updates at 20 steps, here in network forwards."""
+    flash, flow = found[0]["summary"]
+    assert [row["ended"] for row in (flash, flow)] == [1, 1]
+    assert flow["per_sample"]["update"] == 19 * flash["per_sample"]["update"] == 19 * 2 * 3
+    assert flow["training_share"] > 0.7 > 0.4 > flash["training_share"]
+
+
+def test_ratios_are_one_before_the_policy_moves(found):
+    comparison, diagnosis = found
+    assert {update["drift"] for run in comparison["runs"] for update in run["updates"]} == {0.0}
+    assert {one["drift"] for one in diagnosis["consistency"].values()} == {0.0}
+
+
+def test_rectification_levels_the_gradient(found):
+    """Over the whole grid lambda spreads by about its mean, and so does the gradient's norm, until it is rectified."""
+    ((_, by_start),) = found[1]["noises"].items()
+    level = by_start["independent"]["gradient_by_step"]["windows"]["whole grid"]
+    assert level["predicted"] > 0.8
+    assert level["uniform"]["value"] > 0.8
+    assert level["rectified"]["value"] < level["uniform"]["value"] / 2
+    assert level["rectified_score"]["value"] < 0.5
+
+
+@pytest.mark.parametrize("start", ["independent", "shared"])
+def test_the_variance_of_rewards_adds_up(found, start):
+    """Law of total variance: what a group that shares its step is spared is what lies between the steps."""
+    ((_, by_start),) = found[1]["noises"].items()
+    measured = by_start[start]["reward_variance"]
+    std = dict(zip(measured["steps"], measured["std"], strict=True))
+    for split in measured["windows"].values():
+        within, between, total = (split[part]["value"] for part in ("within", "between", "total"))
+        assert within == pytest.approx(sum(std[k] ** 2 for k in split["steps"]) / len(split["steps"]))
+        assert total == pytest.approx(within + between)
+        assert total > 0
+        assert split["share"]["value"] == pytest.approx(between / total)
+        assert abs(between) < total

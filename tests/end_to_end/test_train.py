@@ -1,0 +1,398 @@
+"""Whole runs in very small: what a run directory holds, resume after a kill at any moment, and how runs end."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed.world import alone
+from flashgrpo.errors import UserError
+from flashgrpo.evaluate import evaluate
+from flashgrpo.run import checkpoint
+from flashgrpo.run.directory import RunDirectory, read_lines
+from flashgrpo.run.progress import Clock, Interrupt
+from flashgrpo.sample import sample
+from flashgrpo.scoring.heldout import Evaluator
+from flashgrpo.train import train
+from flashgrpo.types import Prompt
+from tests.conftest import small_run
+from tests.videos import read_mp4
+
+METRICS = {"update", "reward", "reward_std", "rewards", "ratio_max_dev", "clip_fraction", "approx_kl"} | {
+    "grad_norm",
+    "seconds",
+}
+EVALUATION = {"update", "reward", "base_reward", "difference", "interval", "rewards", "watched"}
+
+
+def weights(run: Path, update: int) -> dict[str, torch.Tensor]:
+    tensors = checkpoint.load(run / "checkpoints", update)
+    return {f"{kind}/{name}": tensor for kind, named in tensors.items() for name, tensor in named.items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_seconds(file: Path) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_lines(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of six updates."""
+
+    config = small_run(tmp_path_factory.mktemp("finished") / "run", "updates=6")
+    return config, train(config)
+
+
+def test_a_run_directory_holds_what_the_design_says(finished):
+    config, run = finished
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "checkpoints",
+        "videos",
+    } <= {path.name for path in run.iterdir()}
+    assert RunConfig.load(run / "config.yaml") == config.with_absolute_paths()
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line.keys() >= METRICS
+        assert line["drift"] == 0
+        assert line["rewards"].keys() == {f"agreement.{part}" for part in ("color", "shape", "direction", "speed")}
+        assert line["reward"] == pytest.approx(sum(line["rewards"].values()) / 4)
+        phases = dict(line["seconds"])
+        assert phases.pop("total") >= sum(phases.values()) - 1e-3
+        assert sum(line["transitions_by_step"].values()) == line["samples"] == 4
+    evaluations = read_lines(run / "evaluations.jsonl")
+    assert [line["update"] for line in evaluations] == [0, 2, 4, 6]
+    for line in evaluations:
+        assert line.keys() >= EVALUATION
+        assert line["watched"].keys() == {"persistence", "background"}
+        assert line["base_reward"] == evaluations[0]["reward"]
+        assert line["difference"] == pytest.approx(line["reward"] - line["base_reward"])
+        low, high = line["interval"]
+        assert low <= line["difference"] <= high
+    assert not list(run.rglob(".partial*"))
+    video = read_mp4(run / evaluations[0]["samples"][0]["video"])
+    assert video.shape == (9, 3, 192, 192)
+
+
+def test_the_videos_that_changed_most_are_kept_with_the_bases(finished, make_run):
+    """Of two samples one is always kept; the other is drawn again, by the tuned model and by the base."""
+    _, run = finished
+    *_, line = read_lines(run / "evaluations.jsonl")
+    changes = [sample["reward"] - sample["base_reward"] for sample in line["samples"]]
+    assert line["extremes"] == sorted(range(2), key=lambda row: changes[row])
+    again = line["samples"][1]
+    assert again["base_video"].endswith("001-base.mp4")
+    both = train(make_run("updates=1", "evaluation.videos=2"))  # where the base's is kept from the beginning
+    first, *_ = read_lines(both / "evaluations.jsonl")
+    expected = read_mp4(both / first["samples"][1]["video"]).float()
+    assert (read_mp4(run / again["base_video"]).float() - expected).abs().max() < 0.02
+    assert (read_mp4(run / again["video"]).float() - expected).abs().max() > 0.02
+
+
+def test_old_checkpoints_go_but_not_the_newest_or_the_best(finished):
+    _, run = finished
+    progress = checkpoint.read_progress(run / "checkpoints", 6)
+    assert set(checkpoint.updates(run / "checkpoints")) == {5, 6, progress.best_update} - {0}
+    rewards = {line["update"]: line["reward"] for line in read_lines(run / "evaluations.jsonl")}
+    assert rewards[progress.best_update] == max(rewards.values())
+
+
+def test_a_finished_run_is_left_as_it_is(finished):
+    config, run = finished
+    before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}
+    train(config)
+    assert before == {path: path.read_bytes() for path in run.rglob("*.jsonl")}
+
+
+def test_a_run_made_longer_equals_a_long_one(finished, make_run):
+    _, long = finished
+    short = train(make_run("updates=3"))
+    longer = train(make_run("updates=6"))
+    assert short == longer
+    assert same(weights(longer, 6), weights(long, 6))
+
+
+def test_resume_after_damage_uses_the_checkpoint_before_and_says_so(finished, make_run, capsys):
+    _, uninterrupted = finished
+    run = train(make_run("updates=4"))
+    newest = run / "checkpoints/000004/__0_0.distcp"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    train(make_run("updates=6"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "000004 is damaged" in said
+    assert "continuing" not in said  # quiet shows warnings only
+    assert checkpoint.read_progress(run / "checkpoints", 6).update == 6
+    assert same(weights(run, 6), weights(uninterrupted, 6))
+    assert without_seconds(run / "metrics.jsonl") == without_seconds(uninterrupted / "metrics.jsonl")
+
+
+@pytest.fixture
+def recipe(make_run, tmp_path):
+    """Writes settings of the very small run to a file."""
+
+    def write(*overrides: str) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(make_run(*overrides).to_yaml(), "utf-8")
+        return file
+
+    return write
+
+
+def assert_same_run(run: Path, expected: Path, update: int) -> None:
+    assert same(weights(run, update), weights(expected, update))
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert without_seconds(run / name) == without_seconds(expected / name)
+    assert not list(run.rglob(".partial*"))
+
+
+def test_killed_at_any_write_the_run_ends_with_the_same_weights(finished, recipe, tmp_path, nursery):
+    """Ten deaths in a row, at chosen flushes and renames, as kill -9 would have it."""
+    _, uninterrupted = finished
+    settings, run = recipe("updates=6"), tmp_path / "run"
+    for write in (3, 8, 14, 19, 21, 24, 27, 31, 33, 40):
+        nursery.start("train_and_die", settings, write).wait()
+        for update in checkpoint.updates(run / "checkpoints"):
+            checkpoint.read_progress(run / "checkpoints", update)  # whatever has its name is whole
+    nursery.run("train", settings)
+    assert_same_run(run, uninterrupted, 6)
+
+
+def test_killed_thirty_times_at_random_moments_the_run_ends_with_the_same_weights(recipe, tmp_path, nursery):
+    """SIGKILL again and again, also while a checkpoint is being written."""
+    settings = recipe("updates=16", "evaluation.every=4")
+    expected = Path(nursery.run("train", settings, f"out={tmp_path}/whole"))
+    moments, killed, runs = random.Random(0), 0, 0
+    while killed < 30:
+        process = nursery.start("train", settings, f"out={tmp_path}/run{runs}")
+        time.sleep(moments.uniform(0.3, 1.6))
+        if process.code(0) is None:
+            process.kill(0)
+            killed += 1
+        process.wait()
+        if checkpoint.updates(tmp_path / f"run{runs}/checkpoints")[-1:] == [16]:  # it lived long enough; begin another
+            nursery.run("train", settings, f"out={tmp_path}/run{runs}")
+            assert_same_run(tmp_path / f"run{runs}", expected, 16)
+            runs += 1
+    nursery.run("train", settings, f"out={tmp_path}/run{runs}")
+    assert_same_run(tmp_path / f"run{runs}", expected, 16)
+
+
+def test_an_interrupt_ends_with_a_checkpoint_and_exit_code_0(recipe, tmp_path, nursery):
+    settings, run = recipe("updates=1000", "checkpoint.every=1000", "evaluation.every=1000"), tmp_path / "run"
+    process = nursery.start("train", settings)
+    while len(read_lines(run / "metrics.jsonl")) < 2:
+        assert process.code(0) is None
+        time.sleep(0.05)
+    os.kill(process.pids[0], signal.SIGINT)
+    assert process.wait() == [0]
+    done = len(read_lines(run / "metrics.jsonl"))
+    assert checkpoint.updates(run / "checkpoints") == [done]
+
+
+def test_patience_ends_a_run_that_does_not_get_better(make_run):
+    run = train(make_run("updates=50", "evaluation.every=1", "evaluation.patience=2", "optim.lr=1e-9"))
+    evaluations = read_lines(run / "evaluations.jsonl")
+    best = max(evaluations, key=lambda line: line["reward"])["update"]
+    assert len(evaluations) < 50
+    assert evaluations[-1]["update"] == best + 2
+
+
+@pytest.mark.parametrize(("evaluations", "done"), [(1, 2), (3, 6)])
+def test_a_failing_evaluation_loses_no_update_and_is_made_up_for(finished, make_run, monkeypatch, evaluations, done):
+    _, uninterrupted = finished
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", refuse_after(evaluations))
+        with pytest.raises(UserError, match="no more"):
+            train(make_run("updates=6", "checkpoint.every=100"))
+    run = Path(make_run().out)
+    assert checkpoint.updates(run / "checkpoints")[-1] == done
+    train(make_run("updates=6", "checkpoint.every=1"))
+    assert same(weights(run, 6), weights(uninterrupted, 6))
+    assert without_seconds(run / "evaluations.jsonl") == without_seconds(uninterrupted / "evaluations.jsonl")
+    progress, expected = (checkpoint.read_progress(folder / "checkpoints", 6) for folder in (run, uninterrupted))
+    assert progress == expected
+
+
+def test_mixed_precision_trains_evaluates_and_samples_in_one_process(make_run, tmp_path):
+    run = train(make_run("updates=1", "model.compute_dtype=bfloat16"))
+    assert evaluate(run)["update"] in (0, 1)
+    assert (
+        read_mp4(sample(run, [Prompt("a red circle moving left slowly", {})], tmp_path / "a.mp4", num_steps=2)).shape[0]
+        == 9
+    )
+
+
+def test_what_a_killed_process_left_is_cleared_away(make_run):
+    run = train(make_run("updates=1"))
+    for leftover in (".partial-000017", ".removed-000003"):
+        (run / "checkpoints" / leftover).mkdir()
+    train(make_run("updates=2"))
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def refuse_after(calls: int):
+    real, left = Evaluator.__call__, [calls]
+
+    def call(self, limit=None):
+        left[0] -= 1
+        if left[0] < 0:
+            raise UserError("no more")
+        return real(self, limit)
+
+    return call
+
+
+def test_a_changed_prompt_file_is_noticed(make_run, tmp_path):
+    config = make_run("updates=1")
+    train(config)
+    heldout = Path(config.prompts.heldout)
+    heldout.write_text(heldout.read_text().replace("red", "green"))
+    with pytest.raises(UserError, match=r"prompts\.heldout: the file has changed"):
+        train(RunConfig.load(Path(config.out) / "config.yaml", ["updates=2"]))
+
+
+def test_two_seeds_differ_and_one_seed_does_not(make_run, tmp_path):
+    first = train(make_run("updates=1"))
+    again = train(make_run("updates=1", f"out={tmp_path / 'again'}"))
+    other = train(make_run("updates=1", f"out={tmp_path / 'other'}", "seed=1"))
+    assert same(weights(first, 1), weights(again, 1))
+    assert not same(weights(first, 1), weights(other, 1))
+
+
+@pytest.mark.parametrize("algorithm", ["flow-grpo", "flow-grpo-fast", "mix-grpo", "dance-grpo"])
+def test_every_preset_trains(make_run, algorithm):
+    change = "{preset: mix-grpo, steps: {size: 2}}" if algorithm == "mix-grpo" else algorithm
+    run = train(make_run(f"algorithm={change}", "updates=2"))
+    lines = read_lines(run / "metrics.jsonl")
+    assert all(line["drift"] == 0 for line in lines)
+    assert lines[0]["grad_norm"] > 0
+
+
+def test_full_fine_tuning_resumes_bit_for_bit(make_run, tmp_path):
+    settings = ["model.train={kind: full}", "optim.lr=1e-5"]
+    train(make_run(*settings, "updates=1"))
+    resumed = train(make_run(*settings, "updates=2"))
+    whole = train(make_run(*settings, "updates=2", f"out={tmp_path / 'whole'}"))
+    assert same(weights(resumed, 2), weights(whole, 2))
+
+
+def test_evaluate_repeats_what_the_run_recorded(finished):
+    _, run = finished
+    last = read_lines(run / "evaluations.jsonl")[-1]
+    record = evaluate(run, checkpoint_update=6)
+    assert record["reward"] == pytest.approx(last["reward"], abs=1e-6)
+    assert record["base_reward"] == pytest.approx(last["base_reward"], abs=1e-6)
+    assert record["interval"] == pytest.approx(last["interval"], abs=1e-6)
+    with pytest.raises(UserError, match="no checkpoint of update 99"):
+        evaluate(run, checkpoint_update=99)
+
+
+def test_sample_writes_base_beside_tuned(finished, tmp_path):
+    _, run = finished
+    out = sample(run, [Prompt("a red circle moving left slowly", {})], tmp_path / "a.mp4", seeds=[1], num_steps=3)
+    frames = read_mp4(out)
+    assert frames.shape[0] == 9
+    assert frames.shape[-1] > 1.9 * frames.shape[-2]
+    for prompt, path in ((" ", "a.mp4"), ("a", "a.gif")):
+        with pytest.raises(UserError):
+            sample(run, [Prompt(prompt, {})], tmp_path / path)
+
+
+def test_eight_bit_moments_resume_bit_for_bit(tmp_path):
+    pytest.importorskip("torchao")
+    settings = ["model.train={kind: full}", "optim.lr=1e-4", "optim.eight_bit=true", "tracking.preflight=skip"]
+    with torch.compiler.set_stance("force_eager"):  # its step would be compiled for half a minute
+        whole = small_run(tmp_path / "whole", *settings)
+        train(whole)
+        parts = small_run(tmp_path / "parts", *settings)
+        train(parts.model_copy(update={"updates": 2}))
+        train(parts)
+    first, second = (checkpoint.load(tmp_path / name / "checkpoints", 4) for name in ("whole", "parts"))
+    assert any(name.startswith("exp_avg.codes:") for name in first["optimizer"])
+    assert all(tensor.dtype == torch.uint8 for name, tensor in first["optimizer"].items() if ".codes:" in name)
+    for kind, tensors in first.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second[kind][name]), name
+
+
+def test_a_second_process_is_kept_out(make_run):
+    config = make_run()
+    directory = RunDirectory(Path(config.out))
+    directory.begin(config, alone(), {}, "model")
+    with pytest.raises(UserError, match="another process is training"):
+        train(config)
+    directory.close()
+
+
+def test_a_second_interrupt_is_not_swallowed():
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is made to ignore it
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGINT)
+            assert interrupt.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def test_under_torchrun_a_second_interrupt_is_the_same_one():
+    with Interrupt(patient=True) as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.requested
+
+
+def test_a_trace_of_two_updates(make_run):
+    run = train(make_run("tracking.profile=2"))
+    with gzip.open(run / "profile/rank-0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    phases = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert phases.count("rollout") == phases.count("update") == 2
+
+
+def test_clock_counts_phases_and_starts_over():
+    clock = Clock()
+    with clock("rollout"):
+        time.sleep(0.02)
+    first = clock.lap()
+    assert first["rollout"] >= 0.02
+    assert first["total"] >= first["rollout"]
+    assert clock.lap().keys() == {"total"}
+    json.dumps(first)
+
+
+def test_training_raises_the_reward(recipe, tmp_path, nursery):
+    """Not a number that looks plausible but the thing itself: brighter videos are rewarded, and videos get brighter."""
+    (tmp_path / "mine.py").write_text(
+        "def bright(videos, prompts, **columns):\n    return videos.mean(dim=(1, 2, 3, 4))\n"
+    )
+    settings = recipe(
+        "updates=20",
+        "rollout.prompts=4",
+        "rollout.group_size=4",
+        "optim.lr=3e-3",
+        "evaluation.every=20",
+        "prompts.heldout=flashgrpo:tiny/prompts/heldout.jsonl",
+        "rewards.agreement.watched=true",
+        f"rewards.bright.call={tmp_path}/mine.py:bright",
+    )
+    run = Path(nursery.run("train", settings))
+    last = read_lines(run / "evaluations.jsonl")[-1]
+    assert last["difference"] > 0.01
+    assert last["interval"][0] > 0
+    assert [path.name for path in (run / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]

@@ -1,0 +1,175 @@
+"""Prompts as a pure function of (seed, update); rewards as plain callables; the paired interval."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from flashgrpo.errors import UserError
+from flashgrpo.prompts import columns_of, prompt_groups, read_prompts
+from flashgrpo.rewards.jpeg import compressibility
+from flashgrpo.scoring.heldout import bootstrap_interval
+from flashgrpo.scoring.loading import load_reward
+from flashgrpo.scoring.rewards import Rewards
+from flashgrpo.scoring.settings import RewardConfig
+from flashgrpo.seeds import generator, keyed_bits, normal
+from flashgrpo.types import Prompt, RewardTable
+
+PROMPTS = [Prompt(f"prompt {n}", {"n": n}) for n in range(5)]
+VIDEOS = torch.linspace(0, 1, 3)[:, None, None, None, None].expand(3, 2, 3, 8, 8)
+
+
+def test_text_and_json_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n  two \n", "utf-8")
+    assert [prompt.text for prompt in read_prompts(str(tmp_path / "a.txt"), "prompts.train")] == ["one", "two"]
+    (tmp_path / "a.csv").write_text('prompt,note\n"one, two",x\n\n"three\nlines",\n', "utf-8")
+    prompts = read_prompts(str(tmp_path / "a.csv"), "prompts.train")
+    assert [(prompt.text, dict(prompt.columns)) for prompt in prompts] == [
+        ("one, two", {"note": "x"}),
+        ("three\nlines", {"note": ""}),
+    ]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "eins", "n": 1}\n{"n": 2, "prompt": "zwei é"}\n', "utf-8")
+    prompts = read_prompts(str(tmp_path / "a.jsonl"), "prompts.train")
+    assert prompts == [Prompt("eins", {"n": 1}), Prompt("zwei é", {"n": 2})]
+    assert columns_of(prompts) == {"n": [1, 2]}
+
+
+def test_a_data_set_by_its_name(tmp_path):
+    """The hub cannot be reached in a test; a folder is loaded by the same call."""
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text('{"prompt": "eins", "n": 1}\n{"prompt": "zwei", "n": 2}\n', "utf-8")
+    (tmp_path / "set/test.jsonl").write_text('{"prompt": "drei", "n": 3}\n', "utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prompts = read_prompts(f"datasets:{tmp_path}/set", "prompts.train")
+        assert prompts == [Prompt("eins", {"n": 1}), Prompt("zwei", {"n": 2})]
+        assert read_prompts(f"datasets:{tmp_path}/set:test", "prompts.train") == [Prompt("drei", {"n": 3})]
+        with pytest.raises(UserError, match=r"prompts.train: datasets:.* cannot be loaded"):
+            read_prompts(f"datasets:{tmp_path}/set:none", "prompts.train")
+        with pytest.raises(UserError, match=r"prompts.train: datasets:nobody/nothing cannot be loaded"):
+            read_prompts("datasets:nobody/nothing", "prompts.train")
+
+
+def test_every_prompt_comes_once_before_any_comes_twice():
+    walk = [g.prompt.text for update in range(5) for g in prompt_groups(PROMPTS, 0, update, 3, 2)]
+    assert len(walk) == 15
+    for start in (0, 5, 10):
+        assert sorted(walk[start : start + 5]) == [prompt.text for prompt in PROMPTS]
+    assert walk[:5] != walk[5:10]
+
+
+def test_groups_depend_on_seed_and_update_alone():
+    groups = prompt_groups(PROMPTS, 7, 3, 4, 2)
+    assert groups == prompt_groups(PROMPTS, 7, 3, 4, 2)
+    assert [group.group for group in groups] == [0, 1, 2, 3]
+    assert groups != prompt_groups(PROMPTS, 8, 3, 4, 2)
+
+
+def test_random_numbers_are_named():
+    assert torch.equal(normal((4,), 0, "noise", 1, 2), normal((4,), 0, "noise", 1, 2))
+    for other in ((1, "noise", 1, 2), (0, "step", 1, 2), (0, "noise", 12)):
+        assert not torch.equal(normal((4,), 0, "noise", 1, 2), normal((4,), *other))
+    assert keyed_bits("noise", 0) == 10167123882504193168  # the same on every machine and in every release
+    draws = torch.randn(20_000, generator=generator(0, "noise"))
+    assert abs(float(draws.mean())) < 0.03
+    assert abs(float(draws.std()) - 1) < 0.03
+
+
+def brightness(videos, prompts, n, scale=1.0):
+    assert isinstance(prompts, list)
+    return [float(video.mean()) * scale + value for video, value in zip(videos, n, strict=True)]
+
+
+def parts(videos, prompts, **columns):
+    return {"low": torch.zeros(len(prompts)), "high": [1.0] * len(prompts)}
+
+
+def test_weights_components_and_watched():
+    here = "tests.scoring.test_prompts_rewards"
+    rewards = Rewards(
+        {
+            "bright": RewardConfig(call=f"{here}:brightness", weight=2.0, args={"scale": 10.0}),
+            "parts": RewardConfig(call=f"{here}:parts", weight=3.0),
+            "watch": RewardConfig(call=f"{here}:brightness", watched=True),
+        }
+    )
+    table = rewards.score(VIDEOS, PROMPTS[:3], watched=True)
+    assert table.names == ("bright", "parts.low", "parts.high", "watch")
+    assert table.weights.tolist() == [2.0, 1.5, 1.5, 0.0]
+    assert table.values[:, 0].tolist() == pytest.approx([0, 6, 12])  # 10 x brightness + column n
+    assert table.total.tolist() == pytest.approx([1.5, 13.5, 25.5])
+    assert table.means(trained=False) == pytest.approx({"watch": 1.5})
+    assert rewards.score(VIDEOS, PROMPTS[:3], watched=False).names == ("bright", "parts.low", "parts.high")
+
+
+def slow_first(videos, prompts, **columns):
+    import time
+
+    time.sleep(0.05)
+    return [0.0] * len(prompts)
+
+
+def test_the_order_of_components_is_that_of_the_settings():
+    here = "tests.scoring.test_prompts_rewards"
+    configs = {
+        "slow": RewardConfig(call=f"{here}:slow_first"),
+        "fast": RewardConfig(call=f"{here}:brightness"),
+    }
+    assert Rewards(configs).score(VIDEOS, PROMPTS[:3], watched=False).names == ("slow", "fast")
+
+
+def test_a_reward_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def f(videos, prompts, **columns):\n    return [1.0] * len(prompts)\n")
+    assert load_reward(f"{file}:f", "rewards.mine.call")(VIDEOS, ["a", "b", "c"]) == [1.0] * 3
+
+
+def test_a_bug_in_a_reward_keeps_its_traceback_and_a_refusal_becomes_a_sentence(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def bug(videos, prompts, **columns):\n    return prompts[99]\n"
+        "def refuse(videos, prompts, **columns):\n    raise ValueError('no sound')\n"
+    )
+    with pytest.raises(IndexError):
+        Rewards({"r": RewardConfig(call=f"{file}:bug")}).score(VIDEOS, PROMPTS[:3], watched=False)
+    with pytest.raises(UserError, match="reward r refused its input: no sound"):
+        Rewards({"r": RewardConfig(call=f"{file}:refuse")}).score(VIDEOS, PROMPTS[:3], watched=False)
+
+
+def test_reward_table_total_by_hand():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    table = RewardTable(("a", "b"), values, torch.tensor([1.0, -0.5], dtype=torch.float64))
+    assert table.total.tolist() == [0.0, 1.0]
+    assert table.trained == (0, 1)
+
+
+def test_the_interval_covers_the_mean_about_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    hits = 0
+    for _ in range(60):
+        low, high = bootstrap_interval(random.normal(0.3, 1.0, size=40))
+        hits += low <= 0.3 <= high
+    assert hits >= 50
+    assert bootstrap_interval(np.array([0.5, 0.5, 0.5])) == [0.5, 0.5]
+    assert bootstrap_interval(np.array([0.5])) is None
+
+
+def test_parquet_where_its_library_is_there(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"prompt": ["one", "two"], "n": [1, 2]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    prompts = read_prompts(str(tmp_path / "a.parquet"), "prompts.train")
+    assert [(prompt.text, dict(prompt.columns)) for prompt in prompts] == [("one", {"n": 1}), ("two", {"n": 2})]
+
+
+def test_compressibility_prefers_what_compresses():
+    noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    videos = torch.stack([noise, torch.full_like(noise, 0.5), noise / 2 + 0.25])
+    scores = compressibility(videos, ["", "", ""], frames=1)
+    assert scores[1] > scores[2] > scores[0]
+    assert -2 < float(scores[0]) < 0
+    pair = Rewards({"c": RewardConfig(call="flashgrpo.rewards.jpeg:compressibility")}).planted_pairs()["c"]
+    worse, better = compressibility(torch.stack([pair.worse, pair.better]), ["", ""])
+    assert better > worse
