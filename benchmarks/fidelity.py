@@ -32,7 +32,7 @@ from update import PUBLISHED
 from flashgrpo import RunConfig
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.diagnostics.gradients import Kept
-from flashgrpo.distributed.world import Team, joined
+from flashgrpo.distributed.world import World, process_group
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.processes.flow.cost import update_cost
 from flashgrpo.prompts import prompt_groups
@@ -53,10 +53,10 @@ class Drawn:
     seconds: float
 
 
-def drawn(config: RunConfig, team: Team, updates: int, run: Path | None) -> Drawn:
+def drawn(config: RunConfig, world: World, updates: int, run: Path | None) -> Drawn:
     """Draw so many updates and keep their gradients; the weights stay as they are."""
-    parts, clock, settings = Assembly(config, team), Clock(), config.rollout
-    kept, rewards, forwards = Kept(parts.optimizer.parameters, team), [], 0
+    parts, clock, settings = Assembly(config, world), Clock(), config.rollout
+    kept, rewards, forwards = Kept(parts.optimizer.parameters, world), [], 0
     with weights_replaced(parts.policy.model.network, averaged(parts, run)):
         warm_up = prompt_groups(parts.prompts, config.seed, updates, settings.prompts, settings.group_size)
         experience(parts, warm_up, untimed)
@@ -77,7 +77,7 @@ def averaged(parts: Assembly, run: Path | None) -> Mapping[str, torch.Tensor]:
     if run is not None:
         directory, _ = RunDirectory.existing(run)
         update = directory.choose_checkpoint(None, print)
-        checkpoint.read_into(directory.checkpoints, update, {"ema": tensors}, parts.team)
+        checkpoint.read_into(directory.checkpoints, update, {"ema": tensors}, parts.world)
     return tensors
 
 
@@ -119,10 +119,10 @@ def main() -> None:
         return RunConfig.load(arguments.recipe, [*fixed, *changes])
 
     exact_config = config(())
-    with joined(exact_config) as team:
-        exact = drawn(exact_config, team, arguments.updates, arguments.run)
+    with process_group(exact_config) as world:
+        exact = drawn(exact_config, world, arguments.updates, arguments.run)
         results = {
-            name: compared(exact, drawn(config(changes), team, arguments.updates, arguments.run))
+            name: compared(exact, drawn(config(changes), world, arguments.updates, arguments.run))
             for name, changes in ways.items()
         }
     if arguments.json:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashgrpo import RunConfig
 from flashgrpo.assembly import Assembly, guided_steps
-from flashgrpo.distributed.world import joined
+from flashgrpo.distributed.world import process_group
 from flashgrpo.doctor.estimate import META, estimate, records_per_sample, weightless
 from flashgrpo.doctor.trial import Meter
 from flashgrpo.processes.flow.cost import update_cost
@@ -34,20 +34,20 @@ PHASES = ("rollout", "decode", "update")
 
 def measure(config: RunConfig) -> dict[str, Any]:
     """Two updates, the second of them measured."""
-    with joined(config) as team:
-        parts, groups, size = Assembly(config, team), config.rollout.prompts, config.rollout.group_size
+    with process_group(config) as world:
+        parts, groups, size = Assembly(config, world), config.rollout.prompts, config.rollout.group_size
         for update in range(2):
-            meter = Meter(team.device)
+            meter = Meter(world.device)
             one_update(parts, prompt_groups(parts.prompts, config.seed, update, groups, size), meter)
         seconds = meter.clock.lap()
-        device = team.device
+        device = world.device
         rate = matmul_rate(device, getattr(torch, config.model.dtype))
         kept = parts.graphs is not None and parts.graphs.kept
         settings = config.rollout.model_copy(update={"retain": kept})
         counted = estimate(config.model_copy(update={"rollout": settings})).totals
         work = operations(config, graphs_kept=kept)
         return {
-            "device": team.device_name,
+            "device": world.device_name,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "videos": config.rollout.prompts * config.rollout.group_size,
             "seconds": {phase: seconds.get(phase, 0.0) for phase in PHASES},

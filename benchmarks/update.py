@@ -23,7 +23,7 @@ from rich.table import Table
 from flashgrpo import RunConfig
 from flashgrpo.assembly import Assembly
 from flashgrpo.distributed import memory
-from flashgrpo.distributed.world import joined
+from flashgrpo.distributed.world import process_group
 from flashgrpo.models.pipeline import PipelineModel
 from flashgrpo.processes.flow.cost import update_cost
 from flashgrpo.prompts import prompt_groups
@@ -72,19 +72,19 @@ def measure(recipe: str, updates: int, overrides: list[str]) -> dict[str, Any]:
     watch, configs = Watch(), {}
     for name, changes in (("published", PUBLISHED), ("recipe", ())):
         configs[name] = RunConfig.load(recipe, ["out=unused", f"updates={updates + 1}", *overrides, *changes])
-    with joined(configs["recipe"]) as team:
-        ways = {name: Assembly(config, team) for name, config in configs.items()}
+    with process_group(configs["recipe"]) as world:
+        ways = {name: Assembly(config, world) for name, config in configs.items()}
         lines: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for update in range(updates + 1):
             for name, parts in ways.items():
                 settings = parts.config.rollout
                 groups = prompt_groups(parts.prompts, parts.config.seed, update, settings.prompts, settings.group_size)
-                memory.peak(team.device, reset=True)
+                memory.peak(world.device, reset=True)
                 clock, spent = Clock(), watch.spent
                 one_update(parts, groups, clock)
                 seconds = clock.lap()
                 seconds["models"] = watch.spent - spent + seconds.get("reward", 0.0)
-                seconds["peak"] = memory.peak(team.device)
+                seconds["peak"] = memory.peak(world.device)
                 lines[name].append(seconds)
         for parts in ways.values():
             parts.rewards.close()
@@ -96,7 +96,7 @@ def measure(recipe: str, updates: int, overrides: list[str]) -> dict[str, Any]:
             "speedup_range": [round(min(ratios), 3), round(max(ratios), 3)],
             "updates": updates,
             "videos": samples,
-            "device": team.device_name,
+            "device": world.device_name,
             "threads": torch.get_num_threads(),
             **{name: summary(lines[name][1:], samples, ways[name]) for name in ways},
         }

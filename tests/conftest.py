@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.models.load import load_model
 from flashgrpo.processes.flow.model import VideoModel
 from tests.nursery import Nursery
@@ -78,7 +78,7 @@ def make_model(make_run):
     def make(*overrides: str) -> VideoModel:
         config = make_run(*overrides)
         keep = config.algorithm.kl_coef > 0
-        return load_model(config.model, alone(), config.seed, keep_reference=keep)
+        return load_model(config.model, single_process(), config.seed, keep_reference=keep)
 
     return make
 

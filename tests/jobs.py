@@ -16,7 +16,7 @@ from flashgrpo import evaluate as evaluation
 from flashgrpo import train as training
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import joined, local, whole
+from flashgrpo.distributed.world import full_tensor, local, process_group
 from flashgrpo.errors import UserError
 from flashgrpo.learning.update import policy_update
 from flashgrpo.models.lora import trained_parameters
@@ -75,8 +75,8 @@ def slow_train(recipe: str, seconds: float, *overrides: str) -> str:
 def one_update(recipe: str, out: str, *overrides: str) -> dict:
     """A rollout and its gradient, written to files: what each rank drew, and the whole gradient of the update."""
     config = RunConfig.load(recipe, overrides)
-    with joined(config) as team:
-        parts = Assembly(config, team)
+    with process_group(config) as world:
+        parts = Assembly(config, world)
         perturb(parts.policy.model.network)
         settings, optimizer = config.rollout, parts.optimizer
         groups = prompt_groups(parts.prompts, config.seed, 3, settings.prompts, settings.group_size)
@@ -86,24 +86,24 @@ def one_update(recipe: str, out: str, *overrides: str) -> dict:
 
         def spy() -> float:
             gradients = zip(optimizer.parameters, optimizer._gradients, strict=True)
-            named.update({f"gradient/{name}": whole(gradient).clone() for name, gradient in gradients})
+            named.update({f"gradient/{name}": full_tensor(gradient).clone() for name, gradient in gradients})
             return step()
 
         optimizer.step = spy
         advantages = torch.linspace(-1, 1, settings.prompts * settings.group_size)[drawn.mine]
         metrics = policy_update(
-            parts.policy, optimizer, drawn.transitions, advantages, config.algorithm, config.optim, team
+            parts.policy, optimizer, drawn.transitions, advantages, config.algorithm, config.optim, world
         )
-        named |= {f"weight/{name}": whole(weight).clone() for name, weight in optimizer.weights().items()}
+        named |= {f"weight/{name}": full_tensor(weight).clone() for name, weight in optimizer.weights().items()}
         tensors = {name: getattr(drawn.transitions, name) for name in ("k", "x", "x_next", "log_prob")}
         tensors |= {"latents": drawn.latents, "rewards": drawn.rewards.values}
         save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, f"{out}/drawn{team.rank}.safetensors"
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, f"{out}/drawn{world.rank}.safetensors"
         )
-        if team.leads:
+        if world.is_main:
             save_file({name: tensor.contiguous() for name, tensor in named.items()}, f"{out}/update.safetensors")
         names = [[group.prompt.text, group.group, member] for group in groups for member in range(group.size)]
-        return {"names": team.gather(names[drawn.mine]), "metrics": metrics, "held": held(parts.policy.model.network)}
+        return {"names": world.gather(names[drawn.mine]), "metrics": metrics, "held": held(parts.policy.model.network)}
 
 
 def perturb(network: torch.nn.Module) -> None:
@@ -112,7 +112,7 @@ def perturb(network: torch.nn.Module) -> None:
 
     noise = torch.Generator().manual_seed(1)
     for parameter in trained_parameters(network).values():
-        moved = whole(parameter) + 0.02 * torch.randn(parameter.shape, generator=noise)
+        moved = full_tensor(parameter) + 0.02 * torch.randn(parameter.shape, generator=noise)
         if isinstance(parameter, DTensor):
             moved = distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
         local(parameter).copy_(moved)

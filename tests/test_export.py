@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from flashgrpo.cli import app
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.export import export
 from flashgrpo.models.load import load_model
@@ -42,7 +42,7 @@ def full(tmp_path_factory):
 def velocities(run, network) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(base, trained policy, what `network` computes) for one input."""
     config, folder = run
-    model = load_model(config.model, alone(), config.seed)
+    model = load_model(config.model, single_process(), config.seed)
     x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     text, timestep = (
         model.encode([Prompt("a red circle moving left slowly", {})]).tensors["text"],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.sharding import blocks_of
-from flashgrpo.distributed.world import Team, use_threads
+from flashgrpo.distributed.world import World, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.learning.advantage import combine_advantages
 from flashgrpo.learning.optim import Optimizer
@@ -39,9 +39,9 @@ Phases = Callable[[str], AbstractContextManager[None]]  # a clock: `with clock("
 class Assembly:
     """Everything that a run computes with; nothing here knows of files that are written, or of how far a run is."""
 
-    def __init__(self, config: RunConfig, team: Team, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, config: RunConfig, world: World, say: Callable[[str], None] | None = None) -> None:
         self.config = config
-        self.team = team
+        self.world = world
         self.prompts = read_prompts(config.prompts.train, "prompts.train")
         self.heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
         self.rewards = Rewards(config.rewards, config.model.fps)
@@ -55,9 +55,9 @@ class Assembly:
         drawn = (prompt_groups(self.prompts, config.seed, update, groups, size) for update in range(config.updates))
         self.used = [*{id(g.prompt): g.prompt for update in drawn for g in update}.values(), *self.heldout]
         if config.rollout.deterministic_dtype == "float8":
-            check_float8(team.device)
-        model = load_model(config.model, team, config.seed, self.used, config.algorithm.kl_coef > 0, say)
-        self.rewards.load(team)  # after the prompts' encoders have made room, and before anything is drawn
+            check_float8(world.device)
+        model = load_model(config.model, world, config.seed, self.used, config.algorithm.kl_coef > 0, say)
+        self.rewards.load(world)  # after the prompts' encoders have made room, and before anything is drawn
         grid, settings = model.grid(config.rollout.num_steps), config.rollout
         table = config.algorithm.noise(grid.sigmas)
         of_policy, of_environment = guidance(model, grid, settings)
@@ -72,25 +72,25 @@ class Assembly:
             Float8(blocks_of(model.network)) if settings.deterministic_dtype == "float8" else None,
             settings.reuse,
         )
-        self.optimizer = Optimizer(trained_parameters(model.network), config.optim, team)
+        self.optimizer = Optimizer(trained_parameters(model.network), config.optim, world)
         self.graphs = self._graphs()  # in the memory that is left
-        self.evaluator = Evaluator(model, config, self.heldout, self.rewards, team)
+        self.evaluator = Evaluator(model, config, self.heldout, self.rewards, world)
 
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
         """The trained rewards of samples that are about to be drawn, of all ranks."""
         config, batch = self.config, self.config.rollout.decode_micro_batch
         offloads = config.model.offload
         model = self.policy.model
-        return Scoring(self.rewards, model, self.team, prompts, False, batch, at_once=offloads, clock=clock)
+        return Scoring(self.rewards, model, self.world, prompts, False, batch, at_once=offloads, clock=clock)
 
     def _graphs(self) -> Graphs | None:
         config, rollout, one = self.config, self.config.rollout, torch.zeros(1).long()
         if rollout.retain is False or config.replays:
             return None
         trained = config.algorithm.steps.trained(config.seed, 0, one, rollout.num_steps, members=one)
-        own = len(self.team.share(rollout.prompts * rollout.group_size))
+        own = len(self.world.share(rollout.prompts * rollout.group_size))
         calls = -(-own * int(trained.sum()) // config.optim.micro_batch)
-        return Graphs(calls, None if rollout.retain else room_for_graphs(self.team.device))
+        return Graphs(calls, None if rollout.retain else room_for_graphs(self.world.device))
 
     @property
     def guided(self) -> Guided:
@@ -138,9 +138,9 @@ class Experience:
 
 def experience(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) -> Experience:
     """Draw the samples of the groups, decode and score them meanwhile, compare them within their groups."""
-    config, team, policy, settings = parts.config, parts.team, parts.policy, parts.config.rollout
+    config, world, policy, settings = parts.config, parts.world, parts.policy, parts.config.rollout
     samples = [Sample(group, member) for group in groups for member in range(group.size)]
-    share = team.slice(len(samples))
+    share = world.slice(len(samples))
     mine = samples[share]
     scoring = parts.scoring([sample.group.prompt for sample in samples], clock)
     with clock("rollout"):
@@ -153,7 +153,7 @@ def experience(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) ->
             config.algorithm,
             config.seed,
             settings.micro_batch,
-            team,
+            world,
             scoring.add,
             parts.graphs,
         )

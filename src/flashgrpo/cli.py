@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import speaks
+from flashgrpo.distributed.world import is_main_process
 from flashgrpo.errors import UserError, suggest
 from flashgrpo.run.progress import Reporter, describe
 
@@ -54,7 +54,7 @@ def train(
 
     config = RunConfig.load(recipe, overrides or [])
     run = train_on_ray(config, ray_workers) if ray_workers else run_training(config)
-    if speaks():
+    if is_main_process():
         print(run)
 
 
@@ -69,7 +69,7 @@ def evaluate(
     from flashgrpo.evaluate import evaluate as run_evaluation
 
     record = run_evaluation(target, overrides or [], checkpoint)
-    if not speaks():
+    if not is_main_process():
         return
     if as_json:
         print(json.dumps(record))
@@ -144,9 +144,9 @@ def doctor(
     from flashgrpo.doctor import examine
 
     diagnosis = examine(recipe, overrides or [])
-    if speaks() and as_json:
+    if is_main_process() and as_json:
         print(json.dumps(diagnosis.as_json()))
-    elif speaks():
+    elif is_main_process():
         table = Table("", "check", "finding", show_header=False, box=None)
         colors = {"sound": "green", "warning": "yellow", "unsound": "red"}
         for finding in diagnosis.findings:

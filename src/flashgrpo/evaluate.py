@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import joined, use_threads
+from flashgrpo.distributed.world import process_group, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import trained_parameters, weights_replaced
@@ -41,17 +41,17 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
     rewards.check_columns(prompts[0], "prompts.heldout")
     update = run.choose_checkpoint(checkpoint_update, Reporter().warn) if run else None
-    with joined(config, strict=False) as team, contextlib.ExitStack() as stack:
-        model = load_model(config.model, team, config.seed, prompts, say=Reporter().say)
+    with process_group(config, strict=False) as world, contextlib.ExitStack() as stack:
+        model = load_model(config.model, world, config.seed, prompts, say=Reporter().say)
         if run:
             run.check_model(model.identity)
-        rewards.load(team)
+        rewards.load(world)
         stack.callback(rewards.close)
-        evaluator = Evaluator(model, config, prompts, rewards, team)
+        evaluator = Evaluator(model, config, prompts, rewards, world)
         base = record(0, evaluator(), None, config.evaluation.samples_per_prompt)
         if run is None or update is None:
             return base
         averaged = {name: tensor.detach().clone() for name, tensor in trained_parameters(model.network).items()}
-        checkpoint.read_into(run.checkpoints, update, {"ema": averaged}, team)
+        checkpoint.read_into(run.checkpoints, update, {"ema": averaged}, world)
         with weights_replaced(model.network, averaged):
             return record(update, evaluator(), base, config.evaluation.samples_per_prompt)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.files import write_aside
 from flashgrpo.models.load import load_model
@@ -40,7 +40,7 @@ def export(
     update = directory.choose_checkpoint(checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     plain = {"compute_dtype": None, "offload": False, "attention": None, "compile": False}
-    model = load_model(config.model.model_copy(update=plain), alone(computes=False), config.seed)
+    model = load_model(config.model.model_copy(update=plain), single_process(computes=False), config.seed)
     directory.check_model(model.identity)
     with write_aside(folder) as aside:
         aside.mkdir()

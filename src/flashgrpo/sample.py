@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import Team, joined, use_threads
+from flashgrpo.distributed.world import World, process_group, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import weights_replaced
@@ -56,15 +56,15 @@ def sample(
     update = directory.choose_checkpoint(checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     use_threads(config.parallel.threads)
-    with joined(config, strict=False) as team:
-        model = load_model(_resized(config.model, size), team, config.seed, prompts)
+    with process_group(config, strict=False) as world:
+        model = load_model(_resized(config.model, size), world, config.seed, prompts)
         directory.check_model(model.identity)
         if from_image and not model.takes_image:
             raise UserError("--image: this run's model makes videos from text only; leave it out")
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
 
         def videos() -> list[Video]:
-            return [_draw(model, config, prompt, seed, num_steps, team) for prompt, seed in pairs]
+            return [_draw(model, config, prompt, seed, num_steps, world) for prompt, seed in pairs]
 
         base = videos()
         with weights_replaced(model.network, averaged):
@@ -75,9 +75,11 @@ def sample(
 
 
 @torch.no_grad()
-def _draw(model: VideoModel, config: RunConfig, prompt: Prompt, seed: int, num_steps: int | None, team: Team) -> Video:
+def _draw(
+    model: VideoModel, config: RunConfig, prompt: Prompt, seed: int, num_steps: int | None, world: World
+) -> Video:
     environment = deterministic(model, config, num_steps or config.evaluation.num_steps)
-    latents = denoise(environment, noise_of(model, seed, "sample", [()]), model.encode([prompt]), 1, team)
+    latents = denoise(environment, noise_of(model, seed, "sample", [()]), model.encode([prompt]), 1, world)
     return model.decode(latents)[0].cpu()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashgrpo.assembly import Assembly, Experience
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import Team, whole
+from flashgrpo.distributed.world import World, full_tensor
 from flashgrpo.doctor import refuse_unsound
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.files import write_aside
@@ -28,23 +28,23 @@ from flashgrpo.video import write_mp4
 class Run:
     """A run in progress: its directory, model, optimizer and how far it has come. Opening it resumes it."""
 
-    def __init__(self, config: RunConfig, reporter: Reporter, team: Team) -> None:
+    def __init__(self, config: RunConfig, reporter: Reporter, world: World) -> None:
         self.config = config
         self.reporter = reporter
-        self.team = team
+        self.world = world
         self.progress = Progress()
         self._evaluations: list[dict[str, Any]] = []
         self._saved = self._begun = Progress()  # of the newest checkpoint on disk, and of the one that is being written
         self.directory = RunDirectory(Path(config.out))
-        team.lead(lambda: check_installed(config.tracking))
-        team.lead(lambda: self.directory.check(config))
-        self.parts = Assembly(config, team, reporter.say)
+        world.on_main(lambda: check_installed(config.tracking))
+        world.on_main(lambda: self.directory.check(config))
+        self.parts = Assembly(config, world, reporter.say)
         self.optimizer = self.parts.optimizer
-        self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, team)
+        self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, world)
         identity = self.parts.policy.model.identity
         prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}
-        team.lead(lambda: self.directory.begin(config, team, prompts, identity))
-        shown = config.tracking if team.leads else TrackingConfig()
+        world.on_main(lambda: self.directory.begin(config, world, prompts, identity))
+        shown = config.tracking if world.is_main else TrackingConfig()
         self.trackers = Trackers(shown, self.directory.path, config.model_dump(mode="json"), reporter.warn)
 
     def __enter__(self) -> "Run":
@@ -59,7 +59,7 @@ class Run:
 
     def _resume(self) -> None:
         """Examine a new run and score its base model; continue another from its newest checkpoint that is whole."""
-        saved, self._evaluations = self.team.lead(self._find_checkpoint)
+        saved, self._evaluations = self.world.on_main(self._find_checkpoint)
         if not saved:
             refuse_unsound(self.parts, self.reporter.warn)
         if not self._evaluations:
@@ -68,7 +68,7 @@ class Run:
         if saved:
             state = self.optimizer.state()
             self.progress = Progress(**saved)
-            checkpoint.read_into(self.directory.checkpoints, self.progress.update, state, self.team)
+            checkpoint.read_into(self.directory.checkpoints, self.progress.update, state, self.world)
             self.optimizer.restored(state)
             self._saved = self._begun = self.progress
             self.progress = self._as_evaluated(self.progress.update)
@@ -78,7 +78,7 @@ class Run:
                 if done
                 else f"continuing {self.directory.path} after update {self.progress.update}"
             )
-        self.team.check_replicas(self.optimizer.weights())
+        self.world.check_replicas(self.optimizer.weights())
 
     def _as_evaluated(self, update: int) -> Progress:
         """Where the run stands by its evaluations; the last may have been made up for after the checkpoint."""
@@ -97,7 +97,7 @@ class Run:
             if kind is None:
                 self.save()
                 self._finish_writing()
-            elif self.team.size == 1 or issubclass(kind, SharedError):
+            elif self.world.size == 1 or issubclass(kind, SharedError):
                 try:
                     self.save()
                     self._finish_writing()
@@ -128,7 +128,7 @@ class Run:
     def log(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
         """Append the update's line to metrics.jsonl; the update counts as done from here on."""
         line = {"update": self.progress.update + 1, **metrics, "seconds": seconds}
-        self.team.lead(lambda: self.directory.log_metrics(line))
+        self.world.on_main(lambda: self.directory.log_metrics(line))
         self.trackers.log("train", line)
         self.progress = replace(self.progress, update=line["update"])
         self.reporter.update(line)
@@ -145,8 +145,8 @@ class Run:
             self.progress = replace(self.progress, stale=self.progress.stale + 1)
             return
         if isinstance(self.config.model.train, Lora):
-            averaged = {name: whole(tensor) for name, tensor in self.optimizer.ema.items()}
-            self.team.lead(lambda: self._export(averaged))
+            averaged = {name: full_tensor(tensor) for name, tensor in self.optimizer.ema.items()}
+            self.world.on_main(lambda: self._export(averaged))
         self.progress = replace(self.progress, best_update=update, stale=0)
 
     def _export(self, tensors: dict[str, Tensor]) -> None:
@@ -162,7 +162,7 @@ class Run:
         line["best"] = not line["watch"] and line["reward"] > max(admitted, default=float("-inf"))
         if line["best"] or line["watch"] or update == self.config.updates:
             self._keep_videos(line, evaluation)
-        self.team.lead(lambda: self.directory.log_evaluation(line))
+        self.world.on_main(lambda: self.directory.log_evaluation(line))
         self.trackers.log("heldout", line)
         if line["watch"] and update == self.config.updates:  # where it ends the run sooner, that says it
             self.reporter.warn(line["watch"])
@@ -174,7 +174,7 @@ class Run:
         """Write the videos of the fixed samples and, where adapters can be taken off, of those that changed most."""
         update, samples, fps = line["update"], line["samples"], self.config.model.fps
         base = (self._evaluations[0] if self._evaluations else line)["samples"]
-        videos = self.team.agree(lambda: write_videos(self.directory, update, evaluation, fps))[0]
+        videos = self.world.on_all(lambda: write_videos(self.directory, update, evaluation, fps))[0]
         for row, video in videos.items():
             samples[int(row)] |= {"video": video, "base_video": base[int(row)].get("video", video)}
         if update and videos and isinstance(self.config.model.train, Lora):
@@ -186,7 +186,7 @@ class Run:
             for row, *pair in zip(rows, tuned, before, strict=True):
                 names = [f"videos/{update:06d}/{row:03d}{end}.mp4" for end in ("", "-base")]
                 for name, drawn in zip(names, pair, strict=True):
-                    self.team.lead(partial(write_mp4, self.directory.path / name, drawn, fps))
+                    self.world.on_main(partial(write_mp4, self.directory.path / name, drawn, fps))
                 samples[row] |= {"video": names[0], "base_video": names[1]}
         files = {f"{row:03d}": sample["video"] for row, sample in enumerate(samples) if "video" in sample}
         self.trackers.videos(update, {label: self.directory.path / file for label, file in files.items()})
@@ -203,7 +203,7 @@ class Run:
         whole_update = self.optimizer.whole and self.optimizer.steps == self.progress.update * steps_per_update
         if whole_update and self.progress != self._begun:
             self._finish_writing()
-            self.team.check_replicas(self.optimizer.weights())
+            self.world.check_replicas(self.optimizer.weights())
             self.writer.save(self.optimizer.state(), self.progress)
             self._begun = self.progress
 

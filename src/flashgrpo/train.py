@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flashgrpo.assembly import Assembly, Phases, experience
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import joined
+from flashgrpo.distributed.world import process_group
 from flashgrpo.learning.update import policy_update
 from flashgrpo.processes.flow.cost import update_cost
 from flashgrpo.prompts import prompt_groups
@@ -28,20 +28,20 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
         UserError: bad settings, files or rewards; the updates done until then are kept in a checkpoint.
     """
     config = config.with_absolute_paths()
-    with joined(config) as team:
+    with process_group(config) as world:
         reporter = reporter or Reporter(quiet=not config.tracking.progress)
-        run = Run(config, reporter if team.leads else Reporter(Console(quiet=True)), team)
-        with Interrupt(patient=team.size > 1) as interrupt, run:
+        run = Run(config, reporter if world.is_main else Reporter(Console(quiet=True)), world)
+        with Interrupt(patient=world.size > 1) as interrupt, run:
             _train(run, interrupt)
         return run.directory.path
 
 
 def _train(run: "Run", interrupt: Interrupt) -> None:
     config, parts, clock, rollout = run.config, run.parts, Clock(), run.config.rollout
-    trace = run.directory.path / "profile" / f"rank-{run.team.rank}.json.gz"
+    trace = run.directory.path / "profile" / f"rank-{run.world.rank}.json.gz"
     with traced(config.tracking.profile, trace) as update_ended:
         for update in range(run.progress.update, config.updates):
-            if run.ending or run.team.any(interrupt.requested):
+            if run.ending or run.world.any(interrupt.requested):
                 break
             groups = prompt_groups(parts.prompts, config.seed, update, rollout.prompts, rollout.group_size)
             metrics = one_update(parts, groups, clock)
@@ -62,5 +62,5 @@ def one_update(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) ->
         metrics = describe_rewards(drawn, config.rollout.group_size)
         metrics["compute"] = asdict(update_cost(config, groups[0].update, parts.guided))
         return metrics | policy_update(
-            parts.policy, parts.optimizer, drawn.transitions, own, config.algorithm, config.optim, parts.team
+            parts.policy, parts.optimizer, drawn.transitions, own, config.algorithm, config.optim, parts.world
         )

@@ -23,7 +23,7 @@ from flashgrpo.compare.folder import ComparisonFolder, RunFiles
 from flashgrpo.compare.plan import Plan, make_plan, read_algorithms
 from flashgrpo.compare.processes import note_failure
 from flashgrpo.diagnostics import measure as diagnostics
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.learning.update import policy_update
 from flashgrpo.processes.flow.cost import Cost, Guided, update_cost
@@ -77,7 +77,7 @@ def test_the_network_is_run_as_often_as_counted(make_run, algorithm, guidance):
     config = make_run(
         f"algorithm={algorithm}", f"rollout.guidance_scale={guidance}", "optim.micro_batch=1", "rollout.retain=false"
     )
-    parts = Assembly(config, alone())
+    parts = Assembly(config, single_process())
     rows = {True: 0, False: 0}
 
     def count(module, inputs):
@@ -87,7 +87,7 @@ def test_the_network_is_run_as_often_as_counted(make_run, algorithm, guidance):
     drawn = experience(parts, prompt_groups(parts.prompts, config.seed, 1, 2, 2), Clock())
     assert rows == {True: 0, False: update_cost(config, 1).rollout}
     policy_update(
-        parts.policy, parts.optimizer, drawn.transitions, drawn.advantages, config.algorithm, config.optim, parts.team
+        parts.policy, parts.optimizer, drawn.transitions, drawn.advantages, config.algorithm, config.optim, parts.world
     )
     assert 3 * rows[True] == update_cost(config, 1).update
 

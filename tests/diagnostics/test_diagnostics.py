@@ -33,7 +33,7 @@ from flashgrpo.diagnostics.measure import (
     split_variance,
     variance_parts,
 )
-from flashgrpo.distributed.world import Team, alone
+from flashgrpo.distributed.world import World, single_process
 from flashgrpo.errors import UserError
 from flashgrpo.learning.update import policy_update
 from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO
@@ -53,7 +53,7 @@ def make_parts(make_run):
     made = []
 
     def make(*overrides: str) -> Assembly:
-        made.append(Assembly(make_run(*overrides), alone()))
+        made.append(Assembly(make_run(*overrides), single_process()))
         return made[-1]
 
     yield make
@@ -157,7 +157,7 @@ def test_the_score_is_lambda_where_the_velocity_is_the_parameter(make_parts, mon
     shape, policy = parts.policy.model.latent_shape, parts.policy
     theta = nn.Parameter(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     monkeypatch.setattr(policy.model, "velocity", lambda x, moment, condition: theta.expand_as(x))
-    kept = Kept({"theta": theta}, alone())
+    kept = Kept({"theta": theta}, single_process())
     nothing = Condition({"text": torch.zeros(1, 1, 1)})
     for k in range(5):
         x, xi = torch.randn(1, *shape), torch.randn(1, *shape)
@@ -186,10 +186,10 @@ def test_rectification_is_a_factor_of_each_steps_gradient(make_parts):
     by_step = gradient_by_step(parts, False, 3)
     own, drawn = groups_at_every_step(parts, False, 3)
     for weighting, ours in ((Uniform(), by_step.norm), (Rectified(), by_step.rectified)):
-        kept = Kept(own.optimizer.parameters, own.team)
+        kept = Kept(own.optimizer.parameters, own.world)
         algorithm = replace(own.config.algorithm, weighting=weighting)
         metrics = policy_update(
-            own.policy, kept, drawn.transitions, drawn.advantages, algorithm, own.config.optim, own.team
+            own.policy, kept, drawn.transitions, drawn.advantages, algorithm, own.config.optim, own.world
         )
         theirs = list(metrics["grad_norm_by_step"].values())
         assert [one.value for one in ours] == pytest.approx(theirs, rel=1e-4)
@@ -279,7 +279,7 @@ def test_another_algorithm_shares_the_parts(make_parts):
 
 def test_several_processes_are_refused(make_parts):
     parts = make_parts()
-    parts.team = Team(torch.device("cpu"), size=2)
+    parts.world = World(torch.device("cpu"), size=2)
     with pytest.raises(UserError, match="one process"):
         gradient_consistency(parts, FLASH_GRPO, 3)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from flashgrpo import RunConfig
-from flashgrpo.distributed.world import joined
+from flashgrpo.distributed.world import process_group
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import read_lines
 
@@ -147,8 +147,8 @@ def test_ranks_that_share_a_sample_by_its_tokens(update, size, parallel, train):
 def test_one_process_that_evaluates_a_sharded_run_holds_it_whole(monkeypatch):
     for variable in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(variable, raising=False)
-    with joined(RunConfig.load("tiny", ["parallel.shard=2"]), strict=False) as team:
-        assert (team.size, team.shard, team.wraps) == (1, 1, False)
+    with process_group(RunConfig.load("tiny", ["parallel.shard=2"]), strict=False) as world:
+        assert (world.size, world.shard, world.uses_fsdp) == (1, 1, False)
 
 
 def test_mixed_precision_computes_in_bf16_and_learns_in_fp32(update):

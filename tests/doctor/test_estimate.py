@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.doctor.estimate import LiveBytes, estimate
 from flashgrpo.models.load import load_model
 from flashgrpo.processes.flow.model import Moment
@@ -50,7 +50,7 @@ def test_what_lives_at_a_time_is_counted():
 def test_the_estimate_is_what_a_real_network_takes(make_run):
     """The same call with weights, on the CPU, whose attention keeps no scores either."""
     config = make_run("rollout.micro_batch=2", "model.num_frames=33", "model.height=96", "model.width=96")
-    model = load_model(config.model, alone(), 0)
+    model = load_model(config.model, single_process(), 0)
     condition = model.encode([Prompt("a red circle", {})] * 4)
     x = torch.zeros(4, *model.latent_shape)
     moment = Moment(torch.full((4,), 500.0), torch.full((4,), 0.5, dtype=torch.float64), torch.ones(4))
@@ -65,7 +65,7 @@ def test_the_estimate_is_what_a_real_network_takes(make_run):
 def test_graphs_that_are_to_be_kept_are_counted(make_run):
     """Against what autograd saves for a call of the real network, of four transitions."""
     run = make_run("rollout.guidance_scale=1", "rollout.retain=true", "rollout.group_size=4", "optim.micro_batch=4")
-    parts = Assembly(run, alone())
+    parts = Assembly(run, single_process())
     graphs = parts.graphs = Graphs(2, 2**40)
     experience(parts, prompt_groups(parts.prompts, run.seed, 0, 2, 4), Clock())
     counted = estimate(run).phases["rollout"]["graphs"]

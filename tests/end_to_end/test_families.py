@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import evaluate
 from flashgrpo.export import export
@@ -213,7 +213,7 @@ def test_a_lost_entry_is_made_again_without_an_encoder_that_stays(tmp_path):
     path = recipe(tmp_path, "wan21")
     cache = tmp_path / "cache"
     config = RunConfig.load(path, [f"model.condition_cache={cache}"])
-    model = load_model(config.model, alone(), 0)
+    model = load_model(config.model, single_process(), 0)
     model.encode([Prompt("a red circle", {})])
     assert model.pipeline.text_encoder is None
     assert len(list(cache.rglob("*.safetensors"))) == 2  # and that of the negative prompt
@@ -226,5 +226,5 @@ def test_a_checkpoint_without_an_encoder_is_opened_once_for_all_prompts(tmp_path
     usual = Source._from_folder
     monkeypatch.setattr(Source, "_from_folder", lambda self, known: opened.append(1) or usual(self, known))
     prompts = [Prompt(f"a red circle {n}", {"image": str(tmp_path / "first.png")}) for n in range(5)]
-    load_model(RunConfig.load(path).model, alone(), 0, prompts)
+    load_model(RunConfig.load(path).model, single_process(), 0, prompts)
     assert len(opened) == 4  # the small parts, the encoders, two experts

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import evaluate
 from flashgrpo.run import checkpoint
@@ -332,7 +332,7 @@ def test_eight_bit_moments_resume_bit_for_bit(tmp_path):
 def test_a_second_process_is_kept_out(make_run):
     config = make_run()
     directory = RunDirectory(Path(config.out))
-    directory.begin(config, alone(), {}, "model")
+    directory.begin(config, single_process(), {}, "model")
     with pytest.raises(UserError, match="another process is training"):
         train(config)
     directory.close()

@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
-from flashgrpo.distributed.world import Team, alone
+from flashgrpo.distributed.world import World, single_process
 from flashgrpo.doctor.estimate import META, weightless
 from flashgrpo.learning.optim import Optimizer
 from flashgrpo.learning.settings import OptimConfig
@@ -30,7 +30,7 @@ from flashgrpo.processes.flow.solvers import Euler, UniPC
 from flashgrpo.types import Prompt, PromptGroup, Sample
 from tests.families import KINDS, UNIPC
 
-TEAM = alone()
+WORLD = single_process()
 TEXTS = ["a red circle moving left slowly", "a blue square moving up quickly"]
 SCALE = 4.0
 
@@ -59,7 +59,7 @@ def prompts(kind, folder):
 
 @pytest.fixture
 def model(kind, folder, prompts) -> VideoModel:
-    return load_model(kind.config(folder), TEAM, 0, prompts)
+    return load_model(kind.config(folder), WORLD, 0, prompts)
 
 
 def noise(model: VideoModel, rows: int, seed: int = 0) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_rows_do_not_see_each_other(model, prompts):
 
 
 def test_loading_twice_gives_the_same_model(model, kind, folder, prompts):
-    again = load_model(kind.config(folder), TEAM, 0, prompts)
+    again = load_model(kind.config(folder), WORLD, 0, prompts)
     moment = moments(model.grid(4), [0, 3], SCALE)
     v = [m.velocity(noise(m, 2), moment, m.encode(prompts)) for m in (model, again)]
     assert torch.equal(*v)
@@ -132,7 +132,7 @@ def test_prompts_are_encoded_once_and_no_encoder_stays(model, kind, folder, prom
     with monkeypatch.context() as patch:
         for method in ("encode_text", "encode_image"):
             patch.setattr(type(model), method, None)  # a call would fail
-        again = load_model(kind.config(folder), TEAM, 0, prompts)
+        again = load_model(kind.config(folder), WORLD, 0, prompts)
         assert torch.equal(again.encode(prompts).tensors["text"], rows["text"][:2])
     new = model.encode([Prompt("a green circle", prompts[0].columns)]).tensors["text"]
     assert not torch.equal(new, rows["text"][:1])
@@ -186,7 +186,7 @@ def test_sampling_equals_the_pipeline(model, kind, folder, prompts, solver):
     grid = model.grid(6)
     guidance = guidance_by_step(model, grid, SCALE, kind.guidance_scale_2)
     start = noise(model, 1, seed=3)
-    ours = denoise(Environment(model, grid, guidance, solver), start, model.encode(prompts[:1]), 1, TEAM)
+    ours = denoise(Environment(model, grid, guidance, solver), start, model.encode(prompts[:1]), 1, WORLD)
     call = {"height": kind.height, "width": kind.width, "num_frames": kind.num_frames}
     call["max_sequence_length"] = model.config.max_sequence_length
     call |= {"num_inference_steps": 6, "guidance_scale": SCALE}
@@ -240,7 +240,7 @@ def test_a_merged_pipeline_is_the_tuned_model(model, kind, prompts, tmp_path):
     condition, x, moment = model.encode(prompts), noise(model, 2), moments(model.grid(6), [0, 5], SCALE)
     tuned = model.velocity(x, moment, condition).detach()
     model.save_merged(tmp_path / "merged", tuned_weights)
-    merged = load_model(kind.config(tmp_path / "merged"), TEAM, 0, prompts)
+    merged = load_model(kind.config(tmp_path / "merged"), WORLD, 0, prompts)
     torch.testing.assert_close(merged.velocity(x, moment, condition), tuned, rtol=1e-3, atol=1e-4)
     assert kind.open(tmp_path / "merged").text_encoder is not None
 
@@ -248,7 +248,7 @@ def test_a_merged_pipeline_is_the_tuned_model(model, kind, prompts, tmp_path):
 @pytest.mark.parametrize(("solver", "offload"), [(Euler(), False), (UniPC(), True)], ids=["euler", "unipc-offload"])
 def test_one_update(kind, folder, prompts, solver, offload):
     """Rollout, replay and optimizer step; the first ratio is 1 bit for bit, and the weights move."""
-    model = load_model(kind.config(folder, offload=offload, gradient_checkpointing=True), TEAM, 0, prompts)
+    model = load_model(kind.config(folder, offload=offload, gradient_checkpointing=True), WORLD, 0, prompts)
     perturb(model)
     grid = model.grid(6)
     guidance = guidance_by_step(model, grid, SCALE, kind.guidance_scale_2)
@@ -257,12 +257,12 @@ def test_one_update(kind, folder, prompts, solver, offload):
     groups = [PromptGroup(0, number, prompt, 2) for number, prompt in enumerate(prompts)]
     samples = [Sample(group, member) for group in groups for member in range(2)]
     condition = model.encode([sample.group.prompt for sample in samples])
-    latents, transitions = rollout(policy, environment, samples, condition, FLASH_GRPO, 0, 4, TEAM)
+    latents, transitions = rollout(policy, environment, samples, condition, FLASH_GRPO, 0, 4, WORLD)
     assert latents.isfinite().all()
     before = {name: p.detach().clone() for name, p in trained_parameters(model.network).items()}
-    optimizer = Optimizer(trained_parameters(model.network), OptimConfig(lr=1e-2, micro_batch=2), TEAM)
+    optimizer = Optimizer(trained_parameters(model.network), OptimConfig(lr=1e-2, micro_batch=2), WORLD)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    metrics = policy_update(policy, optimizer, transitions, advantages, FLASH_GRPO, optimizer.config, TEAM)
+    metrics = policy_update(policy, optimizer, transitions, advantages, FLASH_GRPO, optimizer.config, WORLD)
     assert metrics["drift"] == 0
     assert metrics["grad_norm"] > 0
     with weights_replaced(model.network, before):
@@ -283,7 +283,9 @@ def test_a_rollout_reads_no_values(kind, folder, prompts):
     samples = [Sample(group, member) for group in groups for member in range(2)]
     condition = model.nothing()[torch.zeros(4, dtype=torch.int64)]
     graphs = Graphs(1000, None)
-    latents, transitions = rollout(policy, environment, samples, condition, FLASH_GRPO, 0, 3, Team(META), graphs=graphs)
+    latents, transitions = rollout(
+        policy, environment, samples, condition, FLASH_GRPO, 0, 3, World(META), graphs=graphs
+    )
     assert latents.is_meta
     assert transitions.retained
     model.decode(latents, 5)

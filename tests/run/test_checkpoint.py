@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, write_aside
 from flashgrpo.run import checkpoint
@@ -21,7 +21,7 @@ TENSORS = {"policy": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)
 
 
 def save(folder, update, best=0, keep=2, tensors=TENSORS):
-    writer = checkpoint.Writer(folder, keep, alone())
+    writer = checkpoint.Writer(folder, keep, single_process())
     writer.save(tensors, Progress(update, best, 1))
     writer.wait()
     return folder / f"{update:06d}"
@@ -94,7 +94,7 @@ def test_tensors_are_read_into_those_that_are_there(tmp_path):
     save(tmp_path, 1)
     there = {"ema": {"a": torch.zeros(3, 2)}}
     address = there["ema"]["a"].data_ptr()
-    checkpoint.read_into(tmp_path, 1, there, alone())
+    checkpoint.read_into(tmp_path, 1, there, single_process())
     assert torch.equal(there["ema"]["a"], TENSORS["ema"]["a"])
     assert there["ema"]["a"].data_ptr() == address
     for other in (
@@ -104,7 +104,7 @@ def test_tensors_are_read_into_those_that_are_there(tmp_path):
         {},
     ):
         with pytest.raises(UserError, match="of another model or adapter"):
-            checkpoint.read_into(tmp_path, 1, {"ema": other}, alone())
+            checkpoint.read_into(tmp_path, 1, {"ema": other}, single_process())
 
 
 def test_a_save_does_not_see_what_training_changes_meanwhile(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_save_does_not_see_what_training_changes_meanwhile(tmp_path, monkeypat
         return real(*arguments, **options)
 
     monkeypatch.setattr(checkpoint.dcp, "save", slow)
-    writer = checkpoint.Writer(tmp_path, 2, alone())
+    writer = checkpoint.Writer(tmp_path, 2, single_process())
     writer.save({"policy": {"w": weights}}, Progress(1))
     assert checkpoint.updates(tmp_path) == []  # not whole yet, and training is not held up
     weights += 1

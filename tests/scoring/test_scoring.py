@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.scoring.inputs import LatentVideos, Pixels, VideoFiles
@@ -95,8 +95,8 @@ def test_frames_by_stride_rate_and_size():
 
 def score(configs, model, batches=((0, 1), (2, 3, 4), (5,)), **settings) -> object:
     rewards = Rewards(configs, fps=8.0)
-    rewards.load(alone(computes=False))
-    scoring = Scoring(rewards, model, alone(computes=False), PROMPTS, watched=True, micro_batch=2, **settings)
+    rewards.load(single_process(computes=False))
+    scoring = Scoring(rewards, model, single_process(computes=False), PROMPTS, watched=True, micro_batch=2, **settings)
     for rows in batches:
         rows = torch.tensor(rows)
         scoring.add(rows, LATENTS[rows])
@@ -275,8 +275,8 @@ def test_a_class_is_made_once_and_its_arguments_are_checked():
     before = Shape.made
     rewards = Rewards({"s": config("Shape", args={"stride": 2})})
     assert Shape.made == before  # not before it has to
-    rewards.load(alone(computes=False))
-    rewards.load(alone(computes=False))
+    rewards.load(single_process(computes=False))
+    rewards.load(single_process(computes=False))
     assert Shape.made == before + 1
     assert rewards.takes("s") == Pixels(stride=2)
     with pytest.raises(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from flashgrpo.assembly import Assembly, Experience, experience
-from flashgrpo.distributed.world import Team, local
+from flashgrpo.distributed.world import World, local
 from flashgrpo.errors import UserError
 from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.update import policy_update
@@ -114,7 +114,7 @@ def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> G
     prompt = transitions.sample // (len(transitions) // prompts)
     grams, scores, drifts = [], [], []
     for step in steps:
-        kept = Kept(own.optimizer.parameters, own.team)
+        kept = Kept(own.optimizer.parameters, own.world)
         groups = [((transitions.k == step) & (prompt == p)).nonzero().flatten() for p in range(prompts)]
         drifts += [kept.update(own, transitions[group], drawn.advantages) for group in groups]
         grams.append(gram(kept.gradients))
@@ -217,7 +217,7 @@ class GradientConsistency:
 def gradient_consistency(parts: Assembly, algorithm: Algorithm, updates: int = 8) -> GradientConsistency:
     """The gradients of several updates of an algorithm at fixed weights; each has its own prompts, steps and noise."""
     own, rollout = named(parts, algorithm, "consistency"), parts.config.rollout
-    kept, drifts = Kept(own.optimizer.parameters, own.team), []
+    kept, drifts = Kept(own.optimizer.parameters, own.world), []
     for update in range(updates):
         groups = prompt_groups(parts.prompts, parts.config.seed, update, rollout.prompts, rollout.group_size)
         drawn = experience(own, groups, untimed)
@@ -250,8 +250,8 @@ def consistency_of(
 class Kept(GradientSum):
     """Stands in for the optimizer: keeps the gradients, flat and on the CPU, and leaves the weights as they are."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], team: Team) -> None:
-        super().__init__(parameters, team)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World) -> None:
+        super().__init__(parameters, world)
         self.gradients: list[Float[Tensor, " parameters"]] = []
 
     @property
@@ -268,7 +268,7 @@ class Kept(GradientSum):
     def update(self, parts: Assembly, transitions: Transitions, advantages: Float[Tensor, " batch"]) -> float:
         """Keep the gradient of an update of one optimizer step; returns its drift."""
         once, algorithm = parts.config.optim.model_copy(update={"minibatches": 1, "passes": 1}), parts.config.algorithm
-        metrics = policy_update(parts.policy, self, transitions, advantages, algorithm, once, parts.team)
+        metrics = policy_update(parts.policy, self, transitions, advantages, algorithm, once, parts.world)
         drift = metrics["drift"]
         assert isinstance(drift, float)
         return drift
@@ -292,8 +292,8 @@ def windows(parts: Assembly) -> dict[str, list[int]]:
 
 def named(parts: Assembly, algorithm: Algorithm, purpose: str) -> Assembly:
     """Draws as `algorithm` does, with noise and steps that no run and no other measurement has."""
-    if parts.team.size > 1:
-        raise UserError(f"diagnostics run in one process, not in {parts.team.size}; start them without torchrun")
+    if parts.world.size > 1:
+        raise UserError(f"diagnostics run in one process, not in {parts.world.size}; start them without torchrun")
     own = parts.with_algorithm(algorithm)
     own.graphs = None  # each gradient is that of a replay, some of parts of what was drawn
     own.config = own.config.model_copy(update={"seed": keyed_bits(purpose, parts.config.seed)})

@@ -21,7 +21,7 @@ from torch import Tensor
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.config import RunConfig
 from flashgrpo.diagnostics.gradients import Estimate, gradient_by_step, gradient_consistency, named, windows
-from flashgrpo.distributed.world import joined, use_threads
+from flashgrpo.distributed.world import process_group, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.files import write_aside
 from flashgrpo.models.lora import weights_replaced
@@ -76,8 +76,8 @@ def diagnose(
     keeps_reference = max(algorithms.values(), key=lambda algorithm: algorithm.kl_coef)
     config = config.model_copy(update={"updates": updates, "algorithm": keeps_reference})
     use_threads(config.parallel.threads)
-    with joined(config, strict=False) as team:
-        parts = Assembly(config, team, say)
+    with process_group(config, strict=False) as world:
+        parts = Assembly(config, world, say)
         try:
             update, tensors = _averaged(parts, weights, say)
             with weights_replaced(parts.policy.model.network, tensors):
@@ -99,7 +99,7 @@ def _averaged(parts: Assembly, run: Path | None, say: Say) -> tuple[int | None, 
         raise UserError(f"model.train is not that of {run}, whose weights are to be measured")
     directory.check_model(parts.policy.model.identity)
     update = directory.choose_checkpoint(None, say)
-    checkpoint.read_into(directory.checkpoints, update, {"ema": tensors}, parts.team)
+    checkpoint.read_into(directory.checkpoints, update, {"ema": tensors}, parts.world)
     return update, tensors
 
 

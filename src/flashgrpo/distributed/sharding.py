@@ -1,4 +1,4 @@
-"""How a network lies on the ranks of a team: whole, in shards (FSDP2), with its tokens split (context parallelism)."""
+"""How a network lies on the ranks of a world: whole, in shards (FSDP2), with its tokens split (context parallelism)."""
 
 import warnings
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 
 
-def place(network: nn.Module, team: Team, compute_dtype: torch.dtype | None) -> None:
+def place(network: nn.Module, world: World, compute_dtype: torch.dtype | None) -> None:
     """Leave a network whole, or bring this rank's shard of each block to its device; split its tokens by context.
 
     Args:
@@ -21,16 +21,16 @@ def place(network: nn.Module, team: Team, compute_dtype: torch.dtype | None) -> 
     Raises:
         UserError: the network cannot be split that way.
     """
-    if team.context > 1:
-        _split_tokens(network, team)
-    if not team.wraps:
+    if world.context > 1:
+        _split_tokens(network, world)
+    if not world.uses_fsdp:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     warnings.filterwarnings("ignore", message=".*returned a view tensor")  # FSDP2's; nobody changes it in place
-    holders = team.shard * team.context  # ranks that hold one copy between them
-    shape = (team.size // holders, holders)
-    mesh = init_device_mesh(team.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    holders = world.shard * world.context  # ranks that hold one copy between them
+    shape = (world.size // holders, holders)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if shape[0] > 1 else mesh["shard"]
     precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     for module in [*blocks_of(network), network]:
@@ -45,7 +45,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if type(module).__name__ in names]
 
 
-def _split_tokens(network: nn.Module, team: Team) -> None:
+def _split_tokens(network: nn.Module, world: World) -> None:
     """Each rank of a context computes a part of the tokens, and attention sees all of them, through diffusers' hooks.
 
     What `enable_parallelism` does, without its division by the number of accelerators, which is zero on a CPU.
@@ -61,21 +61,23 @@ def _split_tokens(network: nn.Module, team: Team) -> None:
             f"parallel.context: diffusers would also split the texts of {type(network).__name__}; use parallel.shard"
         )
     heads = network.config["num_attention_heads"]  # type: ignore[index]
-    if team.context_kind == "ring" and team.device.type == "cpu":
+    if world.context_kind == "ring" and world.device.type == "cpu":
         raise UserError(
             "parallel.context_kind: ring needs attention with a log-sum-exp, which the CPU lacks; use ulysses"
         )
-    if team.context_kind == "ulysses" and heads % team.context:
-        raise UserError(f"parallel.context: {heads} attention heads cannot be split over {team.context} processes")
-    if team.context_kind == "ring":
+    if world.context_kind == "ulysses" and heads % world.context:
+        raise UserError(f"parallel.context: {heads} attention heads cannot be split over {world.context} processes")
+    if world.context_kind == "ring":
         if next(network.parameters()).dtype != torch.bfloat16:
             raise UserError("parallel.context_kind: the GPU's attention for ring takes bfloat16: model.dtype=bfloat16")
         network.set_attention_backend("_native_cudnn")  # type: ignore[operator]
-    ring, ulysses = (team.context, 1) if team.context_kind == "ring" else (1, team.context)
+    ring, ulysses = (world.context, 1) if world.context_kind == "ring" else (1, world.context)
     names = ("data", "ring", "ulysses")
-    mesh = init_device_mesh(team.device.type, (team.data_size, ring, ulysses), mesh_dim_names=names)["ring", "ulysses"]
+    mesh = init_device_mesh(world.device.type, (world.data_size, ring, ulysses), mesh_dim_names=names)[
+        "ring", "ulysses"
+    ]
     config = ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses, mesh=mesh)
-    config.setup(team.rank, team.size, team.device, mesh)
+    config.setup(world.rank, world.size, world.device, mesh)
     processors: list[Any] = [getattr(module, "processor", None) for module in network.modules()]
     for processor in processors:
         if hasattr(processor, "_parallel_config"):

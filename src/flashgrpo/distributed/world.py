@@ -1,6 +1,6 @@
 """The processes of a run: where each computes, which samples are its own, and what they tell each other.
 
-Started by torchrun, by Ray, or not at all: a process alone is a team of one on the same path. The ranks form a mesh:
+Started by torchrun, by Ray, or not at all: a process alone is a world of one on the same path. The ranks form a mesh:
 
     replicate  copies of the network; each draws and replays other samples, and their gradients are added up
     shard      ranks that hold one copy between them (FSDP2), each drawing and replaying samples of its own
@@ -31,15 +31,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Team:
+class World:
     """The processes of a run, seen from one of them.
 
     Args:
         device: where this one computes.
         shares: how much of each update's samples a data rank takes, in any unit; equal parts where None.
         reward_ranks: the ranks that compute rewards; where there is none, each scores what it has drawn.
-        wraps: whether FSDP2 wraps the network, so that network calls are collectives and gradients come reduced.
-        talk: the group that the processes talk over; on the CPU whatever the device.
+        uses_fsdp: whether FSDP2 wraps the network, so that network calls are collectives and gradients come reduced.
+        cpu_group: the group that the processes talk over; on the CPU whatever the device.
     """
 
     device: torch.device
@@ -50,12 +50,12 @@ class Team:
     context_kind: Literal["ulysses", "ring"] = "ulysses"
     shares: Sequence[float] | None = None
     reward_ranks: Sequence[int] = ()
-    wraps: bool = False
-    talk: Any = None
+    uses_fsdp: bool = False
+    cpu_group: Any = None
 
     @property
-    def leads(self) -> bool:
-        """Whether this process writes the run's files and speaks for all."""
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files and is_main_process for all."""
         return self.rank == 0
 
     @property
@@ -99,9 +99,9 @@ class Team:
 
     def gather(self, value: T) -> list[T]:
         """The JSON values of all data ranks, in the order of their samples."""
-        return self.exchange(value)[:: self.context]
+        return self.all_gather_json(value)[:: self.context]
 
-    def agree(self, compute: Callable[[], T]) -> list[T]:
+    def on_all(self, compute: Callable[[], T]) -> list[T]:
         """Compute on every rank; returns the JSON values of all of them.
 
         Raises:
@@ -109,9 +109,9 @@ class Team:
         """
         return self._all_or_none(compute, True)
 
-    def lead(self, compute: Callable[[], T]) -> T:
+    def on_main(self, compute: Callable[[], T]) -> T:
         """Compute on the leading rank alone; its JSON value, or its `UserError`, comes to all."""
-        return self._all_or_none(compute, self.leads)[0]
+        return self._all_or_none(compute, self.is_main)[0]
 
     def _all_or_none(self, compute: Callable[[], T], mine: bool) -> list[T]:
         if self.size == 1:
@@ -120,47 +120,47 @@ class Team:
             outcome: dict[str, Any] = {"value": compute() if mine else None}
         except UserError as error:
             outcome = {"error": str(error)}
-        outcomes = self.exchange(outcome)
+        outcomes = self.all_gather_json(outcome)
         for one in outcomes:
             if "error" in one:
                 raise SharedError(one["error"])
         return [cast(T, one["value"]) for one in outcomes]
 
-    def exchange(self, value: T) -> list[T]:
+    def all_gather_json(self, value: T) -> list[T]:
         """The JSON values of all ranks. Nothing is ever unpickled, and Python writes and reads floats without loss."""
         if self.size == 1:
             return [value]
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(message)]), group=self.talk)
+        dist.all_gather(lengths, torch.tensor([len(message)]), group=self.cpu_group)
         longest = int(max(lengths))
         padded = nn.functional.pad(message, (0, longest - len(message)))
         messages = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(messages, padded, group=self.talk)
+        dist.all_gather(messages, padded, group=self.cpu_group)
         return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(messages, lengths, strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return any(self.exchange(flag))
+        return any(self.all_gather_json(flag))
 
-    def in_step(self, calls: Tensor) -> Tensor:
+    def max_over_ranks(self, calls: Tensor) -> Tensor:
         """How many network calls every rank has to make, given how many each needs: (...) integers, the most of any.
 
         Ranks that hold the network between them gather its weights in every call, so they have to call together.
         """
-        if self.wraps and self.size > 1:
+        if self.uses_fsdp and self.size > 1:
             calls = calls.clone()
-            dist.all_reduce(calls, dist.ReduceOp.MAX, group=self.talk)
+            dist.all_reduce(calls, dist.ReduceOp.MAX, group=self.cpu_group)
         return calls
 
     @property
     def loss_scale(self) -> float:
         """What each rank's part of a loss sum is multiplied by: FSDP2 averages gradients over ranks."""
-        return float(self.size) if self.wraps else 1.0
+        return float(self.size) if self.uses_fsdp else 1.0
 
-    def add_up(self, gradients: Sequence[Tensor]) -> None:
+    def all_reduce_(self, gradients: Sequence[Tensor]) -> None:
         """Replace this rank's part of each gradient by the sum over all ranks; FSDP2 has done so already."""
-        if self.size == 1 or self.wraps:
+        if self.size == 1 or self.uses_fsdp:
             return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
@@ -174,8 +174,8 @@ class Team:
             SharedError: names the ranks that differ from the first copy and a tensor in which they do.
         """
         sums = {name: int(local(tensor).contiguous().view(torch.int32).sum()) for name, tensor in tensors.items()}
-        everyone = self.exchange(sums)
-        copy = self.shard * self.context if self.wraps else 1  # ranks that hold one copy between them
+        everyone = self.all_gather_json(sums)
+        copy = self.shard * self.context if self.uses_fsdp else 1  # ranks that hold one copy between them
         for rank, theirs in enumerate(everyone):
             different = [name for name, value in theirs.items() if value != everyone[rank % copy][name]]
             if different:
@@ -191,15 +191,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, on every rank; all ranks have to call this together."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def alone(computes: bool = True) -> Team:
+def single_process(computes: bool = True) -> World:
     """This process by itself, on the first GPU when there is one and it `computes`, else on the CPU."""
-    return Team(torch.device("cuda", 0) if computes and torch.cuda.is_available() else torch.device("cpu"))
+    return World(torch.device("cuda", 0) if computes and torch.cuda.is_available() else torch.device("cpu"))
 
 
 def use_threads(threads: int | None) -> None:
@@ -220,14 +220,14 @@ def use_in_thread(threads: int, device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that prints results."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextlib.contextmanager
-def joined(config: RunConfig, strict: bool = True) -> Iterator[Team]:
-    """The team that the launcher's environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+def process_group(config: RunConfig, strict: bool = True) -> Iterator[World]:
+    """The world that the launcher's environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     The processes are cut into the mesh that `config.parallel` asks for. Inside, a process that dies ends all of them
     within `parallel.dead_after` seconds and a few; see `heartbeat.py`.
@@ -239,7 +239,9 @@ def joined(config: RunConfig, strict: bool = True) -> Iterator[Team]:
         UserError: the number of processes does not fit the mesh.
     """
     settings = config.parallel if strict or int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
-    wraps = settings.shard > 1 or config.model.compute_dtype is not None  # not for `shard` where one process evaluates
+    uses_fsdp = (
+        settings.shard > 1 or config.model.compute_dtype is not None
+    )  # not for `shard` where one process evaluates
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     _check_mesh(settings, size)
     device = torch.device("cpu")
@@ -247,15 +249,15 @@ def joined(config: RunConfig, strict: bool = True) -> Iterator[Team]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     patience = timedelta(seconds=settings.timeout)
-    begun_here = (size > 1 or wraps) and not dist.is_initialized()
+    begun_here = (size > 1 or uses_fsdp) and not dist.is_initialized()
     if begun_here:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if size > 1:
             dist.init_process_group(backend, timeout=patience)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    talk = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
-    team = Team(
+    cpu_group = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
+    world = World(
         device,
         rank,
         size,
@@ -264,19 +266,19 @@ def joined(config: RunConfig, strict: bool = True) -> Iterator[Team]:
         settings.context_kind,
         settings.shares,
         settings.reward_ranks,
-        wraps,
-        talk,
+        uses_fsdp,
+        cpu_group,
     )
     heartbeat = connect(rank, size, settings.dead_after) if size > 1 else None
     try:
         if heartbeat:
-            dist.barrier(group=talk)
+            dist.barrier(group=cpu_group)
             heartbeat.start()
-        yield team
+        yield world
         if heartbeat:
-            dist.barrier(group=talk)  # nobody leaves, and takes the store away, while others still watch
+            dist.barrier(group=cpu_group)  # nobody leaves, and takes the store away, while others still watch
             heartbeat.stop()
-            dist.barrier(group=talk)
+            dist.barrier(group=cpu_group)
         if begun_here:
             dist.destroy_process_group()
     except BaseException as error:

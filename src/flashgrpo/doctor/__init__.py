@@ -11,7 +11,7 @@ from typing import Any
 
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import joined
+from flashgrpo.distributed.world import process_group
 from flashgrpo.doctor.checks import QUICK, THOROUGH, Finding
 from flashgrpo.doctor.costs import COSTS
 from flashgrpo.doctor.trial import try_out
@@ -41,8 +41,8 @@ def examine(recipe: str, overrides: Sequence[str] = ()) -> Diagnosis:
         UserError: the recipe is bad, or a reward or the model refuses its input.
     """
     config = RunConfig.load(recipe, overrides)
-    with joined(config) as team, contextlib.ExitStack() as stack:
-        parts = Assembly(config, team)
+    with process_group(config) as world, contextlib.ExitStack() as stack:
+        parts = Assembly(config, world)
         stack.callback(parts.rewards.close)
         trial = try_out(parts, min(4, config.rollout.prompts), config.rollout.group_size, thorough=True)
         return Diagnosis(_shared(parts, [check(parts, trial) for check in (*QUICK, *THOROUGH, *COSTS)]))
@@ -71,7 +71,7 @@ def refuse_unsound(parts: Assembly, warn: Callable[[str], None]) -> None:
 def _shared(parts: Assembly, findings: Sequence[Finding]) -> list[Finding]:
     """For each check the worst that any rank has found."""
     order = ("sound", "warning", "unsound")
-    everyone = parts.team.gather([asdict(finding) for finding in findings])
+    everyone = parts.world.gather([asdict(finding) for finding in findings])
     return [
         Finding(**max(of_all_ranks, key=lambda finding: order.index(finding["level"])))
         for of_all_ranks in zip(*everyone, strict=True)

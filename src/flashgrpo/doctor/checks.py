@@ -61,7 +61,7 @@ def trained_layers(parts: Assembly, trial: Trial) -> Finding:
     """Every targeted layer has its adapter, every trained parameter receives gradient."""
     network, train = parts.policy.model.network, parts.config.model.train
     model, grid = parts.policy.model, parts.policy.grid
-    steps = parts.team.gather(trial.drawn.transitions.k.unique().tolist())
+    steps = parts.world.gather(trial.drawn.transitions.k.unique().tolist())
     experts = {model.expert(float(grid.timesteps[step])) for own in steps for step in own}
     called = {id(parameter) for expert in experts for parameter in expert.parameters()}
     silent = [
@@ -161,7 +161,7 @@ def evaluation_sampler(parts: Assembly, trial: Trial) -> Finding:
 
 def planted_pairs(parts: Assembly, trial: Trial) -> Finding:
     """Rewards that declare a better and a worse video rank them so."""
-    if not parts.team.scores:  # whose rewards are not loaded, and have no business here
+    if not parts.world.scores:  # whose rewards are not loaded, and have no business here
         return Finding("planted pair", "sound", "this process computes no rewards", {"right": []})
     wrong, right = list[str](), list[str]()
     for name, pair in parts.rewards.planted_pairs().items():
@@ -180,7 +180,7 @@ def replicas(parts: Assembly, trial: Trial) -> Finding:
     """All copies of the network are the same after a step along the gradient."""
     if trial.replicas:
         return Finding("replicas", "unsound", trial.replicas)
-    copies = parts.team.size // (parts.team.shard * parts.team.context)
+    copies = parts.world.size // (parts.world.shard * parts.world.context)
     return Finding("replicas", "sound", f"{copies} copies of the network have the same checksum after a step")
 
 

@@ -18,7 +18,7 @@ def memory_needed(parts: Assembly, trial: Trial) -> Finding:
     """The highest use of each phase, with what all samples of an update hold, against what the device has."""
     settings = parts.config.rollout
     tried = max(1, len(trial.drawn.latents))
-    own = math.ceil(settings.prompts * settings.group_size / parts.team.data_size)
+    own = math.ceil(settings.prompts * settings.group_size / parts.world.data_size)
     held = max(0, own - tried) * _bytes_per_sample(trial, parts.config.model)
     needed = {}
     for phase, highest in trial.memory.items():
@@ -26,7 +26,7 @@ def memory_needed(parts: Assembly, trial: Trial) -> Finding:
         larger = min(batch, own) / min(batch, tried) if batch else 1.0
         needed[phase] = int(trial.memory_before + (highest - trial.memory_before) * max(1.0, larger) + held)
     phase = max(needed, key=lambda name: needed[name])
-    there = memory.total(parts.team.device)
+    there = memory.total(parts.world.device)
     numbers = {"measured": trial.memory, "estimate": needed, "device": there}
     words = f"about {in_words(needed[phase])} of {in_words(there)}, at the highest in {phase}"
     if needed[phase] > there:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.sharding import blocks_of
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.models.settings import ModelConfig
@@ -108,7 +108,7 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
 def weightless(model: ModelConfig) -> Any:
     """The model in its full size on the meta device."""
     plain = {"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
-    return load_model(model.model_copy(update=plain), Team(META), seed=0)
+    return load_model(model.model_copy(update=plain), World(META), seed=0)
 
 
 def records_per_sample(config: RunConfig) -> float:

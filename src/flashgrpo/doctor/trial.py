@@ -90,7 +90,7 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
     Args:
         thorough: also step along the gradient, evaluate a few prompts, and measure numeric noise.
     """
-    config, team, meter = parts.config, parts.team, Meter(parts.team.device)
+    config, world, meter = parts.config, parts.world, Meter(parts.world.device)
     parts = copy.copy(parts)
     parts.graphs = None  # the replay is what is examined, also where the run can do without
     first = prompt_groups(parts.prompts, config.seed, 0, groups, group_size)
@@ -104,12 +104,12 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
     with meter("update"):
         advantages = drawn.advantages[drawn.mine]
         metrics = policy_update(
-            parts.policy, recorder, drawn.transitions, advantages, config.algorithm, config.optim, team
+            parts.policy, recorder, drawn.transitions, advantages, config.algorithm, config.optim, world
         )
     evaluated = 0
     if thorough:
         with meter("evaluate"):
-            evaluated = len(parts.evaluator(limit=team.data_size).prompts)
+            evaluated = len(parts.evaluator(limit=world.data_size).prompts)
     return Trial(
         groups,
         group_size,
@@ -119,7 +119,9 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
         metrics,
         recorder.difference,
         _distance_to_finish(parts, drawn),
-        _noise_floor(parts.policy, drawn.transitions) if thorough and not team.wraps and len(drawn.latents) else None,
+        _noise_floor(parts.policy, drawn.transitions)
+        if thorough and not world.uses_fsdp and len(drawn.latents)
+        else None,
         evaluated,
         meter.clock.lap(),
         meter.memory,
@@ -131,7 +133,7 @@ class _Recorder(GradientSum):
     """Stands in for the optimizer: notes what gradient each parameter receives, and leaves the weights as they are."""
 
     def __init__(self, parts: Assembly, steps: bool) -> None:
-        super().__init__(parts.optimizer.parameters, parts.team)
+        super().__init__(parts.optimizer.parameters, parts.world)
         self.received: dict[str, float] = defaultdict(float)
         self.difference: str | None = None
         self._steps = steps
@@ -156,7 +158,7 @@ class _Recorder(GradientSum):
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.sub_(local(gradient))
         try:
-            self.team.check_replicas(self.parameters)
+            self.world.check_replicas(self.parameters)
         except SharedError as error:
             self.difference = str(error)
         for weight, kept in zip(weights, before, strict=True):
@@ -165,14 +167,14 @@ class _Recorder(GradientSum):
 
 def _on_any_rank(parts: Assembly, received: dict[str, float]) -> dict[str, float]:
     """The largest norm of each gradient over the ranks: a small parameter may lie on one rank whole."""
-    everyone = parts.team.gather(dict(received))
+    everyone = parts.world.gather(dict(received))
     return {name: max(theirs[name] for theirs in everyone) for name in received}
 
 
 @torch.no_grad()
 def _distance_to_finish(parts: Assembly, drawn: Experience) -> float | None:
     policy, transitions, steps = parts.policy, drawn.transitions, parts.config.algorithm.steps
-    if parts.team.wraps or not len(transitions) or parts.config.rollout.reuse:
+    if parts.world.uses_fsdp or not len(transitions) or parts.config.rollout.reuse:
         return None  # calls of a network that is held between ranks have to be made by all of them
     last = {int(sample): row for row, sample in enumerate(transitions.sample)}  # sorted by sample, then by step
     batch = transitions[torch.tensor(list(last.values())[: policy.micro_batch])]

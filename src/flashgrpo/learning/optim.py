@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashgrpo.distributed.world import Team, local, whole
+from flashgrpo.distributed.world import World, full_tensor, local
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.learning.settings import OptimConfig
 
@@ -15,9 +15,9 @@ from flashgrpo.learning.settings import OptimConfig
 class GradientSum(ABC):
     """The gradient of an optimizer step, collected in parts and added up over all ranks; parameters may be sharded."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], team: Team) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World) -> None:
         self.parameters = dict(parameters)
-        self.team = team
+        self.world = world
         self._gradients: list[Tensor] | None = None
 
     @property
@@ -31,7 +31,7 @@ class GradientSum(ABC):
         All ranks call this together. Parameters without a gradient count as zero.
         """
         parts = [_gradient(parameter) for parameter in self.parameters.values()]
-        self.team.add_up(parts)
+        self.world.all_reduce_(parts)
         for parameter in self.parameters.values():
             parameter.grad = None
         if self._gradients is None:
@@ -60,8 +60,8 @@ class Optimizer(GradientSum):
         whole: False only while a step is under way, and for good where one was broken off.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, team: Team) -> None:
-        super().__init__(parameters, team)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, world: World) -> None:
+        super().__init__(parameters, world)
         self.config = config
         self.steps = 0
         self.whole = True
@@ -174,4 +174,4 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all tensors together, of sharded ones over all shards."""
-    return whole(nn.utils.get_total_norm(tensors))
+    return full_tensor(nn.utils.get_total_norm(tensors))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.learning.objective import policy_losses, ratio_metrics
 from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.settings import OptimConfig
@@ -25,7 +25,7 @@ def policy_update(
     advantages: Float[Tensor, " batch"],
     algorithm: Algorithm,
     config: OptimConfig,
-    team: Team,
+    world: World,
 ) -> dict[str, float | dict[str, float]]:
     """`config.passes` times `config.minibatches` optimizer steps on one rollout; returns the metrics of all ranks.
 
@@ -39,10 +39,10 @@ def policy_update(
     Raises:
         UserError: a gradient is not finite.
     """
-    ranks = team.gather(transitions.k.tolist())  # of the whole update, by rank
+    ranks = world.gather(transitions.k.tolist())  # of the whole update, by rank
     k = torch.tensor([step for own in ranks for step in own])
     owner = torch.tensor([rank for rank, own in enumerate(ranks) for _ in own])
-    mine = (owner == team.data_rank).nonzero().flatten()
+    mine = (owner == world.data_rank).nonzero().flatten()
     device = transitions.x.device
     candidates = algorithm.steps.candidates(policy.grid.num_steps)
     weights = algorithm.weighting.weights(policy.table, candidates, k)[mine].to(device)
@@ -56,19 +56,19 @@ def policy_update(
         metrics.add_check(*checked(policy, transitions[one.rows]))
     old_v = None
     if algorithm.ratio.needs_old_velocity and not once:
-        old_v = drawn_velocities(policy, transitions, k, owner, config.micro_batch, team)
+        old_v = drawn_velocities(policy, transitions, k, owner, config.micro_batch, world)
     for _ in range(config.passes):
         for first in range(config.minibatches):
             rows = torch.arange(first, len(k), config.minibatches)  # some of every rank's
-            for step, parts, idle in micro_batches(k[rows], owner[rows], team.data_rank, config.micro_batch):
+            for step, parts, idle in micro_batches(k[rows], owner[rows], world.data_rank, config.micro_batch):
                 for local, v in retained.get(step) or [(rows[part] - mine[0], None) for part in parts]:
                     batch = transitions[local]
                     with uncompiled():  # the backward pass may compute blocks again
                         drawn = None if old_v is None else taken(old_v, local)
                         advantage, weight = taken(advantages, batch.sample), taken(weights, local)
                         loss = replay(policy, batch, advantage, weight, algorithm, metrics, drawn, v)
-                        (loss.sum() * (team.loss_scale / len(rows))).backward()
-                for _ in range(idle if team.wraps else 0):
+                        (loss.sum() * (world.loss_scale / len(rows))).backward()
+                for _ in range(idle if world.uses_fsdp else 0):
                     idle_replay(policy, algorithm, step)
                 if config.grad_norm_by_step:
                     metrics.add_gradient(step, optimizer.collect() * (len(rows) / int((k[rows] == step).sum())))
@@ -77,7 +77,7 @@ def policy_update(
             metrics.add_step(optimizer.lr, optimizer.step())
     counts = k.bincount().tolist()
     by_step = {str(step): count for step, count in enumerate(counts) if count}
-    return {**metrics.summary(team), "transitions_by_step": by_step}
+    return {**metrics.summary(world), "transitions_by_step": by_step}
 
 
 def micro_batches(
@@ -116,17 +116,17 @@ def drawn_velocities(
     k: Int64[Tensor, " rows"],
     owner: Int64[Tensor, " rows"],
     micro_batch: int,
-    team: Team,
+    world: World,
 ) -> Latents:
     """The velocities of this rank's T transitions, (T, C, F, H, W), by the policy that drew them: before it moves."""
     v = torch.empty_like(transitions.x)
-    first = int((owner < team.data_rank).sum())
-    for step, parts, idle in micro_batches(k, owner, team.data_rank, micro_batch):
+    first = int((owner < world.data_rank).sum())
+    for step, parts, idle in micro_batches(k, owner, world.data_rank, micro_batch):
         for part in parts:
             batch = transitions[part - first]
             now = policy.exact_velocity(batch.k, batch.x, batch.condition[batch.sample])
             v.index_copy_(0, (part - first).to(v.device, non_blocking=True), now)
-        for _ in range(idle if team.wraps else 0):
+        for _ in range(idle if world.uses_fsdp else 0):
             policy.idle(step)
     return v
 
@@ -205,7 +205,7 @@ class UpdateMetrics:
         self._lr = lr
         self._grad_norms.append(grad_norm)
 
-    def summary(self, team: Team) -> dict[str, float | dict[str, float]]:
+    def summary(self, world: World) -> dict[str, float | dict[str, float]]:
         """The metrics of the update; means over the transitions of all ranks and over its optimizer steps.
 
         `drift` is the largest |ratio - 1| within the first optimizer step, where the policy has not changed yet: any
@@ -215,7 +215,7 @@ class UpdateMetrics:
         """
         own = {name: torch.cat(values).tolist() for name, values in self._rows.items()}
         rows = defaultdict[str, list[float]](list)
-        for theirs in team.gather(own):
+        for theirs in world.gather(own):
             for name, values in theirs.items():
                 rows[name] += values
         log_prob, old_log_prob, first, old_first = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError, first_line
 from flashgrpo.files import resolve_path
 from flashgrpo.models.architectures import KNOWN, Architecture
@@ -18,7 +18,7 @@ from flashgrpo.types import Prompt
 
 def load_model(
     config: ModelConfig,
-    team: Team,
+    world: World,
     seed: int,
     prompts: Sequence[Prompt] = (),
     keep_reference: bool = False,
@@ -27,7 +27,7 @@ def load_model(
     """Load the pipeline at `config.path` and prepare its network for training as `config.train` says.
 
     Args:
-        team: the processes that the network is placed on; all of them call this together.
+        world: the processes that the network is placed on; all of them call this together.
         seed: of the adapters' initial weights.
         prompts: those that will be asked for; they are encoded before the network is loaded.
         keep_reference: keep a copy of the base weights for `reference()` where adapters cannot be switched off.
@@ -37,7 +37,7 @@ def load_model(
         UserError: no such folder, no pipeline, an unsupported family, or a video size that the model cannot take.
     """
     if config.vae_dtype == "auto":
-        config = config.model_copy(update={"vae_dtype": fast_dtype(team.device)})
+        config = config.model_copy(update={"vae_dtype": fast_dtype(world.device)})
     architecture, folder = find_architecture(config)
     if config.from_image and architecture.family != "WanImageToVideoPipeline":
         if not architecture.settings.get("expand_timesteps"):
@@ -45,14 +45,14 @@ def load_model(
         architecture = replace(architecture, family="WanImageToVideoPipeline")
     from flashgrpo.models.source import Source  # loads diffusers' models, which takes seconds
 
-    source = Source(architecture, None if config.random_init else folder, config, empty=team.device.type == "meta")
+    source = Source(architecture, None if config.random_init else folder, config, empty=world.device.type == "meta")
     if architecture.family == "LTXPipeline":
         from flashgrpo.models.ltx import LtxModel
 
-        return LtxModel(source, config, team, seed, prompts, keep_reference, say)
+        return LtxModel(source, config, world, seed, prompts, keep_reference, say)
     from flashgrpo.models.wan import WanModel
 
-    return WanModel(source, config, team, seed, prompts, keep_reference, say)
+    return WanModel(source, config, world, seed, prompts, keep_reference, say)
 
 
 def fast_dtype(device: torch.device) -> str:

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from flashgrpo.distributed.sharding import place
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.models.lora import prepare
 from flashgrpo.models.settings import ModelConfig
 
 
-def prepare_network(network: Any, config: ModelConfig, team: Team, seed: int, prefix: str = "") -> None:
+def prepare_network(network: Any, config: ModelConfig, world: World, seed: int, prefix: str = "") -> None:
     """Prepare a transformer of diffusers for rollout and update.
 
     Args:
@@ -28,8 +28,8 @@ def prepare_network(network: Any, config: ModelConfig, team: Team, seed: int, pr
         network.enable_gradient_checkpointing()
     if config.compile:
         network.compile_repeated_blocks()
-    place(network, team, getattr(torch, config.compute_dtype) if config.compute_dtype else None)
-    if config.attention and team.context > 1 and team.context_kind == "ring":
+    place(network, world, getattr(torch, config.compute_dtype) if config.compute_dtype else None)
+    if config.attention and world.context > 1 and world.context_kind == "ring":
         raise UserError("model.attention: ring attention has a back end of its own; leave the setting out")
     if config.attention:
         with explain_attention(

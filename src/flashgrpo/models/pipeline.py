@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Conditions, Row, entries_of, fingerprint
 from flashgrpo.models.lora import adapters_off, trained_parameters, weights_replaced, write_adapters
@@ -48,7 +48,7 @@ class PipelineModel(ABC):
         self,
         source: Source,
         config: ModelConfig,
-        team: Team,
+        world: World,
         seed: int,
         prompts: Sequence[Prompt] = (),
         keep_reference: bool = False,
@@ -58,17 +58,17 @@ class PipelineModel(ABC):
         self.source = source
         self.pipeline = source.pipeline
         self.config = config
-        self.device = team.device
+        self.device = world.device
         self.dtype: torch.dtype = getattr(torch, config.compute_dtype or config.dtype)
         self.seed = seed
         self._residence: Residence | None = None
         self.pipeline.vae.requires_grad_(False)
-        if team.device.type == "cpu":  # whose convolutions are a third faster so
+        if world.device.type == "cpu":  # whose convolutions are a third faster so
             channels_last(self.pipeline.vae)
         self.latent_shape = self.shape_of_latents()
         self._conditions = Conditions(self._cache_folder(), self._row, self.takes_image)
-        self._encode_all(prompts, team, say or (lambda _: None))
-        self.experts = self._prepare_experts(team)
+        self._encode_all(prompts, world, say or (lambda _: None))
+        self.experts = self._prepare_experts(world)
         self.network: nn.Module = (
             nn.ModuleDict(self.experts) if len(self.experts) > 1 else self.experts[self.expert_names[0]]
         )
@@ -146,13 +146,13 @@ class PipelineModel(ABC):
             return [0] * len(texts)
         return [len(ids) for ids in self.pipeline.tokenizer(list(texts)).input_ids]
 
-    def _encode_all(self, prompts: Sequence[Prompt], team: Team, say: Callable[[str], None]) -> None:
+    def _encode_all(self, prompts: Sequence[Prompt], world: World, say: Callable[[str], None]) -> None:
         self._check_images(prompts)
         negative = Prompt(self.config.negative_prompt, {})
         every = [negative, *prompts]
         if len(missing := self._conditions.missing(every)) > MANY:
             say(f"encoding {len(missing)} of {len(every)} prompts, once")
-        team.agree(lambda: self._conditions.fill(every, begin=team.rank / team.size))
+        world.on_all(lambda: self._conditions.fill(every, begin=world.rank / world.size))
         self._negative = self._conditions([negative], self.device)  # one row, the same for every sample
         self.source.drop(self.encoder_names)
 
@@ -184,18 +184,18 @@ class PipelineModel(ABC):
 
     # The network
 
-    def _prepare_experts(self, team: Team) -> dict[str, nn.Module]:
+    def _prepare_experts(self, world: World) -> dict[str, nn.Module]:
         config = self.config
-        if (tokens := self.tokens()) % team.context:
+        if (tokens := self.tokens()) % world.context:
             raise UserError(
-                f"parallel.context: the {tokens} tokens of such a video cannot be split over {team.context} processes"
+                f"parallel.context: the {tokens} tokens of such a video cannot be split over {world.context} processes"
             )
         names = [name for name in self.expert_names if self.source.architecture.has(name)]
         experts: dict[str, Any] = {}
         for name in names:  # each is placed before the next is loaded
             self.source.load([name])
             experts[name] = getattr(self.pipeline, name)
-            prepare_network(experts[name], config, team, self.seed, prefix=f"{name}." if len(names) > 1 else "")
+            prepare_network(experts[name], config, world, self.seed, prefix=f"{name}." if len(names) > 1 else "")
         for wanted, switch in ((config.vae_tiling, "enable_tiling"), (config.vae_slicing, "enable_slicing")):
             if wanted:
                 getattr(self.pipeline.vae, switch)()

@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from flashgrpo.distributed.world import Team, use_in_thread
+from flashgrpo.distributed.world import World, use_in_thread
 from flashgrpo.errors import UserError
 from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, remove
 
@@ -55,8 +55,8 @@ class Writer:
     `save` copies the tensors to CPU memory and returns; what the disk says comes out of the next `save`, or `wait`.
     """
 
-    def __init__(self, folder: Path, keep: int, team: Team) -> None:
-        self._folder, self._keep, self._team = folder, keep, team
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
+        self._folder, self._keep, self._world = folder, keep, world
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # collectives of the thread
         self._pending: _Background | None = None
 
@@ -68,7 +68,7 @@ class Writer:
         """
         self.wait()
         path = _path(self._folder, progress.update)
-        aside = Path(self._team.lead(lambda: str(make_room_aside(path))))
+        aside = Path(self._world.on_main(lambda: str(make_room_aside(path))))
         copies = {
             kind: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
             for kind, named in tensors.items()
@@ -79,19 +79,19 @@ class Writer:
         """Wait until what was begun is on disk, on all ranks."""
         pending, self._pending = self._pending, None
         if pending:
-            self._team.agree(pending.result)
+            self._world.on_all(pending.result)
 
     def _write(self, path: Path, aside: Path, tensors: Tensors, progress: Progress) -> None:
-        use_in_thread(1, self._team.device)
+        use_in_thread(1, self._world.device)
         try:
             with explain_os_errors(path):
                 _write_shards(tensors, aside, self._group)
-                if self._team.leads:
+                if self._world.is_main:
                     _seal(aside, progress)
                     publish(path)
                     _prune(self._folder, progress, self._keep)
         except BaseException:
-            if self._team.leads:
+            if self._world.is_main:
                 discard_aside(path)
             raise
 
@@ -156,7 +156,7 @@ def read_progress(folder: Path, update: int) -> Progress:
         raise UserError(f"checkpoint {path} is not whole") from error
 
 
-def read_into(folder: Path, update: int, tensors: Tensors, team: Team) -> None:
+def read_into(folder: Path, update: int, tensors: Tensors, world: World) -> None:
     """Read `folder/UPDATE` into the tensors that are there; all ranks call this together.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, explain_os_errors, write_aside
 from flashgrpo.run import checkpoint
@@ -80,7 +80,7 @@ class RunDirectory:
                 "take its settings to continue it, or choose another folder"
             )
 
-    def begin(self, config: RunConfig, team: Team, prompts: Mapping[str, Sequence[Prompt]], model: str) -> None:
+    def begin(self, config: RunConfig, world: World, prompts: Mapping[str, Sequence[Prompt]], model: str) -> None:
         """Create the folder, take its lock, write settings and environment.
 
         Args:
@@ -100,7 +100,7 @@ class RunDirectory:
             raise UserError(f"out: another process is training into {self.path}") from error
         for leftover in (*self.checkpoints.glob(".partial-*"), *self.checkpoints.glob(".removed-*")):
             shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed while it wrote
-        environment = {**_environment(team), "prompts": {key: _digest(file) for key, file in prompts.items()}}
+        environment = {**_environment(world), "prompts": {key: _digest(file) for key, file in prompts.items()}}
         environment["model"] = model
         try:
             self._check_prompts(environment["prompts"])
@@ -210,15 +210,15 @@ def _content(name: str, value: Any) -> Any:
     return hashlib.sha256(image_bytes(value)).hexdigest() if name == "image" else value
 
 
-def _environment(team: Team) -> dict[str, Any]:
+def _environment(world: World) -> dict[str, Any]:
     packages = ("torch", "diffusers", "transformers", "peft", "numpy")
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": team.device_name,
-        "processes": team.size,
+        "device": world.device_name,
+        "processes": world.size,
         "threads": torch.get_num_threads(),
         "flashgrpo": metadata.version("flash-grpo"),
         **{name: metadata.version(name) for name in packages},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.policy import guidance_by_step
 from flashgrpo.processes.flow.rollout import denoise, noise_of
@@ -44,14 +44,14 @@ class Evaluator:
         config: RunConfig,
         prompts: Sequence[Prompt],
         rewards: Rewards,
-        team: Team,
+        world: World,
     ) -> None:
         settings = config.evaluation
         self.environment = deterministic(model, config, settings.num_steps)
         self._config = config
         self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         self._rewards = rewards
-        self._team = team
+        self._world = world
 
     @torch.no_grad()
     def __call__(self, limit: int | None = None) -> Evaluation:
@@ -62,7 +62,7 @@ class Evaluator:
         """
         count = None if limit is None else limit * self._config.evaluation.samples_per_prompt
         every, settings = self._prompts[:count], self._config.rollout
-        rows = self._team.share(len(every))
+        rows = self._world.share(len(every))
         prompts = [every[row] for row in rows]
         model = self.environment.model
         condition = model.encode(prompts or self._prompts[:1])
@@ -70,14 +70,14 @@ class Evaluator:
         scoring = Scoring(
             self._rewards,
             model,
-            self._team,
+            self._world,
             every,
             True,
             settings.decode_micro_batch,
             keep=shown,
             at_once=self._config.model.offload,
         )
-        denoise(self.environment, self._noise(rows), condition, settings.micro_batch, self._team, scoring.add)
+        denoise(self.environment, self._noise(rows), condition, settings.micro_batch, self._world, scoring.add)
         table = scoring.table()
         return Evaluation(every, table, shown, scoring.videos)
 
@@ -86,7 +86,7 @@ class Evaluator:
         """The videos of some samples once more, with the weights that the model has now; every process draws them."""
         model, settings = self.environment.model, self._config.rollout
         condition = model.encode([self._prompts[row] for row in rows])
-        latents = denoise(self.environment, self._noise(rows), condition, settings.micro_batch, self._team)
+        latents = denoise(self.environment, self._noise(rows), condition, settings.micro_batch, self._world)
         return list(decode(model, latents, settings.decode_micro_batch))
 
     def _shown_rows(self) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from flashgrpo.distributed.world import Team, current_device, use_in_thread
+from flashgrpo.distributed.world import World, current_device, use_in_thread
 from flashgrpo.errors import UserError, first_line
 from flashgrpo.prompts import columns_of
 from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels
@@ -74,7 +74,7 @@ class Rewards:
                     "give it a **columns parameter"
                 ) from error
 
-    def load(self, team: Team) -> None:
+    def load(self, world: World) -> None:
         """Load what the rewards need, on the ranks that score, before anything is drawn; all learn what each takes.
 
         Raises:
@@ -83,9 +83,9 @@ class Rewards:
         kinds: TypeAdapter[Input] = TypeAdapter(Input)
 
         def load() -> dict[str, Any] | None:
-            return {name: asdict(self.takes(name)) for name in self.configs} if team.scores else None
+            return {name: asdict(self.takes(name)) for name in self.configs} if world.scores else None
 
-        takes = next(takes for takes in team.agree(load) if takes)
+        takes = next(takes for takes in world.on_all(load) if takes)
         self._takes = {name: kinds.validate_python(value) for name, value in takes.items()}
 
     def reward(self, name: str) -> Reward:

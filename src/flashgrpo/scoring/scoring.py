@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashgrpo.distributed.shares import overlap
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.errors import SharedError
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.scoring.inputs import LatentVideos, decoded_for
@@ -29,7 +29,7 @@ class Scoring:
     """The rewards of all samples of an update or an evaluation, begun while the later ones are still being drawn.
 
     Args:
-        prompts: of all samples, of which this rank draws `team.share`.
+        prompts: of all samples, of which this rank draws `world.share`.
         watched: whether watched rewards are computed too.
         micro_batch: latents decoded at once.
         keep: numbers of the samples, among all, whose videos are kept in `videos`.
@@ -41,7 +41,7 @@ class Scoring:
         self,
         rewards: Rewards,
         model: VideoModel,
-        team: Team,
+        world: World,
         prompts: Sequence[Prompt],
         watched: bool,
         micro_batch: int,
@@ -50,21 +50,21 @@ class Scoring:
         clock: Callable[[str], AbstractContextManager[None]] = untimed,
     ) -> None:
         self.videos: dict[int, Tensor] = {}
-        self._rewards, self._model, self._team, self._prompts = rewards, model, team, prompts
+        self._rewards, self._model, self._world, self._prompts = rewards, model, world, prompts
         self._micro_batch, self._keep, self._clock = micro_batch, set(keep), clock
         self._names = rewards.names(watched)
         takes = [rewards.takes(name) for name in self._names]
         self._frames = None if keep else decoded_for(takes)
         self._hands_latents = any(isinstance(one, LatentVideos) for one in takes)
-        self._at_once = at_once or bool(team.reward_ranks)
-        self._first = team.share(len(prompts)).start
+        self._at_once = at_once or bool(world.reward_ranks)
+        self._first = world.share(len(prompts)).start
         self._waiting: list[Tensor] = []
         self._futures: dict[str, list[Future[Columns]]] = {name: [] for name in self._names}
         self._failures = rewards.begin()
 
     def add(self, rows: Tensor, latents: Latents) -> None:
         """This rank has drawn the samples `rows` of its share, which come in their order; (B,) and (B, C, F, H, W)."""
-        if not len(rows) or self._team.rank % self._team.context:  # ranks of one context have drawn the same
+        if not len(rows) or self._world.rank % self._world.context:  # ranks of one context have drawn the same
             return
         if self._at_once:
             self._waiting.append(latents)
@@ -82,7 +82,7 @@ class Scoring:
         if self._at_once:
             self._score_at_once()
         with self._clock("reward"):
-            tables = [table for table in self._team.agree(self._own_table) if table]
+            tables = [table for table in self._world.on_all(self._own_table) if table]
         if any(tuple(table["names"]) != tuple(tables[0]["names"]) for table in tables):
             raise SharedError(f"a reward's components differ from one process to another: {tables[0]['names']}")
         return RewardTable(
@@ -105,11 +105,11 @@ class Scoring:
         self._waiting.clear()
         videos = self._decode(latents, self._first)
         with self._clock("reward"):
-            rows = self._team.scored_by(len(self._prompts), self._team.rank)
+            rows = self._world.scored_by(len(self._prompts), self._world.rank)
             if self._frames != 0:
-                videos = hand_over(self._team, videos, len(self._prompts))
+                videos = hand_over(self._world, videos, len(self._prompts))
             if self._hands_latents:
-                latents = hand_over(self._team, latents, len(self._prompts))
+                latents = hand_over(self._world, latents, len(self._prompts))
             if rows:
                 prompts = self._prompts[rows.start : rows.stop]
                 self._submit(prompts, videos, latents if self._hands_latents else None)
@@ -148,26 +148,26 @@ def decode(model: VideoModel, latents: Tensor, micro_batch: int, frames: int | N
     return videos
 
 
-def hand_over(team: Team, rows: Tensor, total: int) -> Tensor:
+def hand_over(world: World, rows: Tensor, total: int) -> Tensor:
     """From the rows of this rank's share of `total` samples, to those that it has to score; (B, ...)."""
-    if not team.reward_ranks:
+    if not world.reward_ranks:
         return rows
-    shape = next(shape for shape in team.exchange(list(rows.shape[1:]) if len(rows) else None) if shape)
-    wanted, have = team.scored_by(total, team.rank), team.share(total)
+    shape = next(shape for shape in world.all_gather_json(list(rows.shape[1:]) if len(rows) else None) if shape)
+    wanted, have = world.scored_by(total, world.rank), world.share(total)
     received = torch.empty(len(wanted), *shape)
     transfers, sent = [], []
-    for other in range(team.size):
-        theirs = team.share(total, other)
-        if other % team.context == 0 and (both := overlap(theirs, wanted)):
+    for other in range(world.size):
+        theirs = world.share(total, other)
+        if other % world.context == 0 and (both := overlap(theirs, wanted)):
             into = received[both.start - wanted.start : both.stop - wanted.start]
-            if other == team.rank:
+            if other == world.rank:
                 into.copy_(rows[both.start - have.start : both.stop - have.start])
             else:
-                transfers.append(dist.irecv(into, other, team.talk))
-        both = overlap(have, team.scored_by(total, other))
-        if both and team.rank % team.context == 0 and other != team.rank:
+                transfers.append(dist.irecv(into, other, world.cpu_group))
+        both = overlap(have, world.scored_by(total, other))
+        if both and world.rank % world.context == 0 and other != world.rank:
             sent.append(rows[both.start - have.start : both.stop - have.start].float().cpu().contiguous())
-            transfers.append(dist.isend(sent[-1], other, team.talk))
+            transfers.append(dist.isend(sent[-1], other, world.cpu_group))
     for transfer in filter(None, transfers):
         transfer.wait()
     return received

@@ -8,7 +8,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from flashgrpo.distributed.world import alone
+from flashgrpo.distributed.world import single_process
 from flashgrpo.learning import update
 from flashgrpo.learning.optim import Optimizer
 from flashgrpo.learning.settings import OptimConfig
@@ -22,7 +22,7 @@ from flashgrpo.processes.flow.shortcuts import Environment
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, StepLength
 from flashgrpo.types import Prompt, PromptGroup, Sample
 
-TEAM = alone()
+WORLD = single_process()
 TEXTS = [
     "a red circle moving left slowly",
     "a blue square moving up quickly",
@@ -39,7 +39,7 @@ def draw(model, algorithm: Algorithm, steps=6, groups=3, size=2, micro_batch=64,
     samples = [Sample(group, member) for group in prompt_groups for member in range(size)]
     condition = model.encode(PROMPTS[:groups])[torch.arange(groups).repeat_interleave(size)]
     environment = Environment(model, grid, policy.guidance)
-    latents, transitions = rollout(policy, environment, samples, condition, algorithm, seed, micro_batch, TEAM)
+    latents, transitions = rollout(policy, environment, samples, condition, algorithm, seed, micro_batch, WORLD)
     return policy, latents, transitions
 
 
@@ -116,7 +116,7 @@ def test_members_share_initial_noise_only_when_asked(make_model):
 def gradient(model, policy, transitions, advantages, algorithm, micro_batch: int) -> dict[str, Tensor]:
     """The gradient of one optimizer step, read before the optimizer clears it."""
     config = OptimConfig(micro_batch=micro_batch, max_grad_norm=1e9)
-    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
+    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
     seen: dict[str, Tensor] = {}
 
     def read() -> float:
@@ -124,7 +124,7 @@ def gradient(model, policy, transitions, advantages, algorithm, micro_batch: int
         return 0.0
 
     optimizer.step = read
-    policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
+    policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
     return seen
 
 
@@ -168,12 +168,12 @@ def test_gradient_norms_by_step_are_those_of_the_step_alone(make_model):
     config = OptimConfig(micro_batch=2, max_grad_norm=1e9, lr=1e-12)
     metrics = policy_update(
         policy,
-        Optimizer(trained_parameters(model.network), config, TEAM),
+        Optimizer(trained_parameters(model.network), config, WORLD),
         transitions,
         advantages,
         FLOW_GRPO,
         config,
-        TEAM,
+        WORLD,
     )
     for k in (0, 1):
         alone = gradient(model, policy, transitions[(transitions.k == k).nonzero().flatten()], advantages, FLOW_GRPO, 2)
@@ -186,8 +186,8 @@ def test_an_update_makes_rewarded_samples_likelier(make_model):
     policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=4)
     advantages = torch.tensor([1.0, -1.0] * 4)
     config = OptimConfig(micro_batch=4, lr=1e-3)
-    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
-    metrics = policy_update(policy, optimizer, transitions, advantages, FLASH_GRPO, config, TEAM)
+    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
+    metrics = policy_update(policy, optimizer, transitions, advantages, FLASH_GRPO, config, WORLD)
     assert (metrics["drift"], metrics["ratio_max_dev"], metrics["clip_fraction"]) == (0, 0, 0)
     collected = UpdateMetrics(FLASH_GRPO)
     change = []
@@ -204,7 +204,7 @@ def test_optimizer_steps_and_average_per_update(make_model, settings):
     model = make_model()
     policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=4)
     config = OptimConfig(micro_batch=2, minibatches=minibatches, passes=passes, ema={"decay": 0.5, "every": 1})
-    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
+    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
     averages = []
     step = optimizer.step
 
@@ -215,7 +215,7 @@ def test_optimizer_steps_and_average_per_update(make_model, settings):
 
     optimizer.step = spy
     start = {name: value.clone() for name, value in optimizer.ema.items()}
-    policy_update(policy, optimizer, transitions, torch.linspace(-1, 1, 8), FLASH_GRPO, config, TEAM)
+    policy_update(policy, optimizer, transitions, torch.linspace(-1, 1, 8), FLASH_GRPO, config, WORLD)
     assert optimizer.steps == len(averages) == minibatches * passes
     if len(averages) == 1:
         for name, weight in optimizer.weights().items():
@@ -229,10 +229,10 @@ def test_kl_to_the_base_is_zero_at_the_start_and_positive_later(make_model, trai
     policy, _, transitions = draw(model, algorithm, groups=2, size=2)
     config = OptimConfig(micro_batch=2, lr=1e-3)
     names = set(trained_parameters(model.network))
-    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
+    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    first = policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
-    second = policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
+    first = policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
+    second = policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
     assert first["kl"] == 0
     assert second["kl"] > 0
     assert set(trained_parameters(model.network)) == names  # switching adapters off and on froze nothing
@@ -260,8 +260,8 @@ GUARD = dataclasses.replace(FLOW_GRPO, weighting=StepLength(), ratio=NormalizedR
 def updated(model, algorithm: Algorithm, drawn, advantages: Tensor, **settings) -> dict:
     policy, _, transitions = drawn
     config = OptimConfig(micro_batch=2, **settings)
-    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
-    return policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
+    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
+    return policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,7 +11,7 @@ import torch
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.sharding import blocks_of
-from flashgrpo.distributed.world import Team, alone
+from flashgrpo.distributed.world import World, single_process
 from flashgrpo.doctor.estimate import META, weightless
 from flashgrpo.errors import UserError
 from flashgrpo.learning.optim import Optimizer
@@ -32,7 +32,7 @@ from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.progress import Clock
 from flashgrpo.types import Prompt, PromptGroup, Sample
 
-TEAM = alone()
+WORLD = single_process()
 TEXTS = ["a red circle moving left slowly", "a blue square moving up quickly", "a green triangle moving down slowly"]
 PROMPTS = [Prompt(text, {}) for text in TEXTS]
 
@@ -96,7 +96,7 @@ def draw(model, algorithm: Algorithm, graphs: Graphs | None = None, micro_batch=
     samples = [Sample(group, member) for group in groups for member in range(size)]
     condition = model.encode([sample.group.prompt for sample in samples])
     latents, transitions = rollout(
-        policy, environment, samples, condition, algorithm, 0, micro_batch, TEAM, graphs=graphs
+        policy, environment, samples, condition, algorithm, 0, micro_batch, WORLD, graphs=graphs
     )
     return policy, latents, transitions
 
@@ -133,7 +133,7 @@ def blocks_computed(model, environment: Environment, steps: int) -> int:
     calls = []
     hook = model.network.blocks[-1].attn1.register_forward_pre_hook(lambda module, inputs: calls.append(1))
     x = initial_noise(model, 0, [(0, 0, 0)], False)
-    denoise(environment, x, model.encode(PROMPTS[:1]), 1, TEAM)
+    denoise(environment, x, model.encode(PROMPTS[:1]), 1, WORLD)
     hook.remove()
     return len(calls)
 
@@ -216,9 +216,9 @@ def test_which_reuse_waits_for_the_device(make_run):
     plain = Environment(model, model.grid(9), torch.ones(9))
     by_number = dataclasses.replace(plain, reuse=TaylorSeer(interval=2, order=1))
     by_value = dataclasses.replace(plain, reuse=FirstBlock(0.3))
-    assert denoise(by_number, noise, model.nothing(), 1, Team(META)).is_meta
+    assert denoise(by_number, noise, model.nothing(), 1, World(META)).is_meta
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
-        denoise(by_value, noise, model.nothing(), 1, Team(META))
+        denoise(by_value, noise, model.nothing(), 1, World(META))
 
 
 def test_a_shared_start_is_computed_once(make_model):
@@ -240,14 +240,14 @@ def test_a_shared_start_is_computed_once(make_model):
 
 def test_evaluation_takes_no_shortcut(make_run):
     cheap = ["rollout.deterministic_steps=2", "rollout.guidance_interval=[0.5,0.9]", "rollout.solver.kind=unipc"]
-    parts, plain = (Assembly(make_run(*settings), TEAM) for settings in (cheap, []))
+    parts, plain = (Assembly(make_run(*settings), WORLD) for settings in (cheap, []))
     model = plain.policy.model
     noise = initial_noise(model, 0, [(0, 0, 0)], False)
     condition = model.encode(plain.heldout[:1])
-    videos = [denoise(one.evaluator.environment, noise, condition, 1, TEAM) for one in (parts, plain)]
+    videos = [denoise(one.evaluator.environment, noise, condition, 1, WORLD) for one in (parts, plain)]
     assert torch.equal(*videos)
     assert parts.environment.steps == 2
-    low = Assembly(make_run("rollout.deterministic_dtype=float8", "rollout.reuse.kind=taylorseer"), TEAM)
+    low = Assembly(make_run("rollout.deterministic_dtype=float8", "rollout.reuse.kind=taylorseer"), WORLD)
     for environment, used in ((low.environment, True), (low.evaluator.environment, False)):
         assert all((part is not None) == used for part in (environment.dtype, environment.float8, environment.reuse))
     assert set(parts.environment.guidance.tolist()) == {1.0, 1.5}
@@ -258,7 +258,7 @@ def test_evaluation_takes_no_shortcut(make_run):
 
 def gradient(model, policy, transitions, algorithm: Algorithm, **settings) -> dict[str, torch.Tensor]:
     config = OptimConfig(micro_batch=2, max_grad_norm=1e9, **settings)
-    optimizer = Optimizer(trained_parameters(model.network), config, TEAM)
+    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
     seen: dict[str, torch.Tensor] = {}
 
     def read() -> float:
@@ -267,7 +267,7 @@ def gradient(model, policy, transitions, algorithm: Algorithm, **settings) -> di
 
     optimizer.step = read
     advantages = torch.linspace(-1, 1, 12)
-    metrics = policy_update(policy, optimizer, transitions, advantages, algorithm, config, TEAM)
+    metrics = policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
     assert metrics["drift"] == 0
     return seen
 
@@ -309,8 +309,8 @@ def test_weights_that_are_not_those_that_drew_show_with_kept_graphs_too(make_mod
     policy, _, kept = draw(model, FLASH_GRPO, Graphs(6, None))
     for parameter in trained_parameters(model.network).values():
         parameter.data += 0.02
-    optimizer = Optimizer(trained_parameters(model.network), OptimConfig(micro_batch=2), TEAM)
-    metrics = policy_update(policy, optimizer, kept, torch.linspace(-1, 1, 12), FLASH_GRPO, optimizer.config, TEAM)
+    optimizer = Optimizer(trained_parameters(model.network), OptimConfig(micro_batch=2), WORLD)
+    metrics = policy_update(policy, optimizer, kept, torch.linspace(-1, 1, 12), FLASH_GRPO, optimizer.config, WORLD)
     assert metrics["drift"] > 0
 
 
@@ -353,9 +353,9 @@ def test_a_graph_that_was_measured_goes():
 
 
 def test_when_graphs_are_kept(make_run):
-    assert Assembly(make_run(), TEAM).graphs is not None
-    assert Assembly(make_run("rollout.retain=false"), TEAM).graphs is None
-    assert Assembly(make_run("optim.minibatches=2"), TEAM).graphs is None
+    assert Assembly(make_run(), WORLD).graphs is not None
+    assert Assembly(make_run("rollout.retain=false"), WORLD).graphs is None
+    assert Assembly(make_run("optim.minibatches=2"), WORLD).graphs is None
     for other, why in (
         ("optim.minibatches=2", "a rollout that serves several optimizer steps"),
         ("model.offload=true", "the network leaves the device"),
@@ -364,7 +364,7 @@ def test_when_graphs_are_kept(make_run):
     ):
         with pytest.raises(UserError, match=rf"rollout\.retain: .*{why}"):
             RunConfig.load("tiny", [other, "rollout.retain=true"])
-    assert Assembly(make_run("rollout.retain=true"), TEAM).graphs._limit is None
+    assert Assembly(make_run("rollout.retain=true"), WORLD).graphs._limit is None
 
 
 # ---- settings and cost -----------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_reuse_is_refused_where_it_cannot_be(other):
 )
 def test_the_cost_is_what_the_network_computes(make_run, settings):
     config = make_run("rollout.num_steps=6", "rollout.guidance_scale=2", "optim.micro_batch=1", *settings)
-    parts = Assembly(config, TEAM)
+    parts = Assembly(config, WORLD)
     rows = []
     parts.policy.model.network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     drawn = experience(parts, prompt_groups(parts.prompts, config.seed, 1, 2, 2), Clock())

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
-from flashgrpo.distributed.world import Team
+from flashgrpo.distributed.world import World
 from flashgrpo.presets import Algorithm
 from flashgrpo.processes.flow.model import Retained, Transitions, VideoModel
 from flashgrpo.processes.flow.policy import Around, LogProb, Policy
@@ -34,7 +34,7 @@ def rollout(
     algorithm: Algorithm,
     seed: int,
     micro_batch: int,
-    team: Team,
+    world: World,
     drawn: Drawn = _nobody,
     graphs: Graphs | None = None,
 ) -> tuple[Latents, Transitions]:
@@ -63,7 +63,7 @@ def rollout(
 
     latents, records = [torch.empty(0, *shape, device=device)], Records(graphs)
     parts = torch.arange(len(names)).split(micro_batch) if names else ()
-    for rows, calls in _in_step(environment, policy, stochastic, parts, team):
+    for rows, calls in _in_step(environment, policy, stochastic, parts, world):
         mine = [names[row] for row in rows]
         leader = leaders([(group, 0 if shared else member) for _, group, member in mine], stochastic[rows])
         records.begin(rows, trained[rows])
@@ -80,14 +80,14 @@ def denoise(
     x: Latents,
     condition: Condition,
     micro_batch: int,
-    team: Team,
+    world: World,
     drawn: Drawn = _nobody,
 ) -> Latents:
     """Deterministic sampling of every row from its noise: evaluation, and `flashgrpo sample`."""
     never = torch.zeros(len(x), environment.grid.num_steps, dtype=torch.bool)
     parts = torch.arange(len(x)).split(micro_batch) if len(x) else ()
     done = [torch.empty_like(x[:0])]
-    for rows, calls in _in_step(environment, None, never, parts, team):
+    for rows, calls in _in_step(environment, None, never, parts, world):
         alone = torch.arange(len(rows))
         done.append(_denoise(environment, None, x[rows], condition[rows], never[rows], alone, calls))
         drawn(rows, done[-1])
@@ -180,14 +180,14 @@ def _in_step(
     policy: Policy | None,
     stochastic: Bool[Tensor, "batch steps"],
     parts: Sequence[Tensor],
-    team: Team,
+    world: World,
 ) -> list[tuple[Tensor, Tensor]]:
     """The micro-batches, each with the network calls that every rank makes at each step: (N, 2), by kind of step.
 
     Ranks that hold a network between them have to call it together, so all make as many calls as any rank needs; one
     with fewer samples gets empty micro-batches.
     """
-    most = int(team.in_step(torch.tensor(len(parts))))
+    most = int(world.max_over_ranks(torch.tensor(len(parts))))
     calls = torch.zeros(most, environment.grid.num_steps, 2, dtype=torch.int64)
     for i, rows in enumerate(parts):
         acting = stochastic[rows]
@@ -195,7 +195,7 @@ def _in_step(
         if policy is not None:
             calls[i, :, 1] = policy.calls(acting.sum(dim=0))
     none = torch.empty(0, dtype=torch.int64)
-    return list(zip([*parts, *[none] * (most - len(parts))], team.in_step(calls), strict=True))
+    return list(zip([*parts, *[none] * (most - len(parts))], world.max_over_ranks(calls), strict=True))
 
 
 def _denoise(
