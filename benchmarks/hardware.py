@@ -25,7 +25,7 @@ from flashgrpo.distributed.world import process_group
 from flashgrpo.doctor.estimate import META, estimate, records_per_sample, weightless
 from flashgrpo.doctor.trial import Meter
 from flashgrpo.processes.flow.cost import update_cost
-from flashgrpo.processes.flow.model import Moment
+from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.train import one_update
 
@@ -34,7 +34,7 @@ PHASES = ("rollout", "decode", "update")
 
 def measure(config: RunConfig) -> dict[str, Any]:
     """Two updates, the second of them measured."""
-    with process_group(config) as world:
+    with process_group(config.parallel, config.model.compute_dtype) as world:
         parts, groups, size = Assembly(config, world), config.rollout.prompts, config.rollout.group_size
         for update in range(2):
             meter = Meter(world.device)
@@ -66,12 +66,12 @@ def operations(config: RunConfig, graphs_kept: bool) -> dict[str, float]:
     """
     model = weightless(config.model)
     x = torch.zeros(1, *model.latent_shape, device=META)
-    moment = Moment(torch.zeros(1), torch.ones(1, dtype=torch.float64), torch.ones(1))
+    point = GridPoint(torch.zeros(1), torch.ones(1, dtype=torch.float64), torch.ones(1))
     counts = []
     for learns in (False, True):
         once = torch.autograd.set_multithreading_enabled(False)  # or what is computed in backward is not counted
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learns), once:
-            v = model.forward(model.expert(1000.0), x, moment, model.nothing())
+            v = model.forward(model.expert(1000.0), x, point, model.nothing())
             if learns:
                 v.square().mean().backward()
         counts.append(counter.get_total_flops())

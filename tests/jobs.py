@@ -75,7 +75,7 @@ def slow_train(recipe: str, seconds: float, *overrides: str) -> str:
 def one_update(recipe: str, out: str, *overrides: str) -> dict:
     """A rollout and its gradient, written to files: what each rank drew, and the whole gradient of the update."""
     config = RunConfig.load(recipe, overrides)
-    with process_group(config) as world:
+    with process_group(config.parallel, config.model.compute_dtype) as world:
         parts = Assembly(config, world)
         perturb(parts.policy.model.network)
         settings, optimizer = config.rollout, parts.optimizer

@@ -1,6 +1,6 @@
 """Names that others import; they live in `learning/advantage.py`."""
 
 from flashgrpo.learning.advantage import combine_advantages, group_advantages
-from flashgrpo.learning.settings import Grouping
+from flashgrpo.learning.settings import Credit
 
-__all__ = ["Grouping", "combine_advantages", "group_advantages"]
+__all__ = ["Credit", "combine_advantages", "group_advantages"]

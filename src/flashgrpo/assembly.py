@@ -1,45 +1,41 @@
-"""The parts of a run put together, and one rollout batch brought as far as its advantages."""
+"""The parts of a run put together: the process, the rewards, the objective and the optimizer that it trains with."""
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.sharding import blocks_of
 from flashgrpo.distributed.world import World, use_threads
-from flashgrpo.errors import UserError
-from flashgrpo.learning.advantage import combine_advantages
-from flashgrpo.learning.optim import Optimizer
-from flashgrpo.models.load import load_model
+from flashgrpo.learning.experience import Compared, Drawn, Phases, compare, draw_and_score
+from flashgrpo.learning.optim import GradientSum, Optimizer
+from flashgrpo.learning.update import policy_update
+from flashgrpo.models.load import load_model, weightless
 from flashgrpo.models.lora import trained_parameters
+from flashgrpo.models.settings import ModelConfig
 from flashgrpo.presets import Algorithm
-from flashgrpo.processes.flow.cost import Guided
-from flashgrpo.processes.flow.float8 import Float8, check_float8
-from flashgrpo.processes.flow.model import Transitions, VideoModel
-from flashgrpo.processes.flow.policy import Policy, guidance_by_step
-from flashgrpo.processes.flow.retain import Graphs, room_for_graphs
-from flashgrpo.processes.flow.rollout import rollout
-from flashgrpo.processes.flow.schedule import SigmaGrid
+from flashgrpo.processes.flow.cost import Guided, guided_steps, update_cost
+from flashgrpo.processes.flow.float8 import check_float8
+from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.settings import RolloutConfig
-from flashgrpo.processes.flow.shortcuts import Environment, within
 from flashgrpo.prompts import prompt_groups, read_prompts
 from flashgrpo.scoring.heldout import Evaluator
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, untimed
-from flashgrpo.types import Latents, Prompt, PromptGroup, RewardTable, Sample
+from flashgrpo.types import Cost, Process, Prompt, PromptGroup
 
-Phases = Callable[[str], AbstractContextManager[None]]  # a clock: `with clock("rollout"): ...`
+Say = Callable[[str], None]
 
 
 class Assembly:
-    """Everything that a run computes with; nothing here knows of files that are written, or of how far a run is."""
+    """Everything that a run computes with; nothing here knows of files that are written, or of how far a run is.
 
-    def __init__(self, config: RunConfig, world: World, say: Callable[[str], None] | None = None) -> None:
+    Attributes:
+        used: every prompt that the run will draw or evaluate, each once.
+    """
+
+    def __init__(self, config: RunConfig, world: World, say: Say | None = None) -> None:
         self.config = config
         self.world = world
         self.prompts = read_prompts(config.prompts.train, "prompts.train")
@@ -47,119 +43,118 @@ class Assembly:
         self.rewards = Rewards(config.rewards, config.model.fps)
         self.rewards.check_columns(self.prompts[0], "prompts.train")
         self.rewards.check_columns(self.heldout[0], "prompts.heldout")
-        for name, reward in config.rewards.items():
-            if reward.max_fall is not None and len(self.heldout) < 2:
-                raise UserError(f"rewards.{name}.max_fall: an interval needs at least two held-out prompts")
+        self.rewards.check_guards(len(self.heldout))
         use_threads(config.parallel.threads)
-        groups, size = config.rollout.prompts, config.rollout.group_size
-        drawn = (prompt_groups(self.prompts, config.seed, update, groups, size) for update in range(config.updates))
+        drawn = (self.prompt_groups(update) for update in range(config.updates))
         self.used = [*{id(g.prompt): g.prompt for update in drawn for g in update}.values(), *self.heldout]
         if config.rollout.deterministic_dtype == "float8":
-            check_float8(world.device)
-        model = load_model(config.model, world, config.seed, self.used, config.algorithm.kl_coef > 0, say)
+            check_float8(world.device)  # before anything is loaded
+        self.process = make_process(config, world, self.used, say)
+        self.rewards.check_channels(self.process.channels)
         self.rewards.load(world)  # after the prompts' encoders have made room, and before anything is drawn
-        grid, settings = model.grid(config.rollout.num_steps), config.rollout
-        table = config.algorithm.noise(grid.sigmas)
-        of_policy, of_environment = guidance(model, grid, settings)
-        self.policy = Policy(model, grid, table, of_policy, config.optim.micro_batch)
-        self.environment = Environment(
-            model,
-            grid,
-            of_environment,
-            settings.solver,
-            settings.deterministic_steps,
-            torch.bfloat16 if settings.deterministic_dtype else None,
-            Float8(blocks_of(model.network)) if settings.deterministic_dtype == "float8" else None,
-            settings.reuse,
-        )
-        self.optimizer = Optimizer(trained_parameters(model.network), config.optim, world)
-        self.graphs = self._graphs()  # in the memory that is left
-        self.evaluator = Evaluator(model, config, self.heldout, self.rewards, world)
+        self.objective = config.algorithm.objective
+        self.optimizer = Optimizer(trained_parameters(self.process.network), config.optim, world)
+        self.evaluator = make_evaluator(config, self.process, self.heldout, self.rewards, world)
+
+    def prompt_groups(self, update: int) -> list[PromptGroup]:
+        """The prompt groups of an update."""
+        settings = self.config.rollout
+        return prompt_groups(self.prompts, self.config.seed, update, settings.prompts, settings.group_size)
+
+    def draw_and_score(self, groups: Sequence[PromptGroup], clock: Phases, uses: int | None = None) -> Drawn:
+        """Draw the samples of the groups, and score them meanwhile.
+
+        Args:
+            uses: how often the update will replay each unit, where it is not as often as `optim` says.
+        """
+        config = self.config
+        scoring = self.scoring([group.prompt for group in groups for _ in range(group.size)], clock)
+        uses = uses or config.optim.passes * config.optim.minibatches
+        return draw_and_score(self.process, scoring, groups, config.seed, self.world, clock, uses)
 
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
         """The trained rewards of samples that are about to be drawn, of all ranks."""
-        config, batch = self.config, self.config.rollout.decode_micro_batch
-        offloads = config.model.offload
-        model = self.policy.model
-        return Scoring(self.rewards, model, self.world, prompts, False, batch, at_once=offloads, clock=clock)
+        batch, at_once = self.config.rollout.decode_micro_batch, self.config.model.offload
+        return Scoring(self.rewards, self.process, self.world, prompts, False, batch, at_once=at_once, clock=clock)
 
-    def _graphs(self) -> Graphs | None:
-        config, rollout, one = self.config, self.config.rollout, torch.zeros(1).long()
-        if rollout.retain is False or config.replays:
-            return None
-        trained = config.algorithm.steps.trained(config.seed, 0, one, rollout.num_steps, members=one)
-        own = len(self.world.share(rollout.prompts * rollout.group_size))
-        calls = -(-own * int(trained.sum()) // config.optim.micro_batch)
-        return Graphs(calls, None if rollout.retain else room_for_graphs(self.world.device))
+    def compare(self, drawn: Drawn) -> Compared:
+        """Compare the samples of all ranks within their keys."""
+        return compare(drawn, self.process.channels, self.config.algorithm.credit, self.world)
 
-    @property
-    def guided(self) -> Guided:
-        """Which steps run two branches."""
-        return _guided(self.policy.guidance, self.environment.guidance)
+    def learn(self, record: Any, optimizer: GradientSum | None = None) -> dict[str, Any]:
+        """Make the optimizer steps of one update; returns its metrics."""
+        optimizer = optimizer or self.optimizer
+        return policy_update(self.process, self.objective, optimizer, record, self.config.optim, self.world)
+
+    def describe(self, drawn: Drawn, compared: Compared) -> dict[str, Any]:
+        """The part of a metrics line that tells of rewards and compute; stds are over all samples of the update."""
+        rewards, advantage, total = drawn.rewards, compared.advantage, drawn.rewards.total
+        spread = dict(zip(rewards.names, rewards.values.std(dim=0, correction=0).tolist(), strict=True))
+        columns = self.objective.columns
+        cost = self.process.cost(self.config.seed, drawn.update, self.config.optim.passes, columns)
+        return {
+            "reward": float(total.mean()),
+            "reward_std": float(total.std(correction=0)),
+            "rewards": rewards.means(trained=True),
+            "rewards_std": spread,
+            "reward_failures": dict(rewards.failures),
+            "advantage_mean": float(advantage.mean()),
+            "advantage_std": float(advantage.std(correction=0)),
+            "advantage_max": float(advantage.abs().max()),
+            "zero_spread_groups": compared.flat_groups,
+            "samples": len(total),
+            "compute": asdict(cost),
+        }
 
     def with_algorithm(self, algorithm: Algorithm) -> "Assembly":
         """The same parts, none of them copied or loaded again, that draw and compare as another algorithm does."""
         other = copy.copy(self)
         other.config = self.config.model_copy(update={"algorithm": algorithm})
-        other.policy = replace(self.policy, table=algorithm.noise(self.policy.grid.sigmas))
-        other.graphs = other._graphs()
+        other.process = self.process.exploring(algorithm.explore, algorithm.score)
+        other.objective = algorithm.objective
         return other
 
 
-def guidance(model: VideoModel, grid: SigmaGrid, settings: RolloutConfig) -> tuple[Tensor, Tensor]:
-    """The guidance scale of each step, (N,): where it is stochastic, and where it is deterministic."""
-    scales = guidance_by_step(model, grid, settings.guidance_scale, settings.guidance_scale_2)
-    return scales, within(scales, grid, settings.guidance_interval)
+def make_process(config: RunConfig, world: World, prompts: Sequence[Prompt], say: Say | None = None) -> FlowProcess:
+    """Load the model of a run, with the process that draws from it; encodes `prompts` before the network is loaded."""
+    algorithm = config.algorithm
+    model = load_model(config.model, world, config.seed, prompts, algorithm.objective.needs_reference, say)
+    return FlowProcess(
+        model,
+        algorithm.explore,
+        algorithm.score,
+        config.rollout,
+        config.evaluation,
+        config.optim.micro_batch,
+        world,
+    )
 
 
-def guided_steps(model: VideoModel, settings: RolloutConfig) -> Guided:
-    """Which steps of a rollout run two branches."""
-    return _guided(*guidance(model, model.grid(settings.num_steps), settings))
+def make_evaluator(
+    config: RunConfig, process: Process, prompts: Sequence[Prompt], rewards: Rewards, world: World
+) -> Evaluator:
+    """The evaluation of a run's held-out prompts."""
+    batch, at_once = config.rollout.decode_micro_batch, config.model.offload
+    return Evaluator(process, config.evaluation, prompts, rewards, world, batch, at_once)
 
 
-def _guided(stochastic: Tensor, deterministic: Tensor) -> Guided:
-    return Guided((deterministic > 1).tolist(), (stochastic > 1).tolist())
+def planned_cost(config: RunConfig, update: int) -> Cost:
+    """What an update will cost, before any weights are loaded; guidance is counted where the model's own grid has it."""
+    settings = config.rollout
+    plain = settings.guidance_scale_2 is None and tuple(settings.guidance_interval) == (0, 1)
+    return update_cost(
+        config.algorithm.explore,
+        settings,
+        config.seed,
+        update,
+        config.optim.passes,
+        config.algorithm.objective.columns,
+        config.model.gradient_checkpointing,
+        None if plain else _guided(config.model, settings),
+    )
 
 
-@dataclass(frozen=True)
-class Experience:
-    """One rollout batch of B samples in all, of which this rank has drawn `mine`.
-
-    `latents` and `transitions` are this rank's; `rewards` and `advantages` (B,) are those of all samples. Videos are
-    large and are not kept: they are gone when every reward has seen them.
-    """
-
-    mine: slice
-    latents: Latents
-    transitions: Transitions
-    rewards: RewardTable
-    advantages: Float[Tensor, " batch"]
-
-
-def experience(parts: Assembly, groups: Sequence[PromptGroup], clock: Phases) -> Experience:
-    """Draw the samples of the groups, decode and score them meanwhile, compare them within their groups."""
-    config, world, policy, settings = parts.config, parts.world, parts.policy, parts.config.rollout
-    samples = [Sample(group, member) for group in groups for member in range(group.size)]
-    share = world.slice(len(samples))
-    mine = samples[share]
-    scoring = parts.scoring([sample.group.prompt for sample in samples], clock)
-    with clock("rollout"):
-        condition = policy.model.encode([sample.group.prompt for sample in mine or samples[:1]])
-        latents, transitions = rollout(
-            policy,
-            parts.environment,
-            mine,
-            condition,
-            config.algorithm,
-            config.seed,
-            settings.micro_batch,
-            world,
-            scoring.add,
-            parts.graphs,
-        )
-    rewards = scoring.table()
-    columns, grouping = list(rewards.trained), config.algorithm.grouping
-    by_group = rewards.values[:, columns].unflatten(0, (len(groups), -1))
-    weights = rewards.weights[columns]
-    advantages = combine_advantages(by_group, weights, grouping.std, config.algorithm.adv_clip, grouping.combine)
-    return Experience(share, latents, transitions, rewards, advantages.flatten())
+@lru_cache(maxsize=64)
+def _guided(model: ModelConfig, settings: RolloutConfig) -> Guided:
+    """Which steps run two branches: only the model knows their sigmas, and which expert computes them."""
+    return guided_steps(weightless(model), settings)

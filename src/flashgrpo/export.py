@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from flashgrpo.assembly import make_process
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.files import write_aside
-from flashgrpo.models.load import load_model
 from flashgrpo.models.settings import Lora
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
@@ -40,15 +40,16 @@ def export(
     update = directory.choose_checkpoint(checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     plain = {"compute_dtype": None, "offload": False, "attention": None, "compile": False}
-    model = load_model(config.model.model_copy(update=plain), single_process(computes=False), config.seed)
-    directory.check_model(model.identity)
+    config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
+    process = make_process(config, single_process(computes=False), ())
+    directory.check_model(process.identity)
     with write_aside(folder) as aside:
         aside.mkdir()
         if format == "merged":
-            model.save_merged(aside, averaged)
+            process.save_merged(aside, averaged)
             use = ['DiffusionPipeline.from_pretrained("this/folder")']
         else:
-            use = _how_to_load(model.save_lora(aside, averaged, style=format), format)
+            use = _how_to_load(process.save_lora(aside, averaged, style=format), format)
         (aside / "README.md").write_text(_card(config, use, update, directory.evaluations()), encoding="utf-8")
     return folder
 
@@ -84,7 +85,7 @@ def _card(config: RunConfig, use: list[str], update: int, evaluations: list[dict
         "Videos": f"{config.model.width} x {config.model.height}, {config.model.num_frames} frames",
         "Prompts": config.prompts.train,
         "Reward": rewards,
-        "Algorithm": f"steps {algorithm.steps}, noise {algorithm.noise}, weighting {algorithm.weighting}",
+        "Algorithm": f"{algorithm.explore}, {algorithm.score}, {algorithm.credit}, {algorithm.objective}",
         "Guidance": f"{config.rollout.guidance_scale:g} in training, {config.rollout.num_steps} steps",
         "Seed": str(config.seed),
     }

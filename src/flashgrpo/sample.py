@@ -5,19 +5,15 @@ from pathlib import Path
 
 import torch
 
-from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import World, process_group, use_threads
+from flashgrpo.assembly import make_process
+from flashgrpo.distributed.world import process_group, use_threads
 from flashgrpo.errors import UserError
-from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.models.settings import ModelConfig
-from flashgrpo.processes.flow.model import VideoModel
-from flashgrpo.processes.flow.rollout import denoise, noise_of
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
-from flashgrpo.scoring.heldout import deterministic
-from flashgrpo.types import Prompt
+from flashgrpo.types import Process, Prompt
 from flashgrpo.video import Video, side_by_side, write_mp4
 
 Size = tuple[int, int, int]
@@ -56,18 +52,18 @@ def sample(
     update = directory.choose_checkpoint(checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     use_threads(config.parallel.threads)
-    with process_group(config, strict=False) as world:
-        model = load_model(_resized(config.model, size), world, config.seed, prompts)
-        directory.check_model(model.identity)
-        if from_image and not model.takes_image:
+    with process_group(config.parallel, config.model.compute_dtype, strict=False) as world:
+        process = make_process(config.model_copy(update={"model": _resized(config.model, size)}), world, prompts)
+        directory.check_model(process.identity)
+        if from_image and not process.takes_image:
             raise UserError("--image: this run's model makes videos from text only; leave it out")
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
 
         def videos() -> list[Video]:
-            return [_draw(model, config, prompt, seed, num_steps, world) for prompt, seed in pairs]
+            return [_draw(process, prompt, seed, num_steps) for prompt, seed in pairs]
 
         base = videos()
-        with weights_replaced(model.network, averaged):
+        with weights_replaced(process.network, averaged):
             tuned = videos()
     shown = [side_by_side(before, after) for before, after in zip(base, tuned, strict=True)]
     write_mp4(out, torch.cat(shown), config.model.fps)
@@ -75,12 +71,9 @@ def sample(
 
 
 @torch.no_grad()
-def _draw(
-    model: VideoModel, config: RunConfig, prompt: Prompt, seed: int, num_steps: int | None, world: World
-) -> Video:
-    environment = deterministic(model, config, num_steps or config.evaluation.num_steps)
-    latents = denoise(environment, noise_of(model, seed, "sample", [()]), model.encode([prompt]), 1, world)
-    return model.decode(latents)[0].cpu()
+def _draw(process: Process, prompt: Prompt, seed: int, num_steps: int | None) -> Video:
+    outputs = process.sample([prompt], [(seed, "sample")], lambda rows, outputs: None, num_steps)
+    return process.media(outputs)[0].cpu()
 
 
 def _resized(model: ModelConfig, size: Size | None) -> ModelConfig:

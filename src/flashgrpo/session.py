@@ -1,15 +1,17 @@
 """A run in progress: resumes, evaluates, saves."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch import Tensor
 
-from flashgrpo.assembly import Assembly, Experience
+from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import World, full_tensor
+from flashgrpo.distributed.world import World, full_tensor, process_group
 from flashgrpo.doctor import refuse_unsound
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.files import write_aside
@@ -18,21 +20,34 @@ from flashgrpo.models.settings import Lora
 from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.run.directory import RunDirectory
-from flashgrpo.run.progress import Reporter
+from flashgrpo.run.gallery import Gallery
+from flashgrpo.run.progress import Clock, Interrupt, Reporter, traced
 from flashgrpo.run.settings import TrackingConfig
 from flashgrpo.run.trackers import Trackers, check_installed
-from flashgrpo.scoring.heldout import Evaluation, broken_watch, extremes, record, write_videos
-from flashgrpo.video import write_mp4
+from flashgrpo.scoring.heldout import evaluation_record, guard
 
 
-class Run:
+class Session:
     """A run in progress: its directory, model, optimizer and how far it has come. Opening it resumes it."""
+
+    @classmethod
+    @contextmanager
+    def opened(cls, config: RunConfig, reporter: Reporter | None = None) -> Iterator["Session"]:
+        """The run of a recipe among the processes that this one belongs to, resumed or new."""
+        config = config.with_absolute_paths()
+        with process_group(config.parallel, config.model.compute_dtype) as world:
+            reporter = reporter or Reporter(quiet=not config.tracking.progress)
+            session = cls(config, reporter if world.is_main else Reporter(Console(quiet=True)), world)
+            with session._interrupt, session:
+                yield session
 
     def __init__(self, config: RunConfig, reporter: Reporter, world: World) -> None:
         self.config = config
         self.reporter = reporter
         self.world = world
         self.progress = Progress()
+        self.clock = Clock()
+        self._interrupt = Interrupt(patient=world.size > 1)
         self._evaluations: list[dict[str, Any]] = []
         self._saved = self._begun = Progress()  # of the newest checkpoint on disk, and of the one that is being written
         self.directory = RunDirectory(Path(config.out))
@@ -40,14 +55,15 @@ class Run:
         world.on_main(lambda: self.directory.check(config))
         self.parts = Assembly(config, world, reporter.say)
         self.optimizer = self.parts.optimizer
+        self.gallery = Gallery(self.directory.path, self.parts.evaluator, self.parts.process, world, config.model.fps)
         self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, world)
-        identity = self.parts.policy.model.identity
+        identity = self.parts.process.identity
         prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}
         world.on_main(lambda: self.directory.begin(config, world, prompts, identity))
         shown = config.tracking if world.is_main else TrackingConfig()
         self.trackers = Trackers(shown, self.directory.path, config.model_dump(mode="json"), reporter.warn)
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "Session":
         try:
             self._resume()
             self.reporter.start(self.progress.update, self.config.updates)
@@ -120,14 +136,25 @@ class Run:
     def ending(self) -> str | None:
         """Why the run is to end before its last update: a watched reward has fallen, or nothing gets better."""
         patience, best = self.config.evaluation.patience, self.progress.best_update
-        if fallen := broken_watch(self._evaluations[-1], self.config.rewards):
+        if fallen := guard(self._evaluations[-1], self.config.rewards):
             return f"{fallen}; " + (f"the best checkpoint is that of update {best}" if best else "keep the base model")
         stale = patience is not None and self.progress.stale >= patience
         return f"no new best in {self.progress.stale} evaluations" if stale else None
 
-    def log(self, metrics: dict[str, Any], seconds: dict[str, float]) -> None:
+    def updates(self) -> Iterator[int]:
+        """The updates that are left, until nothing gets better or somebody interrupts."""
+        trace = self.directory.path / "profile" / f"rank-{self.world.rank}.json.gz"
+        with traced(self.config.tracking.profile, trace) as update_ended:
+            self.clock.lap()
+            for update in range(self.progress.update, self.config.updates):
+                if self.ending or self.world.any(self._interrupt.requested):
+                    return
+                yield update
+                update_ended()
+
+    def log(self, metrics: dict[str, Any]) -> None:
         """Append the update's line to metrics.jsonl; the update counts as done from here on."""
-        line = {"update": self.progress.update + 1, **metrics, "seconds": seconds}
+        line = {"update": self.progress.update + 1, **metrics, "seconds": self.clock.lap()}
         self.world.on_main(lambda: self.directory.log_metrics(line))
         self.trackers.log("train", line)
         self.progress = replace(self.progress, update=line["update"])
@@ -137,9 +164,12 @@ class Run:
         """Evaluate the averaged weights after every so many updates and after the last, once; export a new best."""
         update = self.progress.update
         due = update % self.config.evaluation.every == 0 or update == self.config.updates
-        if not due or self._evaluations[-1]["update"] >= update:
-            return
-        with weights_replaced(self.parts.policy.model.network, self.optimizer.ema):
+        if due and self._evaluations[-1]["update"] < update:
+            with self.clock("evaluate"):
+                self._evaluate_average(update)
+
+    def _evaluate_average(self, update: int) -> None:
+        with weights_replaced(self.parts.process.network, self.optimizer.ema):
             line = self._evaluate(update)
         if not line["best"]:
             self.progress = replace(self.progress, stale=self.progress.stale + 1)
@@ -151,17 +181,22 @@ class Run:
 
     def _export(self, tensors: dict[str, Tensor]) -> None:
         with write_aside(self.directory.lora) as aside:
-            self.parts.policy.model.save_lora(aside, tensors)
+            self.parts.process.save_lora(aside, tensors)
 
     def _evaluate(self, update: int) -> dict[str, Any]:
         evaluation = self.parts.evaluator()
         earlier = self._evaluations
-        line = record(update, evaluation, earlier[0] if earlier else None, self.config.evaluation.samples_per_prompt)
-        line["watch"] = broken_watch(line, self.config.rewards)
+        line = evaluation_record(
+            update, evaluation, earlier[0] if earlier else None, self.config.evaluation.samples_per_prompt
+        )
+        line["watch"] = guard(line, self.config.rewards)
         admitted = [e["reward"] for e in earlier if not e.get("watch")]
         line["best"] = not line["watch"] and line["reward"] > max(admitted, default=float("-inf"))
         if line["best"] or line["watch"] or update == self.config.updates:
-            self._keep_videos(line, evaluation)
+            base = (earlier[0] if earlier else line)["samples"]
+            changed = isinstance(self.config.model.train, Lora)  # whose base can be had by taking adapters off
+            videos = self.gallery.keep(line, base, evaluation, changed)
+            self.trackers.videos(update, {label: self.directory.path / file for label, file in videos.items()})
         self.world.on_main(lambda: self.directory.log_evaluation(line))
         self.trackers.log("heldout", line)
         if line["watch"] and update == self.config.updates:  # where it ends the run sooner, that says it
@@ -170,32 +205,12 @@ class Run:
         self.reporter.evaluation(line)
         return line
 
-    def _keep_videos(self, line: dict[str, Any], evaluation: Evaluation) -> None:
-        """Write the videos of the fixed samples and, where adapters can be taken off, of those that changed most."""
-        update, samples, fps = line["update"], line["samples"], self.config.model.fps
-        base = (self._evaluations[0] if self._evaluations else line)["samples"]
-        videos = self.world.on_all(lambda: write_videos(self.directory, update, evaluation, fps))[0]
-        for row, video in videos.items():
-            samples[int(row)] |= {"video": video, "base_video": base[int(row)].get("video", video)}
-        if update and videos and isinstance(self.config.model.train, Lora):
-            line["extremes"] = extremes(samples)
-            rows = [row for row in line["extremes"] if "video" not in samples[row]]
-            tuned = self.parts.evaluator.again(rows) if rows else []
-            with self.parts.policy.model.reference():
-                before = self.parts.evaluator.again(rows) if rows else []
-            for row, *pair in zip(rows, tuned, before, strict=True):
-                names = [f"videos/{update:06d}/{row:03d}{end}.mp4" for end in ("", "-base")]
-                for name, drawn in zip(names, pair, strict=True):
-                    self.world.on_main(partial(write_mp4, self.directory.path / name, drawn, fps))
-                samples[row] |= {"video": names[0], "base_video": names[1]}
-        files = {f"{row:03d}": sample["video"] for row, sample in enumerate(samples) if "video" in sample}
-        self.trackers.videos(update, {label: self.directory.path / file for label, file in files.items()})
-
     def save_if_due(self) -> None:
         """Write a checkpoint after every so many updates and after every evaluation."""
         update = self.progress.update
         if update % self.config.checkpoint.every == 0 or self._evaluations[-1]["update"] == update:
-            self.save()
+            with self.clock("checkpoint"):
+                self.save()
 
     def save(self) -> None:
         """Begin a checkpoint, unless there is one of this update or an update was broken off in the middle."""
@@ -215,21 +230,3 @@ class Run:
             self._begun = self._saved
             raise
         self._saved = self._begun
-
-
-def describe_rewards(drawn: Experience, group_size: int) -> dict[str, Any]:
-    """The part of a metrics line that tells of rewards; stds are over all samples of the update."""
-    rewards, advantages, total = drawn.rewards, drawn.advantages, drawn.rewards.total
-    spread = dict(zip(rewards.names, rewards.values.std(dim=0, correction=0).tolist(), strict=True))
-    return {
-        "reward": float(total.mean()),
-        "reward_std": float(total.std(correction=0)),
-        "rewards": rewards.means(trained=True),
-        "rewards_std": spread,
-        "reward_failures": dict(rewards.failures),
-        "advantage_mean": float(advantages.mean()),
-        "advantage_std": float(advantages.std(correction=0)),
-        "advantage_max": float(advantages.abs().max()),
-        "zero_spread_groups": int((advantages.unflatten(0, (-1, group_size)) == 0).all(dim=1).sum()),
-        "samples": len(total),
-    }

@@ -14,7 +14,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
 from flashgrpo.doctor.estimate import LiveBytes, estimate
 from flashgrpo.models.load import load_model
-from flashgrpo.processes.flow.model import Moment
+from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.retain import Graphs
 from flashgrpo.prompts import prompt_groups, read_prompts
 from flashgrpo.run.progress import Clock
@@ -53,11 +53,11 @@ def test_the_estimate_is_what_a_real_network_takes(make_run):
     model = load_model(config.model, single_process(), 0)
     condition = model.encode([Prompt("a red circle", {})] * 4)
     x = torch.zeros(4, *model.latent_shape)
-    moment = Moment(torch.full((4,), 500.0), torch.full((4,), 0.5, dtype=torch.float64), torch.ones(4))
+    point = GridPoint(torch.full((4,), 500.0), torch.full((4,), 0.5, dtype=torch.float64), torch.ones(4))
     with torch.autograd.set_multithreading_enabled(False):
         live = LiveBytes([*model.network.parameters(), x, *condition.tensors.values()])
         with live:
-            model.velocity(x, moment, condition).square().mean().backward()
+            model.velocity(x, point, condition).square().mean().backward()
     counted = estimate(config).phases["update"]["work"] - x.numel() * 4
     assert counted == pytest.approx(live.peak, rel=0.15)
 

@@ -20,7 +20,7 @@ from flashgrpo.learning.update import policy_update
 from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.presets import FLASH_GRPO
-from flashgrpo.processes.flow.model import Moment, VideoModel
+from flashgrpo.processes.flow.model import GridPoint, VideoModel
 from flashgrpo.processes.flow.policy import Policy, guidance_by_step
 from flashgrpo.processes.flow.retain import Graphs
 from flashgrpo.processes.flow.rollout import denoise, rollout
@@ -66,9 +66,9 @@ def noise(model: VideoModel, rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def moments(grid: SigmaGrid, steps: list[int], scale: float) -> Moment:
+def moments(grid: SigmaGrid, steps: list[int], scale: float) -> GridPoint:
     k = torch.tensor(steps)
-    return Moment(grid.timesteps[k], grid.sigmas[k], torch.full((len(steps),), scale))
+    return GridPoint(grid.timesteps[k], grid.sigmas[k], torch.full((len(steps),), scale))
 
 
 def perturb(model: VideoModel) -> dict[str, torch.Tensor]:
@@ -99,25 +99,25 @@ def test_guidance_goes_from_the_negative_prompt_through_the_text(model, prompts)
     v = [model.velocity(x, moments(grid, [1, 3], scale), condition).detach() for scale in (1.0, 2.0, 3.0)]
     assert not torch.allclose(v[0], v[1], atol=1e-4)
     torch.testing.assert_close(v[2] - v[1], v[1] - v[0], rtol=1e-3, atol=1e-5)
-    mixed = Moment(grid.timesteps[[1, 3]], grid.sigmas[[1, 3]], torch.tensor([1.0, 3.0]))
+    mixed = GridPoint(grid.timesteps[[1, 3]], grid.sigmas[[1, 3]], torch.tensor([1.0, 3.0]))
     both = model.velocity(x, mixed, condition)
     torch.testing.assert_close(both, torch.stack([v[0][0], v[2][1]]), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_do_not_see_each_other(model, prompts):
-    condition, x, moment = model.encode(prompts), noise(model, 2), moments(model.grid(4), [3, 0], SCALE)
-    together = model.velocity(x, moment, condition)
+    condition, x, point = model.encode(prompts), noise(model, 2), moments(model.grid(4), [3, 0], SCALE)
+    together = model.velocity(x, point, condition)
     for row in range(2):
         rows = torch.tensor([row])
         torch.testing.assert_close(
-            model.velocity(x[rows], moment[rows], condition[rows])[0], together[row], rtol=1e-4, atol=1e-5
+            model.velocity(x[rows], point[rows], condition[rows])[0], together[row], rtol=1e-4, atol=1e-5
         )
 
 
 def test_loading_twice_gives_the_same_model(model, kind, folder, prompts):
     again = load_model(kind.config(folder), WORLD, 0, prompts)
-    moment = moments(model.grid(4), [0, 3], SCALE)
-    v = [m.velocity(noise(m, 2), moment, m.encode(prompts)) for m in (model, again)]
+    point = moments(model.grid(4), [0, 3], SCALE)
+    v = [m.velocity(noise(m, 2), point, m.encode(prompts)) for m in (model, again)]
     assert torch.equal(*v)
     assert all(torch.equal(a, b) for a, b in zip(model.network.parameters(), again.network.parameters(), strict=True))
 
@@ -156,12 +156,12 @@ def test_every_targeted_layer_is_trained_by_the_steps_of_its_expert(model, promp
 
 
 def test_the_reference_is_the_model_before_training(model, prompts):
-    condition, x, moment = model.encode(prompts), noise(model, 2), moments(model.grid(4), [0, 3], SCALE)
-    base = model.velocity(x, moment, condition).detach()
+    condition, x, point = model.encode(prompts), noise(model, 2), moments(model.grid(4), [0, 3], SCALE)
+    base = model.velocity(x, point, condition).detach()
     perturb(model)
-    assert not torch.allclose(model.velocity(x, moment, condition), base, atol=1e-4)
+    assert not torch.allclose(model.velocity(x, point, condition), base, atol=1e-4)
     with model.reference():
-        assert torch.equal(model.velocity(x, moment, condition), base)
+        assert torch.equal(model.velocity(x, point, condition), base)
 
 
 def test_idle_calls_reach_every_expert(model):
@@ -225,23 +225,23 @@ def test_diffusers_loads_the_adapters(model, kind, folder, prompts, style, tmp_p
     experts = [name for name in ("transformer", "transformer_2") if getattr(pipeline, name, None) is not None]
     assert len(files) == len(experts)
     grid = model.grid(6)
-    condition, x, moment = model.encode(prompts), noise(model, 2), moments(grid, [0, 5], SCALE)
-    tuned = model.velocity(x, moment, condition)
+    condition, x, point = model.encode(prompts), noise(model, 2), moments(grid, [0, 5], SCALE)
+    tuned = model.velocity(x, point, condition)
     with model.reference():
-        base = model.velocity(x, moment, condition)
+        base = model.velocity(x, point, condition)
     assert not torch.allclose(tuned, base, atol=1e-3)
     model.experts = {name: getattr(pipeline, name) for name in experts}  # the same calls through what was loaded
     model._residence._parts.update(model.experts)
-    torch.testing.assert_close(model.velocity(x, moment, condition), tuned, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.velocity(x, point, condition), tuned, rtol=1e-4, atol=1e-5)
 
 
 def test_a_merged_pipeline_is_the_tuned_model(model, kind, prompts, tmp_path):
     tuned_weights = perturb(model)
-    condition, x, moment = model.encode(prompts), noise(model, 2), moments(model.grid(6), [0, 5], SCALE)
-    tuned = model.velocity(x, moment, condition).detach()
+    condition, x, point = model.encode(prompts), noise(model, 2), moments(model.grid(6), [0, 5], SCALE)
+    tuned = model.velocity(x, point, condition).detach()
     model.save_merged(tmp_path / "merged", tuned_weights)
     merged = load_model(kind.config(tmp_path / "merged"), WORLD, 0, prompts)
-    torch.testing.assert_close(merged.velocity(x, moment, condition), tuned, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(merged.velocity(x, point, condition), tuned, rtol=1e-3, atol=1e-4)
     assert kind.open(tmp_path / "merged").text_encoder is not None
 
 

@@ -1,21 +1,17 @@
 """What a comparison runs: the settings of each algorithm on one problem, and the updates that the budget buys it."""
 
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from flashgrpo.assembly import guided_steps
+from flashgrpo.assembly import planned_cost
 from flashgrpo.config import RunConfig
+from flashgrpo.config.algorithm import SHORT, read_tree
 from flashgrpo.config.recipe import merge_choices, parse_override
-from flashgrpo.doctor.estimate import weightless
 from flashgrpo.errors import UserError, suggest
-from flashgrpo.models.settings import ModelConfig
 from flashgrpo.presets import PRESETS, Algorithm
-from flashgrpo.processes.flow.cost import Cost, Guided, update_cost
-from flashgrpo.processes.flow.settings import RolloutConfig
 
 OWN = ("algorithm", "rollout", "optim", "model.train", "model.gradient_checkpointing")  # may differ by algorithm
 OF_THE_PLAN = {"out": "--out", "evaluation.every": "--points"}  # settings that an option decides
@@ -48,7 +44,7 @@ class Plan:
             "algorithms": {
                 name: {
                     "updates": config.updates,
-                    "compute_per_update": asdict(_cost(config, 0)),
+                    "compute_per_update": asdict(planned_cost(config, 0)),
                     "settings": config.model_dump(mode="json", exclude=set(NOT_COMPARED)),
                 }
                 for name, config in self.algorithms.items()
@@ -84,25 +80,12 @@ def make_plan(
     }
     first = next(iter(configs.values()))
     if budget is None:
-        budget = sum(_cost(first, update).total for update in range(base.updates))
+        budget = sum(planned_cost(first, update).total for update in range(base.updates))
     whole = {
         name: _at_its_length(config, f"{recipe}, {name}", _updates_within(config, budget, name), points)
         for name, config in configs.items()
     }
     return Plan(recipe, budget, range(base.seed, base.seed + seeds), whole)
-
-
-def _cost(config: RunConfig, update: int) -> Cost:
-    """Of an update, with guidance where the model's own grid has it."""
-    settings = config.rollout
-    plain = settings.guidance_scale_2 is None and tuple(settings.guidance_interval) == (0, 1)
-    return update_cost(config, update, None if plain else _guided(config.model, settings))
-
-
-@functools.lru_cache(maxsize=64)
-def _guided(model: ModelConfig, settings: RolloutConfig) -> Guided:
-    """Which steps run two branches: only the model knows their sigmas, and which expert computes them."""
-    return guided_steps(weightless(model), settings)
 
 
 def read_algorithms(algorithms: str | Sequence[str]) -> dict[str, Any]:
@@ -180,18 +163,24 @@ def _sorted_overrides(
 
 def _kept(algorithm: Algorithm, parts: Sequence[str]) -> list[dict[Any, Any]]:
     """The parts of the recipe's own algorithm that take the place of every preset's."""
-    known = [field.name for field in fields(algorithm)]
+    known, whole = [field.name for field in fields(algorithm)], asdict(algorithm)
+    kept: list[dict[Any, Any]] = []
     for part in filter(None, parts):
-        if part not in known:
-            raise UserError(f"--keep: an algorithm has no {part!r}; {suggest(part, known)}")
-    return [{"algorithm": {part: asdict(algorithm)[part]}} for part in parts if part]
+        if part in known:
+            kept.append({"algorithm": {part: whole[part]}})
+        elif part in SHORT:
+            owner, key = SHORT[part]
+            kept.append({"algorithm": {owner: {key: whole[owner][key]}}})
+        else:
+            raise UserError(f"--keep: an algorithm has no {part!r}; {suggest(part, [*SHORT, *known])}")
+    return kept
 
 
 def _settings(base: RunConfig, spec: Any, changes: Sequence[Mapping[Any, Any]], source: str) -> RunConfig:
     """One algorithm on the problem; every algorithm is evaluated with the guidance that the problem has."""
-    tree = {**base.model_dump(mode="json"), "algorithm": spec}
+    tree = read_tree({**base.model_dump(mode="json"), "algorithm": spec}, source)
     for change in changes:
-        tree = merge_choices(tree, change)
+        tree = merge_choices(tree, read_tree(change, source))
     evaluation, rollout = base.evaluation, base.rollout
     second = rollout.guidance_scale_2 if evaluation.guidance_scale is None else None
     tree["evaluation"] |= {
@@ -211,7 +200,7 @@ def _at_its_length(config: RunConfig, source: str, updates: int, points: int) ->
 
 def _updates_within(config: RunConfig, budget: int, name: str) -> int:
     """The largest number of updates that cost no more than the budget."""
-    first = _cost(config, 0)
+    first = planned_cost(config, 0)
     if first.total > budget:
         raise UserError(
             f"--budget: {budget:,} forwards are less than one update of {name}, which costs {first.total:,} "
@@ -220,6 +209,6 @@ def _updates_within(config: RunConfig, budget: int, name: str) -> int:
     if budget / first.total > MOST_UPDATES:
         raise UserError(f"--budget: {budget:,} forwards buy {name} more than {MOST_UPDATES:,} updates; lower it")
     updates, spent = 1, first.total
-    while (spent := spent + _cost(config, updates).total) <= budget:
+    while (spent := spent + planned_cost(config, updates).total) <= budget:
         updates += 1
     return updates

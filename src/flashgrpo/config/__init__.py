@@ -5,7 +5,6 @@ is refused with the nearest known name.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,29 +13,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from flashgrpo.config.algorithm import Written, algorithm_from, read_tree
 from flashgrpo.config.explain import explain
 from flashgrpo.config.recipe import find_recipe, merge_choices, parse_override
 from flashgrpo.config.settings import EvaluationConfig, PromptsConfig
 from flashgrpo.distributed.settings import ParallelConfig
-from flashgrpo.errors import UserError, first_line, suggest
+from flashgrpo.errors import UserError, first_line
 from flashgrpo.learning.settings import OptimConfig
-from flashgrpo.models.settings import Full, ModelConfig
+from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.presets import PRESETS, Algorithm
-from flashgrpo.processes.flow.settings import RolloutConfig
+from flashgrpo.processes.flow.settings import RolloutConfig, check_steps
 from flashgrpo.run.settings import CheckpointConfig, TrackingConfig
-from flashgrpo.scoring.settings import RewardConfig
+from flashgrpo.scoring.settings import RewardConfig, check_rewards
 from flashgrpo.settings import Part
-
-
-def algorithm_from(value: Any) -> Any:
-    """A preset's name, or a mapping of changes to one: to its `preset`, or to flash-grpo where it names none."""
-    if not isinstance(value, str | Mapping):
-        return value
-    changes = {"preset": value} if isinstance(value, str) else dict(value)
-    name = changes.pop("preset", "flash-grpo")
-    if name not in PRESETS:
-        raise ValueError(f"no preset is called {name!r}; {suggest(str(name), PRESETS)}")
-    return merge_choices(asdict(PRESETS[name]), changes)
 
 
 def without_null(value: Any) -> Any:
@@ -52,7 +41,9 @@ class RunConfig(Part):
     seed: int = Field(default=0, ge=0)
     updates: int = Field(ge=1)
     model: ModelConfig
-    algorithm: Annotated[Algorithm, BeforeValidator(algorithm_from)] = PRESETS["flash-grpo"]
+    algorithm: Annotated[Algorithm, BeforeValidator(algorithm_from, json_schema_input_type=Written)] = PRESETS[
+        "flash-grpo"
+    ]
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OptimConfig()
     prompts: PromptsConfig
@@ -64,67 +55,21 @@ class RunConfig(Part):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _choices_fit(self) -> "RunConfig":
-        if all(reward.watched for reward in self.rewards.values()):
-            raise ValueError("rewards: every reward is watched only, so there is nothing to train on")
-        try:
-            self.algorithm.steps.candidates(self.rollout.num_steps)
-        except ValueError as error:
-            raise ValueError(f"algorithm.steps with rollout.num_steps {self.rollout.num_steps}: {error}") from error
-        samples = self.rollout.prompts * self.rollout.group_size
-        if self.optim.minibatches > samples:
-            raise ValueError(f"optim.minibatches: {samples} samples cannot be cut into {self.optim.minibatches} parts")
-        steps = self.updates * self.optim.minibatches * self.optim.passes
-        if self.optim.ema.every > steps:
-            raise ValueError(
-                f"optim.ema.every: the run has {steps} optimizer steps, so an average that moves every "
-                f"{self.optim.ema.every} would stay the base model, which is what evaluation would see; lower it"
-            )
-        if self.model.offload and self.sharded:
-            raise ValueError("model.offload: a network that FSDP2 holds stays where it is; choose one of the two")
-        if self.model.offload and isinstance(self.model.train, Full):
-            raise ValueError("model.offload: full training has nothing that could be off the device; leave it out")
-        if self.optim.eight_bit and self.sharded:
-            raise ValueError("optim.eight_bit: moments that FSDP2 shards stay in 32 bits; choose one of the two")
-        if self.model.dtype != "float32" and isinstance(self.model.train, Full):
-            raise ValueError(f"model.dtype: full training keeps float32 weights, so {self.model.dtype} has no effect")
-        return self
-
-    @model_validator(mode="after")
-    def _shortcuts_fit(self) -> "RunConfig":
-        settings, held_between = self.rollout, self.parallel.context > 1 or self.sharded
-        if settings.deterministic_dtype == "float8" and (held_between or self.model.offload):
-            raise ValueError(
-                "rollout.deterministic_dtype: float8 needs the network whole and on the device; take bfloat16, or "
-                "leave out parallel.shard, parallel.context, model.compute_dtype and model.offload"
-            )
-        if settings.deterministic_dtype == "float8" and isinstance(self.model.train, Full):
-            raise ValueError("rollout.deterministic_dtype: float8 is of frozen weights, full training has none")
-        if settings.reuse and held_between:
-            raise ValueError(
-                "rollout.reuse: processes that hold a network between them compute every step; leave it out"
-            )
-        if settings.reuse and self.model.compile:
-            raise ValueError("rollout.reuse: compiled blocks compute every step; choose one of the two")
-        if settings.retain and self.replays:
-            raise ValueError(f"rollout.retain: {self.replays}; leave it out")
+    def _parts_fit(self) -> "RunConfig":
+        """Each part says what it cannot go with; here they only meet."""
+        check_rewards(self.rewards)
+        self.optim.check(self.rollout.prompts * self.rollout.group_size, self.updates)
+        self.model.check(self.sharded)
+        frozen, held_between = isinstance(self.model.train, Lora), self.sharded or self.parallel.context > 1
+        check_steps(self.algorithm.explore, self.rollout.num_steps)
+        self.rollout.check_shortcuts(held_between, frozen, self.model.offload, self.model.compile)
+        self.rollout.check_retain(held_between, self.model.offload, self.optim.passes * self.optim.minibatches)
         return self
 
     @property
     def sharded(self) -> bool:
         """Whether FSDP2 holds the network in training, between processes or in another type than it computes in."""
         return self.parallel.shard > 1 or self.model.compute_dtype is not None
-
-    @property
-    def replays(self) -> str | None:
-        """Why an update has to replay the trained steps rather than keep their graphs, if it has to."""
-        if self.optim.passes * self.optim.minibatches > 1:
-            return "a rollout that serves several optimizer steps is replayed for the later ones"
-        if self.sharded or self.parallel.context > 1:
-            return "processes that hold a network between them replay together"
-        if self.model.offload:
-            return "with model.offload the network leaves the device before the update"
-        return None
 
     def with_absolute_paths(self) -> "RunConfig":
         """The same run, whatever folder it is started from."""
@@ -160,15 +105,16 @@ class RunConfig(Part):
             raise UserError(f"{path} is no readable YAML file: {first_line(error)}") from error
         if not isinstance(tree, dict):
             raise UserError(f"{path} must hold a mapping of settings, not a list")
+        tree = read_tree(tree, str(path))
         for override in overrides:
-            tree = merge_choices(tree, parse_override(override))
+            tree = merge_choices(tree, read_tree(parse_override(override), f"override {override!r}"))
         return cls.parse(tree, str(path))
 
     @classmethod
     def parse(cls, tree: Any, source: str) -> "RunConfig":
-        """Validate settings; the first problem becomes a `UserError` that names `source`, the key and the mend."""
+        """Validate settings; the first problem becomes a `UserError` that names `source`, the key and the fix."""
         try:
-            return cls.model_validate(tree)
+            return cls.model_validate(read_tree(tree, source) if isinstance(tree, dict) else tree)
         except ValidationError as error:
             raise UserError(f"{source}: {explain(error, cls.model_json_schema())}") from error
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flashgrpo.config.algorithm import short_name
 from flashgrpo.errors import suggest
 
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's words, for models and for dataclasses
@@ -16,8 +17,8 @@ def explain(error: ValidationError, schema: Mapping[str, Any]) -> str:
     if problem["type"] in UNKNOWN:
         place, known = _walk(problem["loc"][:-1], schema)
         name = str(problem["loc"][-1])
-        return f"unknown key {'.'.join([*place, name])}; {suggest(name, known)}"
-    key = ".".join(_walk(problem["loc"], schema)[0])
+        return f"unknown key {short_name('.'.join([*place, name]))}; {suggest(name, known)}"
+    key = short_name(".".join(_walk(problem["loc"], schema)[0]))
     if problem["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -50,7 +51,8 @@ def _resolve(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str,
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
         else:
             choices = [choice for choice in node["anyOf"] if choice.get("type") != "null"]
-            if len(choices) > 1:
+            with_keys = [choice for choice in choices if "$ref" in choice or "properties" in choice]
+            if len(with_keys or choices) > 1:
                 return node
-            node = choices[0]
+            node = (with_keys or choices)[0]
     return node

@@ -1,6 +1,6 @@
 """Where recipes lie, and how settings merge."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +56,39 @@ def merge_choices(old: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[An
             new = merge_choices(before, new)
         merged[key] = new
     return merged
+
+
+GONE: Mapping[str, tuple[Any, str]] = {
+    "algorithm.score.weighting.over": ("window", "the mean of the weights is over the window of steps"),
+    "parallel.context_kind": ("ulysses", "ring attention never ran"),
+    "optim.eight_bit": (False, "AdamW keeps its moments in 32 bits"),
+}
+"""Settings that older recipes and runs may hold: the value that is now the only one, and why."""
+
+
+def without_gone(tree: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Leave out settings that are gone.
+
+    Raises:
+        UserError: one has another value than the only one left.
+    """
+    kept = dict(tree)
+    for path, (only, why) in GONE.items():
+        *above, key = path.split(".")
+        node: Any = tree
+        for part in above:
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if not isinstance(node, Mapping) or key not in node:
+            continue
+        if node[key] != only:
+            raise UserError(f"{path}: {node[key]!r} is gone, since {why}; leave the setting out")
+        kept = _without(kept, path.split("."))
+    return kept
+
+
+def _without(tree: Mapping[Any, Any], path: Sequence[str]) -> dict[Any, Any]:
+    """The tree without one of its leaves."""
+    first, *rest = path
+    if not rest:
+        return {key: value for key, value in tree.items() if key != first}
+    return {**tree, first: _without(tree[first], rest)}

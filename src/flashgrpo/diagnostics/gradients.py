@@ -13,19 +13,19 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from flashgrpo.assembly import Assembly, Experience, experience
+from flashgrpo.assembly import Assembly
 from flashgrpo.distributed.world import World, local
 from flashgrpo.errors import UserError
 from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.update import policy_update
 from flashgrpo.presets import Algorithm
-from flashgrpo.processes.flow.model import Transitions
-from flashgrpo.processes.flow.policy import Policy, uncompiled
+from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.steps import OneStep
-from flashgrpo.processes.flow.weighting import PlainRatio, Rectified, Uniform
+from flashgrpo.processes.flow.weighting import Rectified
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.scoring.scoring import untimed
 from flashgrpo.seeds import keyed_bits
+from flashgrpo.types import Process, Record
 
 WINDOWS = {"whole grid": (0.0, 1.0), "first half": (0.0, 0.5)}
 OfPrompts = Callable[[list[int]], Float64[Tensor, " steps"]]
@@ -109,16 +109,16 @@ def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> G
 
     A step's weight is a constant factor of its gradient, so the rectified norm is the uniform one times the weight.
     """
-    own, drawn = groups_at_every_step(parts, shared_noise, prompts)
-    table, steps, transitions = own.policy.table, windows(own)["whole grid"], drawn.transitions
-    prompt = transitions.sample // (len(transitions) // prompts)
+    own, record = groups_at_every_step(parts, shared_noise, prompts)
+    process, steps = own.process, windows(own)["whole grid"]
+    table, prompt = process.policy.table, record.sample // (len(record) // prompts)
     grams, scores, drifts = [], [], []
     for step in steps:
         kept = Kept(own.optimizer.parameters, own.world)
-        groups = [((transitions.k == step) & (prompt == p)).nonzero().flatten() for p in range(prompts)]
-        drifts += [kept.update(own, transitions[group], drawn.advantages) for group in groups]
+        groups = [((record.slot == step) & (prompt == p)).nonzero().flatten() for p in range(prompts)]
+        drifts += [kept.update(own, record[group]) for group in groups]
         grams.append(gram(kept.gradients))
-        scores.append([score_norm(own.policy, kept, transitions[group[:1]]) for group in groups])
+        scores.append([score_norm(process, kept, record[group[:1]]) for group in groups])
     products, score = torch.stack(grams), torch.tensor(scores, dtype=torch.float64)
     weight = Rectified().weights(table, steps, torch.tensor(steps)).double()
 
@@ -131,9 +131,9 @@ def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> G
     scale = 1 / table.rectification[steps]
     return GradientByStep(
         shared_noise,
-        own.config.algorithm.grouping.std,
+        own.config.algorithm.credit.std,
         steps,
-        own.policy.grid.sigmas[steps].tolist(),
+        process.grid.sigmas[steps].tolist(),
         scale.tolist(),
         table.rectification[steps].tolist(),
         weight.tolist(),
@@ -146,22 +146,22 @@ def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> G
     )
 
 
-def groups_at_every_step(parts: Assembly, shared_noise: bool, prompts: int) -> tuple[Assembly, Experience]:
-    """A group of each prompt at each step of the grid but the last, and the parts that drew them."""
+def groups_at_every_step(parts: Assembly, shared_noise: bool, prompts: int) -> tuple[Assembly, Record]:
+    """A group of each prompt at each step of the grid but the last, compared, and the parts that drew them."""
     every_step = OneStep(per="group", window=(0.0, 1.0), draw="stratified")  # deals each step once to K groups in turn
-    grouping = replace(parts.config.algorithm.grouping, shared_noise=shared_noise)
-    plain = replace(parts.config.algorithm, grouping=grouping, weighting=Uniform(), ratio=PlainRatio(), kl_coef=0.0)
-    own, count = named(parts, replace(plain, steps=every_step), "gradient by step"), len(windows(parts)["whole grid"])
+    algorithm = parts.config.algorithm
+    explore = replace(algorithm.explore, steps=every_step, shared_noise=shared_noise)
+    plain = replace(algorithm, explore=explore, score=Recorded(), objective=replace(algorithm.objective, kl_coef=0.0))
+    own, count = named(parts, plain, "gradient by step"), len(windows(parts)["whole grid"])
     one_each = prompt_groups(parts.prompts, parts.config.seed, 0, prompts, parts.config.rollout.group_size)
     groups = [replace(group, group=group.group * count + i) for group in one_each for i in range(count)]
-    return own, experience(own, groups, untimed)
+    return own, own.compare(own.draw_and_score(groups, untimed, uses=2)).record
 
 
-def score_norm(policy: Policy, gradients: GradientSum, transition: Transitions) -> float:
-    """Norm of the gradient of one transition's log-density, lambda |J^T xi| / D with J = dv/dtheta."""
-    with uncompiled():
-        v = policy.velocity(transition.k, transition.x, transition.condition[transition.sample])
-        policy.table.log_prob(transition.k, transition.x_next, transition.x, v).sum().backward()
+def score_norm(process: Process, gradients: GradientSum, unit: Record) -> float:
+    """Norm of the gradient of one unit's log-density, lambda |J^T xi| / D with J = dv/dtheta."""
+    score, _ = process.replay(unit, ())
+    score.sum().backward()
     norm = float(gradients.collect())
     gradients.take()
     return norm
@@ -220,8 +220,8 @@ def gradient_consistency(parts: Assembly, algorithm: Algorithm, updates: int = 8
     kept, drifts = Kept(own.optimizer.parameters, own.world), []
     for update in range(updates):
         groups = prompt_groups(parts.prompts, parts.config.seed, update, rollout.prompts, rollout.group_size)
-        drawn = experience(own, groups, untimed)
-        drifts.append(kept.update(own, drawn.transitions, drawn.advantages))
+        drawn = own.draw_and_score(groups, untimed, uses=2)  # a gradient is that of a replay
+        drifts.append(kept.update(own, own.compare(drawn).record))
     return consistency_of(gram(kept.gradients), rollout.prompts * rollout.group_size, max(drifts))
 
 
@@ -265,13 +265,11 @@ class Kept(GradientSum):
         self.gradients.append(flat)
         return float(flat.norm())
 
-    def update(self, parts: Assembly, transitions: Transitions, advantages: Float[Tensor, " batch"]) -> float:
+    def update(self, parts: Assembly, record: Record) -> float:
         """Keep the gradient of an update of one optimizer step; returns its drift."""
-        once, algorithm = parts.config.optim.model_copy(update={"minibatches": 1, "passes": 1}), parts.config.algorithm
-        metrics = policy_update(parts.policy, self, transitions, advantages, algorithm, once, parts.world)
-        drift = metrics["drift"]
-        assert isinstance(drift, float)
-        return drift
+        once = parts.config.optim.model_copy(update={"minibatches": 1, "passes": 1})
+        metrics = policy_update(parts.process, parts.objective, self, record, once, parts.world)
+        return float(metrics["drift"])
 
 
 def gram(gradients: Sequence[Float[Tensor, " parameters"]]) -> Float64[Tensor, "gradients gradients"]:
@@ -287,7 +285,7 @@ def _off_diagonal(products: Float64[Tensor, "n n"], units: list[int]) -> Float64
 
 def windows(parts: Assembly) -> dict[str, list[int]]:
     """The steps of each window."""
-    return {name: OneStep(window=w).candidates(parts.policy.grid.num_steps) for name, w in WINDOWS.items()}
+    return {name: OneStep(window=w).candidates(parts.process.grid.num_steps) for name, w in WINDOWS.items()}
 
 
 def named(parts: Assembly, algorithm: Algorithm, purpose: str) -> Assembly:
@@ -295,6 +293,5 @@ def named(parts: Assembly, algorithm: Algorithm, purpose: str) -> Assembly:
     if parts.world.size > 1:
         raise UserError(f"diagnostics run in one process, not in {parts.world.size}; start them without torchrun")
     own = parts.with_algorithm(algorithm)
-    own.graphs = None  # each gradient is that of a replay, some of parts of what was drawn
     own.config = own.config.model_copy(update={"seed": keyed_bits(purpose, parts.config.seed)})
     return own

@@ -18,7 +18,7 @@ from jaxtyping import Float64
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flashgrpo.assembly import Assembly, experience
+from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
 from flashgrpo.diagnostics.gradients import Estimate, gradient_by_step, gradient_consistency, named, windows
 from flashgrpo.distributed.world import process_group, use_threads
@@ -73,14 +73,14 @@ def diagnose(
         raise UserError("diagnostics need at least one algorithm")
     effort = effort or Effort()
     updates = max(effort.updates, -(-effort.prompts // config.rollout.prompts))  # whose prompts are to be encoded
-    keeps_reference = max(algorithms.values(), key=lambda algorithm: algorithm.kl_coef)
+    keeps_reference = max(algorithms.values(), key=lambda algorithm: algorithm.objective.kl_coef)
     config = config.model_copy(update={"updates": updates, "algorithm": keeps_reference})
     use_threads(config.parallel.threads)
-    with process_group(config, strict=False) as world:
+    with process_group(config.parallel, config.model.compute_dtype, strict=False) as world:
         parts = Assembly(config, world, say)
         try:
             update, tensors = _averaged(parts, weights, say)
-            with weights_replaced(parts.policy.model.network, tensors):
+            with weights_replaced(parts.process.network, tensors):
                 measured = _measure(parts, algorithms, effort, say)
         finally:
             parts.rewards.close()
@@ -97,7 +97,7 @@ def _averaged(parts: Assembly, run: Path | None, say: Say) -> tuple[int | None, 
     directory, of_run = RunDirectory.existing(run)
     if of_run.model.train != parts.config.model.train:
         raise UserError(f"model.train is not that of {run}, whose weights are to be measured")
-    directory.check_model(parts.policy.model.identity)
+    directory.check_model(parts.process.identity)
     update = directory.choose_checkpoint(None, say)
     checkpoint.read_into(directory.checkpoints, update, {"ema": tensors}, parts.world)
     return update, tensors
@@ -107,7 +107,7 @@ def _measure(parts: Assembly, algorithms: Mapping[str, Algorithm], effort: Effor
     firsts: dict[str, Assembly] = {}
     noises, consistency = {}, {}
     for algorithm in algorithms.values():
-        firsts.setdefault(f"{algorithm.noise.kind}, eta {algorithm.noise.eta:g}", parts.with_algorithm(algorithm))
+        firsts.setdefault(_name(algorithm.explore.noise), parts.with_algorithm(algorithm))
     for noise, own in firsts.items():
         say(f"diagnostics of {noise} noise by step")
         noises[noise] = {"independent": _by_step(own, False, effort), "shared": _by_step(own, True, effort)}
@@ -115,6 +115,10 @@ def _measure(parts: Assembly, algorithms: Mapping[str, Algorithm], effort: Effor
         say(f"gradient consistency of {name}")
         consistency[name] = asdict(gradient_consistency(parts, algorithm, effort.updates))
     return {"noises": noises, "consistency": consistency}
+
+
+def _name(noise: Any) -> str:
+    return f"{noise.kind}, eta {noise.eta:g}"
 
 
 def _by_step(parts: Assembly, shared_noise: bool, effort: Effort) -> dict[str, Any]:
@@ -158,11 +162,11 @@ def reward_variance(parts: Assembly, shared_noise: bool, prompts: int = 6, membe
     """
     algorithm = parts.config.algorithm
     every_step = OneStep(per="sample", window=(0.0, 1.0), draw="stratified")  # deals K members each step once
-    algorithm = replace(algorithm, steps=every_step, grouping=replace(algorithm.grouping, shared_noise=shared_noise))
+    explore = replace(algorithm.explore, steps=every_step, shared_noise=shared_noise)
     steps = windows(parts)["whole grid"]
     groups = prompt_groups(parts.prompts, parts.config.seed, 0, prompts, members * len(steps))
-    drawn = experience(named(parts, algorithm, "reward variance"), groups, untimed)
-    by_step = drawn.transitions.k.reshape(prompts, -1).argsort(dim=1, stable=True)
+    drawn = named(parts, replace(algorithm, explore=explore), "reward variance").draw_and_score(groups, untimed, uses=2)
+    by_step = drawn.record.slot.reshape(prompts, -1).argsort(dim=1, stable=True)
     rewards = drawn.rewards.total.reshape(prompts, -1).gather(1, by_step).reshape(prompts, len(steps), members)
     return RewardVariance(
         shared_noise,

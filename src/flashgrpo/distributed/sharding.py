@@ -61,22 +61,12 @@ def _split_tokens(network: nn.Module, world: World) -> None:
             f"parallel.context: diffusers would also split the texts of {type(network).__name__}; use parallel.shard"
         )
     heads = network.config["num_attention_heads"]  # type: ignore[index]
-    if world.context_kind == "ring" and world.device.type == "cpu":
-        raise UserError(
-            "parallel.context_kind: ring needs attention with a log-sum-exp, which the CPU lacks; use ulysses"
-        )
-    if world.context_kind == "ulysses" and heads % world.context:
+    if heads % world.context:
         raise UserError(f"parallel.context: {heads} attention heads cannot be split over {world.context} processes")
-    if world.context_kind == "ring":
-        if next(network.parameters()).dtype != torch.bfloat16:
-            raise UserError("parallel.context_kind: the GPU's attention for ring takes bfloat16: model.dtype=bfloat16")
-        network.set_attention_backend("_native_cudnn")  # type: ignore[operator]
-    ring, ulysses = (world.context, 1) if world.context_kind == "ring" else (1, world.context)
     names = ("data", "ring", "ulysses")
-    mesh = init_device_mesh(world.device.type, (world.data_size, ring, ulysses), mesh_dim_names=names)[
-        "ring", "ulysses"
-    ]
-    config = ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses, mesh=mesh)
+    mesh = init_device_mesh(world.device.type, (world.data_size, 1, world.context), mesh_dim_names=names)
+    mesh = mesh["ring", "ulysses"]
+    config = ContextParallelConfig(ring_degree=1, ulysses_degree=world.context, mesh=mesh)
     config.setup(world.rank, world.size, world.device, mesh)
     processors: list[Any] = [getattr(module, "processor", None) for module in network.modules()]
     for processor in processors:

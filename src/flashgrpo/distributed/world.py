@@ -4,7 +4,7 @@ Started by torchrun, by Ray, or not at all: a process alone is a world of one on
 
     replicate  copies of the network; each draws and replays other samples, and their gradients are added up
     shard      ranks that hold one copy between them (FSDP2), each drawing and replaying samples of its own
-    context    ranks that compute one sample together, each a part of its tokens (Ulysses or ring attention)
+    context    ranks that compute one sample together, each a part of its tokens (Ulysses)
 """
 
 import contextlib
@@ -14,14 +14,13 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flashgrpo.config import RunConfig
 from flashgrpo.distributed.heartbeat import connect
 from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.distributed.shares import cut
@@ -47,7 +46,6 @@ class World:
     size: int = 1
     shard: int = 1
     context: int = 1
-    context_kind: Literal["ulysses", "ring"] = "ulysses"
     shares: Sequence[float] | None = None
     reward_ranks: Sequence[int] = ()
     uses_fsdp: bool = False
@@ -226,22 +224,21 @@ def is_main_process() -> bool:
 
 
 @contextlib.contextmanager
-def process_group(config: RunConfig, strict: bool = True) -> Iterator[World]:
+def process_group(parallel: ParallelConfig, compute_dtype: str | None = None, strict: bool = True) -> Iterator[World]:
     """The world that the launcher's environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
-    The processes are cut into the mesh that `config.parallel` asks for. Inside, a process that dies ends all of them
+    The processes are cut into the mesh that `parallel` asks for. Inside, a process that dies ends all of them
     within `parallel.dead_after` seconds and a few; see `heartbeat.py`.
 
     Args:
+        compute_dtype: that of `model.compute_dtype`, which FSDP2 casts to also where nothing is sharded.
         strict: False lets one process alone do what was trained on a mesh of several.
 
     Raises:
         UserError: the number of processes does not fit the mesh.
     """
-    settings = config.parallel if strict or int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
-    uses_fsdp = (
-        settings.shard > 1 or config.model.compute_dtype is not None
-    )  # not for `shard` where one process evaluates
+    settings = parallel if strict or int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
+    uses_fsdp = settings.shard > 1 or compute_dtype is not None  # not for `shard` where one process evaluates
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     _check_mesh(settings, size)
     device = torch.device("cpu")
@@ -263,7 +260,6 @@ def process_group(config: RunConfig, strict: bool = True) -> Iterator[World]:
         size,
         settings.shard,
         settings.context,
-        settings.context_kind,
         settings.shares,
         settings.reward_ranks,
         uses_fsdp,

@@ -12,10 +12,11 @@ from typing import Any
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import process_group
-from flashgrpo.doctor.checks import QUICK, THOROUGH, Finding
+from flashgrpo.doctor.checks import QUICK, THOROUGH, Check
 from flashgrpo.doctor.costs import COSTS
-from flashgrpo.doctor.trial import try_out
+from flashgrpo.doctor.trial import Trial, try_out
 from flashgrpo.errors import UserError
+from flashgrpo.types import Finding
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ def examine(recipe: str, overrides: Sequence[str] = ()) -> Diagnosis:
         UserError: the recipe is bad, or a reward or the model refuses its input.
     """
     config = RunConfig.load(recipe, overrides)
-    with process_group(config) as world, contextlib.ExitStack() as stack:
+    with process_group(config.parallel, config.model.compute_dtype) as world, contextlib.ExitStack() as stack:
         parts = Assembly(config, world)
         stack.callback(parts.rewards.close)
         trial = try_out(parts, min(4, config.rollout.prompts), config.rollout.group_size, thorough=True)
-        return Diagnosis(_shared(parts, [check(parts, trial) for check in (*QUICK, *THOROUGH, *COSTS)]))
+        return Diagnosis(_shared(parts, _findings(parts, trial, (*QUICK, *THOROUGH, *COSTS))))
 
 
 def refuse_unsound(parts: Assembly, warn: Callable[[str], None]) -> None:
@@ -57,7 +58,7 @@ def refuse_unsound(parts: Assembly, warn: Callable[[str], None]) -> None:
     if parts.config.tracking.preflight == "skip":
         return
     trial = try_out(parts, 1, parts.config.rollout.group_size, thorough=False)
-    findings = _shared(parts, [check(parts, trial) for check in QUICK])
+    findings = _shared(parts, _findings(parts, trial, QUICK))
     unsound = [finding for finding in findings if finding.level == "unsound"]
     if unsound and parts.config.tracking.preflight == "refuse":
         raise UserError(
@@ -66,6 +67,12 @@ def refuse_unsound(parts: Assembly, warn: Callable[[str], None]) -> None:
         )
     for finding in unsound:
         warn(finding.sentence)
+
+
+def _findings(parts: Assembly, trial: Trial, checks: Sequence[Check]) -> list[Finding]:
+    """Of the checks, and of the process itself."""
+    first, *others = [check(parts, trial) for check in checks]
+    return [first, *trial.of_process, *others]
 
 
 def _shared(parts: Assembly, findings: Sequence[Finding]) -> list[Finding]:

@@ -2,8 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,19 +9,10 @@ from torch import nn
 from flashgrpo.assembly import Assembly
 from flashgrpo.doctor.trial import Trial
 from flashgrpo.models.settings import Lora
+from flashgrpo.types import Finding
 
 ROUNDING = 1e-4  # of a reward's size: what two calls on the same video may differ by
 CLIP_MARGIN = 10  # clip_range has to be so many times the numeric drift, or rounding decides what is clipped
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found, in one sentence, with the numbers behind it."""
-
-    check: str
-    level: Literal["sound", "warning", "unsound"]
-    sentence: str
-    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 def first_ratio(parts: Assembly, trial: Trial) -> Finding:
@@ -36,34 +25,25 @@ def first_ratio(parts: Assembly, trial: Trial) -> Finding:
 
 
 def clip_range(parts: Assembly, trial: Trial) -> Finding:
-    """The clip range lies safely above the drift, and above the noise of the number format where it was measured."""
-    clip = parts.config.algorithm.clip_range
+    """The clip range lies safely above the drift."""
+    clip = parts.objective.clip_range
     smallest = min(clip) if isinstance(clip, tuple) else clip
     drift = trial.metrics["drift"]
-    numbers = {"clip_range": smallest, "drift": drift, "noise_floor": trial.noise_floor}
+    numbers = {"clip_range": smallest, "drift": drift}
     if smallest <= CLIP_MARGIN * drift:
         sound = CLIP_MARGIN * drift
         sentence = f"algorithm.clip_range {smallest:g} drowns in the drift {drift:.1e}; take at least {sound:.1e}"
         return Finding("clip range", "unsound", sentence, numbers)
-    besides = ""
-    if trial.noise_floor is not None:
-        dtype = parts.config.model.compute_dtype or parts.config.model.dtype
-        besides = f"; if replays were cut in other batches it would be {trial.noise_floor:.1g} in {dtype}"
-    return Finding(
-        "clip range",
-        "sound",
-        f"algorithm.clip_range {smallest:g} is safely above the drift {drift:.1g}{besides}",
-        numbers,
-    )
+    sentence = f"algorithm.clip_range {smallest:g} is safely above the drift {drift:.1g}"
+    return Finding("clip range", "sound", sentence, numbers)
 
 
 def trained_layers(parts: Assembly, trial: Trial) -> Finding:
     """Every targeted layer has its adapter, every trained parameter receives gradient."""
-    network, train = parts.policy.model.network, parts.config.model.train
-    model, grid = parts.policy.model, parts.policy.grid
-    steps = parts.world.gather(trial.drawn.transitions.k.unique().tolist())
-    experts = {model.expert(float(grid.timesteps[step])) for own in steps for step in own}
-    called = {id(parameter) for expert in experts for parameter in expert.parameters()}
+    network, train = parts.process.network, parts.config.model.train
+    slots = parts.world.gather(trial.drawn.record.slot.unique().tolist())
+    stages = {parts.process.stage(slot) for own in slots for slot in own}
+    called = {id(parameter) for stage in stages for parameter in stage.parameters()}
     silent = [
         name
         for name, norm in trial.received.items()
@@ -79,7 +59,7 @@ def trained_layers(parts: Assembly, trial: Trial) -> Finding:
     if attached < total:
         sentence = f"adapters sit on {attached} of {total} targeted layers, so the rest would not learn"
         return Finding("trained layers", "unsound", sentence, numbers)
-    if silent and trial.drawn.advantages.any():
+    if silent and trial.compared.advantage.any():
         sentence = f"{len(silent)} trained parameters receive no gradient, {silent[0]} among them"
         return Finding("trained layers", "unsound", sentence, numbers)
     return Finding("trained layers", "sound", f"{attached} of {total} {what} are trained and receive gradient", numbers)
@@ -89,21 +69,6 @@ def is_targeted(name: str, module: nn.Module, train: Lora) -> bool:
     """Whether a layer is one that `model.train.targets` names; with an adapter its linear layer lies one level down."""
     base = getattr(module, "base_layer", module)
     return isinstance(base, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in train.targets)
-
-
-def residual_noise(parts: Assembly, trial: Trial) -> Finding:
-    """No noise stays in the videos: the last step is deterministic, and recorded steps lead to the final latents."""
-    last = parts.policy.grid.num_steps - 1
-    if last in trial.drawn.transitions.k.tolist():
-        sentence = "the last step is stochastic, so its noise stays in the videos that are scored"
-        return Finding("residual noise", "unsound", sentence)
-    if trial.finish is None:
-        return Finding("residual noise", "sound", "the last step is deterministic", {"distance": None})
-    if not trial.finish < 1e-2:
-        sentence = f"the videos are not what their recorded step leads to: latents differ by {trial.finish:.1%}"
-        return Finding("residual noise", "unsound", sentence, {"distance": trial.finish})
-    sentence = f"from the recorded step on, latents are those of a deterministic finish ({trial.finish:.1g} apart)"
-    return Finding("residual noise", "sound", sentence, {"distance": trial.finish})
 
 
 def rewards_repeat(parts: Assembly, trial: Trial) -> Finding:
@@ -138,25 +103,11 @@ def reward_spread(parts: Assembly, trial: Trial) -> Finding:
 
 def advantage_signs(parts: Assembly, trial: Trial) -> Finding:
     """Some samples are to become likelier and some less likely."""
-    advantages = trial.drawn.advantages
+    advantages = trial.compared.advantage
     share = float((advantages > 0).double().mean())
     if advantages.any() and not 0 < share < 1:
         return Finding("advantages", "unsound", "all advantages have the same sign", {"positive_share": share})
     return Finding("advantages", "sound", f"{share:.0%} of the advantages are positive", {"positive_share": share})
-
-
-def evaluation_sampler(parts: Assembly, trial: Trial) -> Finding:
-    """Evaluation samples without noise, on noise of its own."""
-    environment, steps = parts.evaluator.environment, parts.evaluator.environment.grid.num_steps
-    x = torch.ones(1, *parts.policy.model.latent_shape)
-    once, again = (environment.walk(range(steps)).step(0, x, x) for _ in range(2))
-    if not torch.equal(once, again):
-        sentence = (
-            "evaluation adds noise at its steps as training does, so its scores are not those of the model in use"
-        )
-        return Finding("evaluation sampler", "unsound", sentence)
-    sentence = f"evaluation is deterministic, {steps} steps where training takes {parts.policy.grid.num_steps}"
-    return Finding("evaluation sampler", "sound", sentence)
 
 
 def planted_pairs(parts: Assembly, trial: Trial) -> Finding:
@@ -190,7 +141,7 @@ def prompts(parts: Assembly, trial: Trial) -> Finding:
     twice = sum(count - 1 for count in Counter(texts).values())
     leaked = len(set(texts) & set(heldout))
     limit = parts.config.model.max_sequence_length
-    cut = sum(length > limit for length in parts.policy.model.token_counts([*texts, *heldout]))
+    cut = sum(length > limit for length in parts.process.token_counts([*texts, *heldout]))
     numbers = {"train": len(texts), "heldout": len(heldout), "duplicates": twice, "in_both": leaked, "cut": cut}
     if leaked:
         sentence = f"{leaked} held-out prompts are trained on as well, so evaluation would not be held out"
@@ -205,7 +156,7 @@ def prompts(parts: Assembly, trial: Trial) -> Finding:
 def text_embeddings(parts: Assembly, trial: Trial) -> Finding:
     """Every prompt that the run will use has an embedding, and it is finite."""
     texts = {prompt.text: prompt for prompt in parts.used}
-    encode = parts.policy.model.encode
+    encode = parts.process.encode
     rows = {text: encode([prompt]).tensors.values() for text, prompt in texts.items()}
     bad = [text for text, row in rows.items() if not all(tensor.isfinite().all() for tensor in row)]
     if bad:
@@ -219,10 +170,8 @@ QUICK: tuple[Check, ...] = (
     first_ratio,
     clip_range,
     trained_layers,
-    residual_noise,
     rewards_repeat,
     reward_spread,
     advantage_signs,
-    evaluation_sampler,
 )
 THOROUGH: tuple[Check, ...] = (planted_pairs, replicas, prompts, text_embeddings)

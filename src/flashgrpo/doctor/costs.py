@@ -2,14 +2,18 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from flashgrpo.assembly import Assembly
 from flashgrpo.distributed import memory
-from flashgrpo.doctor.checks import Finding
 from flashgrpo.doctor.trial import Trial
 from flashgrpo.models.settings import ModelConfig
+from flashgrpo.types import Finding
 
 MP4_BITS = 1.0  # bits per pixel and frame of the videos that evaluations keep; crf 18 rarely needs more
 
@@ -17,7 +21,7 @@ MP4_BITS = 1.0  # bits per pixel and frame of the videos that evaluations keep; 
 def memory_needed(parts: Assembly, trial: Trial) -> Finding:
     """The highest use of each phase, with what all samples of an update hold, against what the device has."""
     settings = parts.config.rollout
-    tried = max(1, len(trial.drawn.latents))
+    tried = max(1, len(trial.drawn.outputs))
     own = math.ceil(settings.prompts * settings.group_size / parts.world.data_size)
     held = max(0, own - tried) * _bytes_per_sample(trial, parts.config.model)
     needed = {}
@@ -85,10 +89,20 @@ def in_words(size: int) -> str:
 
 def _bytes_per_sample(trial: Trial, model: ModelConfig) -> int:
     """What a sample keeps from its rollout to the end of its update."""
-    drawn, samples = trial.drawn, max(1, len(trial.drawn.latents))
-    kept = [drawn.latents, drawn.transitions.x, drawn.transitions.x_next]
-    kept += drawn.transitions.condition.tensors.values()
+    drawn, samples = trial.drawn, max(1, len(trial.drawn.outputs))
+    kept = [drawn.outputs, *tensors_of(drawn.record.state)]
     video = 0
-    if drawn.latents.device.type == "cpu":  # where videos are, too; all of them at the most
+    if drawn.outputs.device.type == "cpu":  # where videos are, too; all of them at the most
         video = model.num_frames * 3 * model.height * model.width * 4
     return sum(tensor.numel() * tensor.element_size() for tensor in kept) // samples + video
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors inside of a record's state, whatever the process keeps there."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        return [tensor for field in fields(value) for tensor in tensors_of(getattr(value, field.name))]
+    if isinstance(value, Mapping):
+        return [tensor for entry in value.values() for tensor in tensors_of(entry)]
+    return [tensor for entry in value for tensor in tensors_of(entry)] if isinstance(value, list | tuple) else []

@@ -18,16 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.sharding import blocks_of
-from flashgrpo.distributed.world import World
-from flashgrpo.models.load import load_model
+from flashgrpo.models.load import META, weightless
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.models.settings import ModelConfig
 from flashgrpo.processes.flow.float8 import frozen_layers
-from flashgrpo.processes.flow.model import Moment
+from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.scoring.scoring import AHEAD
 from flashgrpo.types import Condition
 
-META = torch.device("meta")
 MOMENTS = 3  # copies of what is trained: Adam's two moments, and the average
 GRADIENTS = 2  # as backward leaves them, and as they are collected
 BY_STEP = 2  # further copies while gradient norms are recorded by step
@@ -81,7 +78,16 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     while_drawing = weights + (0 if offload else _bytes(vae.parameters()))
     while_decoding = (trained if offload else weights) + _bytes(vae.parameters())
     rest = {
-        "learning": trained * (MOMENTS + GRADIENTS + (BY_STEP if config.optim.grad_norm_by_step else 0)),
+        "learning": trained
+        * (
+            MOMENTS
+            + GRADIENTS
+            + (
+                BY_STEP
+                if config.optim.grad_norm_by_step or (config.optim.grad_norm_by_step is None and shared == 1)
+                else 0
+            )
+        ),
         "samples": round(own * _bytes_per_sample(model, records_per_sample(config))),
     }
     guided = 2 if settings.guidance_scale > 1 else 1
@@ -105,18 +111,12 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     return Estimate(counts, phases, host=held * video)
 
 
-def weightless(model: ModelConfig) -> Any:
-    """The model in its full size on the meta device."""
-    plain = {"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
-    return load_model(model.model_copy(update=plain), World(META), seed=0)
-
-
 def records_per_sample(config: RunConfig) -> float:
     """Trained steps of a sample, mean over the groups of the first update."""
     settings = config.rollout
     groups = torch.arange(settings.prompts)
     members = torch.zeros_like(groups)
-    trained = config.algorithm.steps.trained(config.seed, 0, groups, settings.num_steps, members=members)
+    trained = config.algorithm.explore.steps.trained(config.seed, 0, groups, settings.num_steps, members=members)
     return float(trained.sum()) / settings.prompts
 
 
@@ -131,10 +131,10 @@ def _call(model: Any, rows: int, context: int, learn: bool) -> int:
     row = model.nothing().tensors
     condition = Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in row.items()})
     x = torch.zeros(rows, *model.latent_shape, device=META)
-    moment = Moment(torch.zeros(rows), torch.ones(rows, dtype=torch.float64), torch.ones(rows))
+    point = GridPoint(torch.zeros(rows), torch.ones(rows, dtype=torch.float64), torch.ones(rows))
     live = LiveBytes([*network.parameters(), x, *condition.tensors.values()])
     with _without_scores(), torch.set_grad_enabled(learn), live:
-        v = model.forward(network, x, moment, condition)
+        v = model.forward(network, x, point, condition)
         if learn:
             v.square().mean().backward()
     return live.peak // context + x.numel() * 4

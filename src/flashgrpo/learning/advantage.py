@@ -14,14 +14,16 @@ tensor([[-0.6030,  0.6030],
         [ 0.0000,  0.0000]])
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from flashgrpo.errors import UserError
-from flashgrpo.learning.settings import check_choice
+from flashgrpo.learning.settings import Credit, check_choice
+from flashgrpo.types import RewardTable
 
 EPSILON = 1e-4  # added to the std, as in the published code
 ROUNDING = 1e-6  # of the largest reward of a group: below it a spread is float32 rounding, not a preference
@@ -55,14 +57,65 @@ def combine_advantages(
         raise ValueError(f"rewards are (P, G, R) with R weights, not {tuple(rewards.shape)} and {tuple(weights.shape)}")
     if not bool(torch.isfinite(weights).all()):
         raise UserError(f"reward weights have to be finite, got {weights.tolist()}")
-    weights = weights.double().to(rewards.device)
-    if combine == "raw":
-        return group_advantages((rewards.double() * weights).sum(-1), std, clip)
-    normalized = torch.stack([_normalized(component, std) for component in rewards.unbind(-1)], dim=-1)
-    return (normalized * weights).sum(-1).clamp(-clip, clip).float()
+    credit = Credit(std=std, combine=combine, clip=clip)
+    return _combined(rewards.double(), weights.double().to(rewards.device), credit, None)
 
 
-def _normalized(rewards: Float[Tensor, "groups members"], std: str) -> Float64[Tensor, "groups members"]:
+def advantages_by_key(
+    rewards: RewardTable,
+    channels: Sequence[str],
+    credit: Credit,
+    key: Int64[Tensor, " pairs"],
+    channel: Int64[Tensor, " pairs"],
+    sample: Int64[Tensor, " pairs"],
+) -> Float32[Tensor, " pairs"]:
+    """Return the advantage of each sample under each key that it has a term of: groups of any sizes.
+
+    A pair says that a sample is compared with the others of a key, by the components of a channel. Each sample counts
+    once for a key, however many terms it has there. A key with one sample has nothing to compare, and gives 0. Where
+    all keys have equally many samples the numbers are those of `combine_advantages`, bit for bit.
+
+    Example: rewards 1, 3, 5 with keys 0, 0, 1 give -0.9999, 0.9999 and 0 with the std over the group.
+
+    Args:
+        rewards: of all samples of the update, on all ranks.
+        channels: the process's, which `channel` numbers.
+        sample: the number of each pair's sample in the table.
+    """
+    result = torch.zeros(len(key))
+    for number in channel.unique().tolist():
+        columns = [r for r in rewards.trained if rewards.channels[r] == channels[number]]
+        own = (channel == number).nonzero().flatten()
+        order = own[(key[own] * (int(sample.max()) + 1) + sample[own]).argsort(stable=True)]
+        _, sizes = key[order].unique_consecutive(return_counts=True)
+        values, weights = rewards.values[sample[order]][:, columns], rewards.weights[columns]
+        whole = values if len(sizes.unique()) > 1 and credit.std == "batch" else None  # equal groups are the whole
+        for size in sizes.unique().tolist() if columns else ():
+            rows = (sizes.repeat_interleave(sizes) == size).nonzero().flatten()
+            block = values[rows].unflatten(0, (-1, size))
+            if size > 1:
+                result[order[rows]] = _combined(block, weights, credit, whole).flatten()
+    return result
+
+
+def _combined(
+    rewards: Float64[Tensor, "groups members components"],
+    weights: Float64[Tensor, " components"],
+    credit: Credit,
+    whole: Float64[Tensor, "samples components"] | None,
+) -> Float32[Tensor, "groups members"]:
+    if credit.combine == "raw":
+        total = None if whole is None else (whole * weights).sum(-1)
+        return _normalized((rewards * weights).sum(-1), credit.std, total).clamp(-credit.clip, credit.clip).float()
+    every = [None] * len(weights) if whole is None else whole.unbind(-1)
+    parts = [_normalized(c, credit.std, w) for c, w in zip(rewards.unbind(-1), every, strict=True)]
+    return (torch.stack(parts, dim=-1) * weights).sum(-1).clamp(-credit.clip, credit.clip).float()
+
+
+def _normalized(
+    rewards: Float[Tensor, "groups members"], std: str, whole: Float64[Tensor, " samples"] | None = None
+) -> Float64[Tensor, "groups members"]:
+    """(R - mean of its group) / (std + 1e-4); the std of the batch is that of `whole` where the groups are not all."""
     check_choice("std", std, ("group", "batch"))
     if rewards.ndim != 2 or 0 in rewards.shape:
         raise ValueError(f"rewards are (P, G), a row per group and a column per member, not {tuple(rewards.shape)}")
@@ -73,7 +126,10 @@ def _normalized(rewards: Float[Tensor, "groups members"], std: str) -> Float64[T
         raise UserError(f"the reward of sample {member} of group {group} is {float(rewards[group, member])}")
     rewards = rewards.double()
     centered = rewards - rewards.mean(dim=1, keepdim=True)
-    scale = rewards.std(dim=1, keepdim=True, correction=0) if std == "group" else rewards.std(correction=0)
+    if std == "group":
+        scale = rewards.std(dim=1, keepdim=True, correction=0)
+    else:
+        scale = (rewards if whole is None else whole).std(correction=0)
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
     has_spread = spread > ROUNDING * rewards.abs().amax(dim=1, keepdim=True)
     return torch.where(has_spread, centered / (scale + EPSILON), 0.0)

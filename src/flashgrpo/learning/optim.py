@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World, full_tensor, local
-from flashgrpo.errors import SharedError, UserError
+from flashgrpo.errors import SharedError
 from flashgrpo.learning.settings import OptimConfig
 
 
@@ -90,7 +90,7 @@ class Optimizer(GradientSum):
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = gradient
         for group in self._adamw.param_groups:
-            _set_lr(group, self.lr)
+            group["lr"] = self.lr
         self.whole = False
         self._adamw.step()
         self._adamw.zero_grad()
@@ -113,7 +113,7 @@ class Optimizer(GradientSum):
         moments = {
             f"{key}:{name}": value
             for name, parameter in self.parameters.items()
-            for key, value in _plain(self._adamw.state[parameter]).items()
+            for key, value in self._adamw.state[parameter].items()
         }
         return {"policy": self.weights(), "ema": self.ema, "optimizer": {**moments, "steps": torch.tensor(self.steps)}}
 
@@ -123,49 +123,13 @@ class Optimizer(GradientSum):
 
 
 def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW with its state in place at once, as a checkpoint is read into what is there.
-
-    Raises:
-        UserError: torchao is asked for and not installed.
-    """
+    """AdamW with its state in place at once, as a checkpoint is read into what is there."""
     settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    if not config.eight_bit:
-        adamw = torch.optim.AdamW(parameters, lr=config.lr, foreach=True, **settings)
-        for parameter in parameters:
-            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            adamw.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        return adamw
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError("optim.eight_bit needs torchao: pip install torchao") from error
-    small: torch.optim.Optimizer = AdamW8bit(parameters, lr=0.0, **settings)
+    adamw = torch.optim.AdamW(parameters, lr=config.lr, foreach=True, **settings)
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    small.step()  # of length 0: it makes the moments
-    small.zero_grad()
-    for state in small.state.values():
-        state["step"].zero_()
-    return small
-
-
-def _set_lr(group: dict[str, Any], lr: float) -> None:
-    """torchao keeps the learning rate in a tensor, so that compiled code reads it."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
-
-
-def _plain(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A parameter's state as tensors of usual kinds; one of 8 bits is its codes and their scales."""
-    plain: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if hasattr(value, "codes"):
-            plain |= {f"{key}.codes": value.codes, f"{key}.scale": value.scale}
-        else:
-            plain[key] = value
-    return plain
+        moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        adamw.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return adamw
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

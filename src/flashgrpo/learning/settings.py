@@ -1,5 +1,6 @@
-"""Settings of credit and of the optimizer step."""
+"""Settings of credit, of who draws, and of the optimizer step."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -9,25 +10,38 @@ from flashgrpo.settings import FORBID_EXTRA, Part
 
 
 @dataclass(frozen=True)
-class Grouping:
-    """How the samples of a prompt group are compared.
+class Credit:
+    """How the samples of a key (in the flow process: of a prompt group) are compared.
 
     Args:
+        baseline: what a sample's reward is held against: the mean of its key.
         std: advantages are divided by the std of the "group", or of the whole "batch" (all samples of the update). With
             "group" an easy prompt whose rewards differ by a hair weighs as much as any other.
-        shared_noise: all members of a group start from one initial noise and differ by the stochastic steps alone.
         combine: several rewards are "normalized" each and then weighted and added, so that their units do not matter,
             or weighted "raw" and normalized once.
+        clip: advantages are clipped to +-clip.
     """
 
+    baseline: Literal["mean"] = "mean"
     std: Literal["group", "batch"] = "group"
-    shared_noise: bool = False
     combine: Literal["normalized", "raw"] = "normalized"
+    clip: float = 5.0
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
+        check_choice("baseline", self.baseline, ("mean",))
         check_choice("std", self.std, ("group", "batch"))
         check_choice("combine", self.combine, ("normalized", "raw"))
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"clip of advantages must be greater than 0 and finite, not {self.clip}")
+
+
+@dataclass(frozen=True)
+class Current:
+    """Samples are drawn by the weights that are trained."""
+
+    kind: Literal["current"] = "current"
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -60,7 +74,21 @@ class OptimConfig(Part):
     passes: int = Field(default=1, ge=1)
     """Passes over a rollout."""
     ema: EmaConfig = EmaConfig()
-    eight_bit: bool = False
-    """Keep AdamW's moments in 8 bits (torchao): a quarter of their memory, for full training in one process."""
-    grad_norm_by_step: bool = True
-    """Record the gradient norm by denoising step; it takes the memory of two more copies of the gradients."""
+    grad_norm_by_step: bool | None = None
+    """Record the gradient norm by denoising step; it takes the memory of two more copies of the gradients. When not
+    given, where ranks do not hold the network between them, since there it costs network calls."""
+
+    def check(self, samples: int, updates: int) -> None:
+        """Refuse more optimizer steps than there are samples, and an average that never moves.
+
+        Raises:
+            ValueError: an update has fewer samples than it is cut into parts, or a run fewer steps than `ema.every`.
+        """
+        if self.minibatches > samples:
+            raise ValueError(f"optim.minibatches: {samples} samples cannot be cut into {self.minibatches} parts")
+        steps = updates * self.minibatches * self.passes
+        if self.ema.every > steps:
+            raise ValueError(
+                f"optim.ema.every: the run has {steps} optimizer steps, so an average that moves every "
+                f"{self.ema.every} would stay the base model, which is what evaluation would see; lower it"
+            )

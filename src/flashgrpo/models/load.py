@@ -15,6 +15,8 @@ from flashgrpo.models.settings import ModelConfig
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.types import Prompt
 
+META = torch.device("meta")
+
 
 def load_model(
     config: ModelConfig,
@@ -97,3 +99,9 @@ def _download(repository: str) -> Path:
         raise UserError(
             f"model.path: {repository} is no folder here and could not be had from the hub: {first_line(error)[:200]}"
         ) from error
+
+
+def weightless(model: ModelConfig) -> Any:
+    """The model in its full size on the meta device."""
+    plain = {"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
+    return load_model(model.model_copy(update=plain), World(META), seed=0)

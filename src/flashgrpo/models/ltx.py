@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flashgrpo.models.architectures import checked_size
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.pipeline import PipelineModel, Size
-from flashgrpo.processes.flow.model import Moment
+from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents
@@ -45,7 +45,7 @@ class LtxModel(PipelineModel):
         mask = torch.ones(1, length, dtype=torch.int64)
         return {"text": normal((1, length, network["caption_channels"]), self.seed, f"text:{text}"), "mask": mask}
 
-    def forward(self, network: nn.Module, x: Latents, moment: Moment, condition: Condition) -> Tensor:
+    def forward(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
         """As the pipeline calls its transformer, on tokens."""
         pipeline, patch = self.pipeline, self._patch()
         _, _, frames, height, width = x.shape
@@ -53,7 +53,7 @@ class LtxModel(PipelineModel):
         v = network(
             hidden_states=pipeline._pack_latents(x, *patch).to(self.dtype),
             encoder_hidden_states=condition.tensors["text"].to(self.dtype),
-            timestep=moment.timestep.to(x.device, non_blocking=True),
+            timestep=point.timestep.to(x.device, non_blocking=True),
             encoder_attention_mask=condition.tensors["mask"].bool(),
             num_frames=frames,
             height=height,

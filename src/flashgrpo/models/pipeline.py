@@ -17,9 +17,9 @@ from flashgrpo.models.network import channels_last, explain_attention, prepare_n
 from flashgrpo.models.residence import Residence
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.models.source import Source
-from flashgrpo.processes.flow.model import Moment
+from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
-from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, taken
+from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, index_rows
 
 Size = tuple[int, int, int, int]
 MANY = 64  # prompts that are worth a word before they are encoded
@@ -96,7 +96,7 @@ class PipelineModel(ABC):
         return {}
 
     @abstractmethod
-    def forward(self, network: nn.Module, x: Latents, moment: Moment, condition: Condition) -> Tensor:
+    def forward(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
         """The network's velocity for each row, without guidance, in float32."""
 
     @abstractmethod
@@ -207,7 +207,7 @@ class PipelineModel(ABC):
         x, one = torch.zeros(1, *self.latent_shape, device=self.device), torch.ones(1)
         for network in self.experts.values():
             with explain_attention(network, self.config.attention):
-                self.forward(network, x, Moment(one, one.double(), one), self.nothing())
+                self.forward(network, x, GridPoint(one, one.double(), one), self.nothing())
 
     @property
     def identity(self) -> str:
@@ -215,38 +215,48 @@ class PipelineModel(ABC):
         folder, sizes = self.source.folder, {"random": repr(self.source.architecture)}
         return fingerprint(folder, [*self.expert_names, "vae"], {}) if folder else fingerprint(Path(), [], sizes)
 
+    @property
+    def offloads(self) -> bool:
+        """Whether parts of the model leave the device while others compute."""
+        return self.config.offload
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a backward pass computes the blocks again."""
+        return self.config.gradient_checkpointing
+
     def expert(self, timestep: float) -> nn.Module:
         """The component that computes at a timestep, which is all of `network` where there is one only."""
         return self.experts[self.expert_at(timestep)]
 
-    def velocity(self, x: Latents, moment: Moment, condition: Condition) -> Latents:
+    def velocity(self, x: Latents, point: GridPoint, condition: Condition) -> Latents:
         """v_negative + scale (v_text - v_negative); rows of different experts one expert after the other."""
-        owners = [self.expert_at(float(timestep)) for timestep in moment.timestep]
+        owners = [self.expert_at(float(timestep)) for timestep in point.timestep]
         parts, order = [], []
         for name in dict.fromkeys(owners):
             rows = torch.tensor([row for row, owner in enumerate(owners) if owner == name])
             network = self.part(name)
             alone = len(rows) == len(x)
-            part = (x, moment, condition) if alone else (taken(x, rows), moment[rows], condition[rows])
+            part = (x, point, condition) if alone else (index_rows(x, rows), point[rows], condition[rows])
             parts.append(self._guided(network, *part))
             order.append(rows)
         return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort()]
 
-    def _guided(self, network: nn.Module, x: Latents, moment: Moment, condition: Condition) -> Tensor:
+    def _guided(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
         """Both branches in one forward; where all scales are 1, the text's alone."""
-        scale = moment.guidance_scale
+        scale = point.guidance_scale
         if bool((scale == 1).all()):
-            return self.forward(network, x, moment, condition)
+            return self.forward(network, x, point, condition)
         twice = torch.arange(len(x)).repeat(2)
         both = Condition.stack([condition, condition.replaced(self._negative)])
-        v_text, v_negative = self.forward(network, torch.cat([x, x]), moment[twice], both).chunk(2)
+        v_text, v_negative = self.forward(network, torch.cat([x, x]), point[twice], both).chunk(2)
         return v_negative + scale.view(-1, 1, 1, 1, 1).to(x.device, non_blocking=True) * (v_text - v_negative)
 
-    def idle(self, moment: Moment) -> Tensor:
-        """One forward of one row of zeros through the expert of that moment."""
-        network = self.part(self.expert_at(float(moment.timestep)))
+    def idle(self, point: GridPoint) -> Tensor:
+        """One forward of one row of zeros through the expert of that point."""
+        network = self.part(self.expert_at(float(point.timestep)))
         x = torch.zeros(1, *self.latent_shape, device=self.device)
-        return self.forward(network, x, moment, self.nothing())
+        return self.forward(network, x, point, self.nothing())
 
     def nothing(self) -> Condition:
         """A condition of one row for calls whose result is not used."""

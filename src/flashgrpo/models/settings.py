@@ -72,3 +72,16 @@ class ModelConfig(Part):
     """Folder of computed text embeddings; `$FLASHGRPO_CACHE` or ~/.cache/flashgrpo when not given."""
     random_init: bool = False
     """Random weights in place of the checkpoint's, to measure shapes, memory and speed without a download."""
+
+    def check(self, sharded: bool) -> None:
+        """Refuse what cannot go together.
+
+        Raises:
+            ValueError: offload of a network that FSDP2 holds or that is trained whole, or a dtype without effect.
+        """
+        if self.offload and sharded:
+            raise ValueError("model.offload: a network that FSDP2 holds stays where it is; choose one of the two")
+        if self.offload and isinstance(self.train, Full):
+            raise ValueError("model.offload: full training has nothing that could be off the device; leave it out")
+        if self.dtype != "float32" and isinstance(self.train, Full):
+            raise ValueError(f"model.dtype: full training keeps float32 weights, so {self.dtype} has no effect")

@@ -19,7 +19,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.models.architectures import checked_size
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.pipeline import PipelineModel, Size
-from flashgrpo.processes.flow.model import Moment
+from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents
 from flashgrpo.video import open_image
@@ -115,7 +115,7 @@ class WanModel(PipelineModel):
         training_steps = self.pipeline.scheduler.config.num_train_timesteps
         return self.expert_names[int(boundary is not None and timestep < boundary * training_steps)]
 
-    def forward(self, network: nn.Module, x: Latents, moment: Moment, condition: Condition) -> Tensor:
+    def forward(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
         """As the pipeline calls its transformer.
 
         With `expand_timesteps` each token has a timestep of its own. A frame that is given is fed at timestep 0 in
@@ -123,7 +123,7 @@ class WanModel(PipelineModel):
         from it, and every solver ends at it.
         """
         extra = condition.tensors.get("latents")
-        timestep = moment.timestep.to(x.device, non_blocking=True)
+        timestep = point.timestep.to(x.device, non_blocking=True)
         fed, given = x, None
         if self.pipeline.config.expand_timesteps:
             timestep = timestep[:, None].repeat(1, self.tokens())
@@ -142,7 +142,7 @@ class WanModel(PipelineModel):
             return_dict=False,
         )[0].float()
         if given is not None:
-            sigma = moment.sigma.to(x.device, torch.float32, non_blocking=True).view(-1, 1, 1, 1, 1)
+            sigma = point.sigma.to(x.device, torch.float32, non_blocking=True).view(-1, 1, 1, 1, 1)
             v = torch.cat([(x[:, :, :1] - given) / sigma, v[:, :, 1:]], dim=2)
         return v
 

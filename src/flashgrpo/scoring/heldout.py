@@ -7,20 +7,14 @@ from typing import Any
 import numpy as np
 import scipy.stats
 import torch
-from torch import Tensor
 
-from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import World
-from flashgrpo.processes.flow.model import VideoModel
-from flashgrpo.processes.flow.policy import guidance_by_step
-from flashgrpo.processes.flow.rollout import denoise, noise_of
-from flashgrpo.processes.flow.shortcuts import Environment
-from flashgrpo.run.directory import RunDirectory
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, decode
-from flashgrpo.scoring.settings import RewardConfig
-from flashgrpo.types import Prompt, RewardTable
-from flashgrpo.video import Video, write_mp4
+from flashgrpo.scoring.settings import HeldoutConfig, RewardConfig
+from flashgrpo.seeds import Name
+from flashgrpo.types import Process, Prompt, RewardTable
+from flashgrpo.video import Video
 
 EXTREMES = 2  # videos at either end that are kept beside those that are chosen without a look at their rewards
 
@@ -36,22 +30,29 @@ class Evaluation:
 
 
 class Evaluator:
-    """Scores a model's current weights, always on the same prompts and noise."""
+    """Scores a model's current weights, always on the same prompts and noise.
+
+    Args:
+        decode_batch: outputs decoded at once.
+        at_once: decode and score at the end, all in one; see `Scoring`.
+    """
 
     def __init__(
         self,
-        model: VideoModel,
-        config: RunConfig,
+        process: Process,
+        settings: HeldoutConfig,
         prompts: Sequence[Prompt],
         rewards: Rewards,
         world: World,
+        decode_batch: int,
+        at_once: bool,
     ) -> None:
-        settings = config.evaluation
-        self.environment = deterministic(model, config, settings.num_steps)
-        self._config = config
+        self._process = process
+        self._settings = settings
         self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         self._rewards = rewards
         self._world = world
+        self._decode_batch, self._at_once = decode_batch, at_once
 
     @torch.no_grad()
     def __call__(self, limit: int | None = None) -> Evaluation:
@@ -60,57 +61,33 @@ class Evaluator:
         Args:
             limit: take the first so many prompts only.
         """
-        count = None if limit is None else limit * self._config.evaluation.samples_per_prompt
-        every, settings = self._prompts[:count], self._config.rollout
-        rows = self._world.share(len(every))
-        prompts = [every[row] for row in rows]
-        model = self.environment.model
-        condition = model.encode(prompts or self._prompts[:1])
-        shown = self._shown_rows()
-        scoring = Scoring(
-            self._rewards,
-            model,
-            self._world,
-            every,
-            True,
-            settings.decode_micro_batch,
-            keep=shown,
-            at_once=self._config.model.offload,
-        )
-        denoise(self.environment, self._noise(rows), condition, settings.micro_batch, self._world, scoring.add)
-        table = scoring.table()
-        return Evaluation(every, table, shown, scoring.videos)
+        every = self._prompts[: None if limit is None else limit * self._settings.samples_per_prompt]
+        rows, shown, process = self._world.share(len(every)), self._shown_rows(), self._process
+        scoring = Scoring(self._rewards, process, self._world, every, True, self._decode_batch, shown, self._at_once)
+        process.sample([every[row] for row in rows], self._names(rows), scoring.add)
+        return Evaluation(every, scoring.table(), shown, scoring.videos)
 
     @torch.no_grad()
-    def again(self, rows: Sequence[int]) -> list[Video]:
+    def resample(self, rows: Sequence[int]) -> list[Video]:
         """The videos of some samples once more, with the weights that the model has now; every process draws them."""
-        model, settings = self.environment.model, self._config.rollout
-        condition = model.encode([self._prompts[row] for row in rows])
-        latents = denoise(self.environment, self._noise(rows), condition, settings.micro_batch, self._world)
-        return list(decode(model, latents, settings.decode_micro_batch))
+        prompts = [self._prompts[row] for row in rows]
+        outputs = self._process.sample(prompts, self._names(rows), lambda rows, outputs: None)
+        return list(decode(self._process, outputs, self._decode_batch))
 
     def _shown_rows(self) -> list[int]:
         """The samples whose videos are kept, spread evenly over the prompts: files often list like beside like."""
-        count, total = min(self._config.evaluation.videos, len(self._prompts)), len(self._prompts)
+        count, total = min(self._settings.videos, len(self._prompts)), len(self._prompts)
         return [i * total // count for i in range(count)]
 
-    def _noise(self, rows: Sequence[int]) -> Tensor:
-        """x_0 of each row, from the evaluation's own seed and purpose."""
-        settings, model = self._config.evaluation, self.environment.model
-        names = [divmod(row, settings.samples_per_prompt) for row in rows]
-        return noise_of(model, settings.seed, "evaluation", names)
+    def _names(self, rows: Sequence[int]) -> list[Name]:
+        """Of each row's noise: (seed, "evaluation", prompt, sample)."""
+        each, seed = self._settings.samples_per_prompt, self._settings.seed
+        return [(seed, "evaluation", *divmod(row, each)) for row in rows]
 
 
-def deterministic(model: VideoModel, config: RunConfig, num_steps: int) -> Environment:
-    """Sampling without noise on a grid of its own step count, with the guidance and the solver of evaluations."""
-    grid = model.grid(num_steps)
-    settings = config.rollout if config.evaluation.guidance_scale is None else config.evaluation
-    scale = config.evaluation.guidance_scale or config.rollout.guidance_scale
-    guidance = guidance_by_step(model, grid, scale, config.evaluation.guidance_scale_2 or settings.guidance_scale_2)
-    return Environment(model, grid, guidance, config.evaluation.solver)
-
-
-def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, samples_per_prompt: int) -> dict[str, Any]:
+def evaluation_record(
+    update: int, tuned: Evaluation, base: Mapping[str, Any] | None, samples_per_prompt: int
+) -> dict[str, Any]:
     """A line of evaluations.jsonl: the means, and the paired difference to the base model's line (`base`).
 
     The interval is a 95 % percentile bootstrap over prompts: a prompt's samples are no independent evidence for other
@@ -151,13 +128,13 @@ def record(update: int, tuned: Evaluation, base: Mapping[str, Any] | None, sampl
     }
 
 
-def extremes(samples: Sequence[Mapping[str, Any]], each: int = EXTREMES) -> list[int]:
+def largest_changes(samples: Sequence[Mapping[str, Any]], each: int = EXTREMES) -> list[int]:
     """Rows of the samples whose reward fell most and rose most against the base, the largest fall first."""
     order = sorted(range(len(samples)), key=lambda row: samples[row]["reward"] - samples[row]["base_reward"])
     return order if len(order) <= 2 * each else [*order[:each], *order[-each:]]
 
 
-def broken_watch(line: Mapping[str, Any], rewards: Mapping[str, RewardConfig]) -> str | None:
+def guard(line: Mapping[str, Any], rewards: Mapping[str, RewardConfig]) -> str | None:
     """Why a run is to end: a watched reward has fallen by more than its `max_fall` while the trained reward rose.
 
     It has when the whole 95 % interval of its paired difference to the base lies below -max_fall.
@@ -184,14 +161,6 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> list[flo
         (values,), np.mean, confidence_level=confidence, method="percentile", rng=np.random.default_rng(0)
     )
     return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
-
-
-def write_videos(run: RunDirectory, update: int, evaluation: Evaluation, fps: float) -> dict[int, str]:
-    """Write the kept videos that this process made; row -> path relative to the run directory, of all kept ones."""
-    paths = {row: f"videos/{update:06d}/{row:03d}.mp4" for row in evaluation.shown}
-    for row, video in evaluation.videos.items():
-        write_mp4(run.path / paths[row], video, fps)
-    return paths
 
 
 def _parts(table: RewardTable, row: int) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from flashgrpo.distributed.world import World, current_device, use_in_thread
-from flashgrpo.errors import UserError, first_line
+from flashgrpo.errors import UserError, first_line, suggest
 from flashgrpo.prompts import columns_of
 from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels
 from flashgrpo.scoring.loading import (
@@ -73,6 +73,29 @@ class Rewards:
                     f"rewards.{name}: the function cannot take the columns of {key} ({first_line(error)}); "
                     "give it a **columns parameter"
                 ) from error
+
+    def check_guards(self, heldout: int) -> None:
+        """Whether so many held-out prompts are enough for the intervals of rewards that may end a run.
+
+        Raises:
+            UserError: they are not.
+        """
+        for name, config in self.configs.items():
+            if config.max_fall is not None and heldout < 2:
+                raise UserError(f"rewards.{name}.max_fall: an interval needs at least two held-out prompts")
+
+    def check_channels(self, channels: Sequence[str]) -> None:
+        """Whether every reward is credited to a channel that the model has.
+
+        Raises:
+            UserError: one is not.
+        """
+        for name, config in self.configs.items():
+            if config.channel not in channels:
+                raise UserError(
+                    f"rewards.{name}.channel: this model has no channel {config.channel!r}; "
+                    f"{suggest(config.channel, channels)}"
+                )
 
     def load(self, world: World) -> None:
         """Load what the rewards need, on the ranks that score, before anything is drawn; all learn what each takes.
@@ -150,7 +173,7 @@ class Rewards:
         Raises:
             UserError: a reward has failed, or its components are not the same for all batches.
         """
-        components: list[tuple[str, list[float], float]] = []
+        components: list[tuple[str, list[float], float, str]] = []
         for name, batches in futures.items():
             results = [future.result() for future in batches]
             if any(list(result) != list(results[0]) for result in results):
@@ -159,12 +182,15 @@ class Rewards:
             weight = 0.0 if config.watched else config.weight / len(results[0])
             for part in results[0]:
                 label = f"{name}.{part}" if part else name
-                components.append((label, [value for result in results for value in result[part]], weight))
+                components.append(
+                    (label, [value for result in results for value in result[part]], weight, config.channel)
+                )
         return RewardTable(
-            names=tuple(label for label, _, _ in components),
-            values=torch.tensor([values for _, values, _ in components], dtype=torch.float64).T.contiguous(),
-            weights=torch.tensor([weight for _, _, weight in components], dtype=torch.float64),
+            names=tuple(label for label, *_ in components),
+            values=torch.tensor([values for _, values, _, _ in components], dtype=torch.float64).T.contiguous(),
+            weights=torch.tensor([weight for _, _, weight, _ in components], dtype=torch.float64),
             failures={name: self.failures()[name] - (before or {}).get(name, 0) for name in futures},
+            channels=tuple(channel for *_, channel in components),
         )
 
     def close(self) -> None:

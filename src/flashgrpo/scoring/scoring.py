@@ -12,10 +12,9 @@ from torch import Tensor
 from flashgrpo.distributed.shares import overlap
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import SharedError
-from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.scoring.inputs import LatentVideos, decoded_for
 from flashgrpo.scoring.rewards import Batch, Columns, Rewards
-from flashgrpo.types import Latents, Prompt, RewardTable
+from flashgrpo.types import Outputs, Process, Prompt, RewardTable
 
 AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
 
@@ -40,7 +39,7 @@ class Scoring:
     def __init__(
         self,
         rewards: Rewards,
-        model: VideoModel,
+        process: Process,
         world: World,
         prompts: Sequence[Prompt],
         watched: bool,
@@ -50,7 +49,7 @@ class Scoring:
         clock: Callable[[str], AbstractContextManager[None]] = untimed,
     ) -> None:
         self.videos: dict[int, Tensor] = {}
-        self._rewards, self._model, self._world, self._prompts = rewards, model, world, prompts
+        self._rewards, self._process, self._world, self._prompts = rewards, process, world, prompts
         self._micro_batch, self._keep, self._clock = micro_batch, set(keep), clock
         self._names = rewards.names(watched)
         takes = [rewards.takes(name) for name in self._names]
@@ -62,8 +61,8 @@ class Scoring:
         self._futures: dict[str, list[Future[Columns]]] = {name: [] for name in self._names}
         self._failures = rewards.begin()
 
-    def add(self, rows: Tensor, latents: Latents) -> None:
-        """This rank has drawn the samples `rows` of its share, which come in their order; (B,) and (B, C, F, H, W)."""
+    def add(self, rows: Tensor, latents: Outputs) -> None:
+        """This rank has drawn the samples `rows` of its share, which come in their order; (B,) and (B, ...)."""
         if not len(rows) or self._world.rank % self._world.context:  # ranks of one context have drawn the same
             return
         if self._at_once:
@@ -90,6 +89,7 @@ class Scoring:
             values=torch.tensor([row for table in tables for row in table["values"]], dtype=torch.float64),
             weights=torch.tensor(tables[0]["weights"], dtype=torch.float64),
             failures={name: sum(table["failures"][name] for table in tables) for name in tables[0]["failures"]},
+            channels=tuple(tables[0]["channels"]),
         )
 
     def _own_table(self) -> dict[str, Any] | None:
@@ -97,11 +97,10 @@ class Scoring:
             return None
         table = self._rewards.table(self._futures, self._failures)
         exact = {"values": table.values.tolist(), "weights": table.weights.tolist()}
-        return {"names": table.names, "failures": dict(table.failures), **exact}
+        return {"names": table.names, "channels": table.channels, "failures": dict(table.failures), **exact}
 
     def _score_at_once(self) -> None:
-        none = torch.empty(0, *self._model.latent_shape, device=self._model.device)
-        latents = torch.cat([none, *self._waiting])
+        latents = torch.cat(self._waiting) if self._waiting else torch.empty(0)
         self._waiting.clear()
         videos = self._decode(latents, self._first)
         with self._clock("reward"):
@@ -121,17 +120,17 @@ class Scoring:
         for name, future in self._rewards.submit(batch, self._names).items():
             self._futures[name].append(future)
 
-    def _decode(self, latents: Latents, first: int) -> Tensor:
+    def _decode(self, latents: Outputs, first: int) -> Tensor:
         if self._frames == 0:
             return torch.empty(0)
         with self._clock("decode"):
-            videos = decode(self._model, latents, self._micro_batch, self._frames)
+            videos = decode(self._process, latents, self._micro_batch, self._frames)
         self.videos |= {first + i: videos[i].clone() for i in range(len(videos)) if first + i in self._keep}
         return videos
 
 
 @torch.no_grad()
-def decode(model: VideoModel, latents: Tensor, micro_batch: int, frames: int | None = None) -> Tensor:
+def decode(process: Process, latents: Tensor, micro_batch: int, frames: int | None = None) -> Tensor:
     """Videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
 
     With `frames` the first so many frames of each.
@@ -139,12 +138,12 @@ def decode(model: VideoModel, latents: Tensor, micro_batch: int, frames: int | N
     """
     if not len(latents):
         return torch.empty(0, 1, 3, 1, 1)
-    first = model.decode(latents[:micro_batch], frames)
+    first = process.media(latents[:micro_batch], frames)
     videos = torch.empty(len(latents), *first.shape[1:])
     videos[: len(first)] = first
     del first
     for done in range(micro_batch, len(latents), micro_batch):
-        videos[done : done + micro_batch] = model.decode(latents[done : done + micro_batch], frames)
+        videos[done : done + micro_batch] = process.media(latents[done : done + micro_batch], frames)
     return videos
 
 

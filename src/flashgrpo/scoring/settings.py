@@ -1,5 +1,6 @@
 """Settings of rewards and of held-out evaluation."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -13,6 +14,8 @@ class RewardConfig(Part):
 
     call: str
     """`package.module:function`, `path/to/file.py:function`, or `http://host:port` of a server; several with commas."""
+    channel: str = "reward"
+    """What the reward is credited to, of a model that judges parts of a sample apart; most have this one only."""
     weight: float = 1.0
     """Negative to train against a quantity."""
     watched: bool = False
@@ -34,6 +37,12 @@ class RewardConfig(Part):
         if self.watched and self.weight != 1:
             raise ValueError("weight has no effect on a watched reward; leave it out")
         return self
+
+
+def check_rewards(rewards: Mapping[str, RewardConfig]) -> None:
+    """Refuse rewards of which none is trained on, with a ValueError."""
+    if all(reward.watched for reward in rewards.values()):
+        raise ValueError("rewards: every reward is watched only, so there is nothing to train on")
 
 
 class HeldoutConfig(Part):

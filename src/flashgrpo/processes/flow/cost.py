@@ -4,13 +4,11 @@ One unit is one forward of the network for one sample. A backward pass counts tw
 computed again in it (`model.gradient_checkpointing`). A step with guidance runs the network on two branches and counts
 twice. So a rollout of B samples and N steps costs, with b_k branches at step k,
 
-    rollout = B sum_k b_k        update = sum over the trained transitions of b_k (passes (1 + 2 [+ 1] [+ 1]) [+ 1])
+    rollout = B sum_k b_k        update = sum over the trained transitions of b_k passes (1 + 2 [+ 1] [+ 1])
 
 where k runs over the points at which a sample stops: all N, or fewer with `rollout.deterministic_steps`. With shared
 initial noise a group is one sample until its first stochastic step. The second [+ 1] is the base model's forward that a
-KL penalty (`kl_coef` above 0) needs, and the third, once for all passes, that of the policy before it moves, where the
-ratio needs its velocity and the update has several optimizer steps. With flash-grpo at 20 steps that is 20 + 3 for each
-sample, with flow-grpo 20 + 57. A graph that is kept from the rollout (`rollout.retain`) saves the update's forward;
+KL penalty (`kl_coef` above 0) needs. With flash-grpo at 20 steps that is 20 + 3 for each sample, with flow-grpo 20 + 57. A graph that is kept from the rollout (`rollout.retain`) saves the update's forward;
 memory decides of that, so it is counted all the same.
 
 Not counted are the rows that only fill a batch up (`Policy.exact_velocity`, and ranks that wait), a group's start again
@@ -23,21 +21,11 @@ from dataclasses import dataclass
 
 import torch
 
-from flashgrpo.config import RunConfig
-from flashgrpo.processes.flow.shortcuts import leaders, visited
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Network forwards of one update, in forwards of one sample."""
-
-    rollout: int
-    update: int
-
-    @property
-    def total(self) -> int:
-        """Of both."""
-        return self.rollout + self.update
+from flashgrpo.processes.flow.model import VideoModel
+from flashgrpo.processes.flow.policy import guidance_by_step
+from flashgrpo.processes.flow.settings import RolloutConfig, Stochastic
+from flashgrpo.processes.flow.shortcuts import leaders, visited, within
+from flashgrpo.types import Cost
 
 
 @dataclass(frozen=True)
@@ -48,33 +36,50 @@ class Guided:
     stochastic: Sequence[bool]
 
 
-def update_cost(config: RunConfig, update: int, guided: Guided | None = None) -> Cost:
-    """What update number `update` (from 0) of a run costs; which steps it trains is a function of the seed alone.
+def guided_steps(model: VideoModel, rollout: RolloutConfig) -> Guided:
+    """Which steps of a rollout run two branches."""
+    grid = model.grid(rollout.num_steps)
+    stochastic = guidance_by_step(model, grid, rollout.guidance_scale, rollout.guidance_scale_2)
+    deterministic = within(stochastic, grid, rollout.guidance_interval)
+    return Guided((deterministic > 1).tolist(), (stochastic > 1).tolist())
+
+
+def update_cost(
+    explore: Stochastic,
+    rollout: RolloutConfig,
+    seed: int,
+    update: int,
+    passes: int,
+    columns: Sequence[str],
+    recomputes: bool,
+    guided: Guided | None = None,
+) -> Cost:
+    """Return what update number `update` (from 0) of a run costs; which steps it trains is a function of the seed alone.
 
     Args:
+        passes: over a rollout.
+        columns: what the objective asks of a replay: "kl" takes a forward of the base model.
+        recomputes: whether a backward pass computes the blocks again.
         guided: when it is not given, as the guidance scales say. Which of two experts computes a step, and which
             sigmas lie in `rollout.guidance_interval`, only the model knows: without it every step counts as guided
             where a scale is above 1, and the cost is an upper bound.
 
     Example: 4 samples of 20 steps without guidance cost 80 + 12 with flash-grpo, 80 + 228 with flow-grpo.
     """
-    settings = config.rollout
-    steps, size = settings.num_steps, settings.group_size
+    steps, size = rollout.num_steps, rollout.group_size
     if guided is None:
-        every = [max(settings.guidance_scale, settings.guidance_scale_2 or 1) > 1] * steps
+        every = [max(rollout.guidance_scale, rollout.guidance_scale_2 or 1) > 1] * steps
         guided = Guided(every, every)
     moves, acts = (1 + torch.tensor(which).long() for which in (guided.deterministic, guided.stochastic))
-    groups = torch.arange(settings.prompts).repeat_interleave(size)
-    members = torch.arange(size).repeat(settings.prompts)
-    trained = config.algorithm.steps.trained(config.seed, update, groups, steps, members=members)
-    algorithm, optim = config.algorithm, config.optim
-    stochastic = algorithm.steps.mask(config.seed, update, groups, steps, members=members)
-    visits = visited(stochastic, settings.deterministic_steps)
-    if algorithm.grouping.shared_noise:
+    groups = torch.arange(rollout.prompts).repeat_interleave(size)
+    members = torch.arange(size).repeat(rollout.prompts)
+    trained = explore.steps.trained(seed, update, groups, steps, members=members)
+    stochastic = explore.steps.mask(seed, update, groups, steps, members=members)
+    visits = visited(stochastic, rollout.deterministic_steps)
+    if explore.shared_noise:
         leader = leaders([(group, 0) for group in groups.tolist()], stochastic)
         follows = (leader != torch.arange(len(groups)))[:, None] & (stochastic.cumsum(dim=1) == 0)
         visits &= ~follows
-    rollout = int((visits * torch.where(stochastic, acts, moves)).sum())
-    each = optim.passes * (3 + config.model.gradient_checkpointing + (algorithm.kl_coef > 0))
-    each += algorithm.ratio.needs_old_velocity and optim.passes * optim.minibatches > 1
-    return Cost(rollout, int((trained * acts).sum()) * each)
+    drawn = int((visits * torch.where(stochastic, acts, moves)).sum())
+    each = passes * (3 + recomputes + ("kl" in columns))
+    return Cost(drawn, int((trained * acts).sum()) * each)

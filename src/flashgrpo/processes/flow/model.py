@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Float64, Int64, Shaped
+from jaxtyping import Float32, Float64, Shaped
 from torch import Tensor, nn
 
 from flashgrpo.processes.flow.schedule import SigmaGrid
-from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, taken
+from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos
 
 
 @dataclass(frozen=True)
-class Moment:
+class GridPoint:
     """Where on the sigma grid each of B rows stands; (B,) each, on the CPU, where families choose by them.
 
     `timestep` is what the network is fed, `guidance_scale` that of classifier-free guidance there (1: none).
@@ -25,51 +25,8 @@ class Moment:
     sigma: Float64[Tensor, " batch"]
     guidance_scale: Float32[Tensor, " batch"]
 
-    def __getitem__(self, rows: Tensor) -> "Moment":
-        return Moment(self.timestep[rows], self.sigma[rows], self.guidance_scale[rows])
-
-
-@dataclass(frozen=True)
-class Retained:
-    """Velocities (B, C, F, H, W) of some transitions, of one step, with the graph that leads to the weights."""
-
-    rows: Int64[Tensor, " batch"]
-    v: Latents
-
-
-@dataclass(frozen=True)
-class Transitions:
-    """All that crosses from rollout to update: the stochastic steps x_k -> x_{k+1} that are trained.
-
-    Row i belongs to sample `sample[i]` of the rollout; a sample has one row in Flash-GRPO and up to N - 1 in Flow-GRPO.
-    `condition` has a row per sample, not per transition. Example with B = 4 samples in 2 groups, one step each:
-
-        sample [0, 1, 2, 3]   k [2, 2, 0, 0]   log_prob [-0.91, -0.93, -0.87, -0.90]
-
-    `retained` is of all rows or empty; a part of the transitions has none, and neither does a second backward pass.
-    """
-
-    sample: Int64[Tensor, " transitions"]
-    k: Int64[Tensor, " transitions"]
-    x: Float32[Tensor, "transitions channels frames height width"]
-    x_next: Float32[Tensor, "transitions channels frames height width"]
-    log_prob: Float32[Tensor, " transitions"]
-    condition: Condition
-    retained: Sequence[Retained] = ()
-
-    def __len__(self) -> int:
-        return len(self.k)
-
-    def __getitem__(self, rows: Tensor) -> "Transitions":
-        return replace(
-            self,
-            sample=self.sample[rows],
-            k=self.k[rows],
-            x=taken(self.x, rows),
-            x_next=taken(self.x_next, rows),
-            log_prob=taken(self.log_prob, rows),
-            retained=(),
-        )
+    def __getitem__(self, rows: Tensor) -> "GridPoint":
+        return GridPoint(self.timestep[rows], self.sigma[rows], self.guidance_scale[rows])
 
 
 @runtime_checkable
@@ -105,6 +62,16 @@ class VideoModel(Protocol):
         """Where the network is."""
         ...
 
+    @property
+    def offloads(self) -> bool:
+        """Whether parts of the model leave the device while others compute."""
+        ...
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a backward pass computes the blocks again."""
+        ...
+
     def grid(self, num_steps: int) -> SigmaGrid:
         """The sigma grid of `num_steps` steps, read from the checkpoint's own scheduler."""
         ...
@@ -117,7 +84,7 @@ class VideoModel(Protocol):
         """Tokens of each text before any are cut off."""
         ...
 
-    def velocity(self, x: Latents, moment: Moment, condition: Condition) -> Latents:
+    def velocity(self, x: Latents, point: GridPoint, condition: Condition) -> Latents:
         """v = eps - x0 as the network predicts it, with classifier-free guidance; differentiable."""
         ...
 
@@ -129,8 +96,12 @@ class VideoModel(Protocol):
         """Inside this context `velocity` is the base model's, before any training."""
         ...
 
-    def idle(self, moment: Moment) -> Tensor:
+    def idle(self, point: GridPoint) -> Tensor:
         """Make the network call of one row on nothing, for the sake of the collectives in it; differentiable."""
+        ...
+
+    def nothing(self) -> Condition:
+        """A condition of one row, for calls whose result is not used."""
         ...
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:

@@ -14,10 +14,10 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from flashgrpo.errors import UserError
-from flashgrpo.processes.flow.model import Moment, VideoModel
+from flashgrpo.processes.flow.model import GridPoint, VideoModel
 from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.flow.table import StepTable
-from flashgrpo.types import Condition, Latents, taken
+from flashgrpo.types import Condition, Latents, index_rows
 
 Steps = Int64[Tensor, " batch"]
 LogProb = Float32[Tensor, " batch"]
@@ -48,8 +48,8 @@ class Policy:
         """Take part in the collectives of a network call at a step, without a sample; differentiable."""
         return self.model.idle(self._moment(torch.tensor([step])))
 
-    def _moment(self, k: Steps) -> Moment:
-        return Moment(self.grid.timesteps[k], self.grid.sigmas[k], self.guidance[k])
+    def _moment(self, k: Steps) -> GridPoint:
+        return GridPoint(self.grid.timesteps[k], self.grid.sigmas[k], self.guidance[k])
 
     def exact_velocity(self, k: Steps, x: Latents, condition: Condition) -> Latents:
         """The velocity of a stochastic step: bit for bit the same for a sample, whatever else is computed with it."""
@@ -66,8 +66,8 @@ class Policy:
         for first in range(0, len(x), self.micro_batch):
             count = min(self.micro_batch, len(x) - first)
             rows = first + torch.arange(self.micro_batch).clamp(max=count - 1)
-            with uncompiled(), around():
-                parts.append(self.velocity(k[rows], taken(x, rows), condition[rows])[:count])
+            with around():
+                parts.append(self.velocity(k[rows], index_rows(x, rows), condition[rows])[:count])
         return parts
 
     def calls(self, rows: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
@@ -78,11 +78,6 @@ class Policy:
         """Take the stochastic step k with its exact velocity and standard normal `noise`: x_{k+1}, log-density."""
         x_next = self.table.sample(k, x, v, noise)
         return x_next, self.table.log_prob(k, x_next, x, v)
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Inside of it compiled blocks compute as if they were not: with gradients they would round differently."""
-    return torch.compiler.set_stance("force_eager")
 
 
 def guidance_by_step(

@@ -10,13 +10,14 @@ from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
-from flashgrpo.presets import Algorithm
-from flashgrpo.processes.flow.model import Retained, Transitions, VideoModel
+from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.policy import Around, LogProb, Policy
 from flashgrpo.processes.flow.retain import Graphs
+from flashgrpo.processes.flow.settings import Stochastic
 from flashgrpo.processes.flow.shortcuts import Environment, leaders
-from flashgrpo.seeds import normal
-from flashgrpo.types import Condition, Latents, Sample, sent, taken
+from flashgrpo.processes.flow.state import FlowState, KeptGraph
+from flashgrpo.seeds import Name, normal
+from flashgrpo.types import Condition, Latents, Sample, index_rows, to_device
 
 Drawn = Callable[[Tensor, Latents], None]  # hears of the rows (B,) and latents of each micro-batch when it is done
 
@@ -31,14 +32,15 @@ def rollout(
     environment: Environment,
     samples: Sequence[Sample],
     condition: Condition,
-    algorithm: Algorithm,
+    explore: Stochastic,
     seed: int,
     micro_batch: int,
     world: World,
     drawn: Drawn = _nobody,
     graphs: Graphs | None = None,
-) -> tuple[Latents, Transitions]:
-    """Draw samples of one update: stochastic where `algorithm.steps` says, deterministic elsewhere.
+    keep_v: bool = False,
+) -> tuple[Latents, FlowState]:
+    """Draw samples of one update: stochastic where `explore.steps` says, deterministic elsewhere.
 
     With shared initial noise the steps before the first stochastic one are computed once for a group's samples in a
     micro-batch.
@@ -56,12 +58,12 @@ def rollout(
     names, num_steps = [sample.name for sample in samples], policy.grid.num_steps
     numbers = torch.tensor(names, dtype=torch.int64).reshape(-1, 3)
     update, group_ids, members = int(numbers[0, 0]) if names else 0, numbers[:, 1], numbers[:, 2]
-    stochastic = algorithm.steps.mask(seed, update, group_ids, num_steps, members=members)
-    trained = algorithm.steps.trained(seed, update, group_ids, num_steps, members=members)
+    stochastic = explore.steps.mask(seed, update, group_ids, num_steps, members=members)
+    trained = explore.steps.trained(seed, update, group_ids, num_steps, members=members)
     shape, device = policy.model.latent_shape, policy.model.device
-    shared = algorithm.grouping.shared_noise
+    shared = explore.shared_noise
 
-    latents, records = [torch.empty(0, *shape, device=device)], Records(graphs)
+    latents, records = [torch.empty(0, *shape, device=device)], Records(graphs, keep_v)
     parts = torch.arange(len(names)).split(micro_batch) if names else ()
     for rows, calls in _in_step(environment, policy, stochastic, parts, world):
         mine = [names[row] for row in rows]
@@ -71,7 +73,7 @@ def rollout(
         x = initial_noise(policy.model, seed, mine, shared)
         latents.append(_denoise(environment, acts, x, condition[rows], stochastic[rows], leader, calls))
         drawn(rows, latents[-1])
-    return torch.cat(latents), records.transitions(condition, shape, device)
+    return torch.cat(latents), records.state(condition, shape, device)
 
 
 @torch.no_grad()
@@ -96,25 +98,25 @@ def denoise(
 
 def initial_noise(model: VideoModel, seed: int, names: Sequence[tuple[int, int, int]], shared: bool) -> Latents:
     """x_0 of each sample, named (update, group, member); a group that shares it has its first member's."""
-    owners = [(update, group, 0 if shared else member) for update, group, member in names]
-    return noise_of(model, seed, "noise", owners)
+    return noise_of(model, [(seed, "noise", update, group, 0 if shared else member) for update, group, member in names])
 
 
-def noise_of(model: VideoModel, seed: int, purpose: str, names: Sequence[tuple[int, ...]]) -> Latents:
-    """Standard normal latents on the model's device, each a function of seed, purpose and its name alone."""
+def noise_of(model: VideoModel, names: Sequence[Name]) -> Latents:
+    """Standard normal latents on the model's device, each a function of its name alone."""
     shape = model.latent_shape
-    noise = [normal(shape, seed, purpose, *name) for name in names]
-    return sent(torch.stack(noise) if noise else torch.empty(0, *shape), model.device)
+    noise = [normal(shape, *name) for name in names]
+    return to_device(torch.stack(noise) if noise else torch.empty(0, *shape), model.device)
 
 
 class Records:
     """The trained transitions of a rollout as they are drawn."""
 
-    def __init__(self, graphs: Graphs | None) -> None:
+    def __init__(self, graphs: Graphs | None, keep_v: bool) -> None:
         self._graphs = graphs
         if graphs:
             graphs.begin()
-        self._rows: list[tuple[int, int, Tensor, Tensor, Tensor]] = []
+        self._keep_v = keep_v
+        self._rows: list[tuple[int, int, Tensor, Tensor, Tensor, Tensor | None]] = []
         self._retained: list[tuple[list[tuple[int, int]], Tensor]] = []
         self._batch, self._trained = torch.empty(0), torch.empty(0)
 
@@ -134,8 +136,10 @@ class Records:
         """A stochastic step of some rows of the micro-batch, whose velocities are `parts`, one after the other."""
         wanted = self._trained[rows, step]
         names = [(int(self._batch[row]), step) for row in rows]
+        v = torch.cat(list(parts)).detach() if self._keep_v else None
         for i in _rows(wanted):  # clones, for a view would keep the latents of the whole batch
-            self._rows.append((*names[i], x[i].clone(), x_next[i].clone(), log_prob[i]))
+            old_v = None if v is None else v[i].clone()
+            self._rows.append((*names[i], x[i].clone(), x_next[i].clone(), log_prob[i], old_v))
         if self._graphs and not self._graphs.kept:
             self._retained.clear()  # now, and not when the rollout ends
         first = 0
@@ -143,16 +147,19 @@ class Records:
             self._retained.append((names[first : first + len(v)], v))
             first += len(v)
 
-    def transitions(self, condition: Condition, shape: Sequence[int], device: torch.device) -> Transitions:
+    def state(self, condition: Condition, shape: Sequence[int], device: torch.device) -> FlowState:
         """All of them, by sample, then by step."""
         self._rows.sort(key=lambda record: record[:2])
-        nothing = [torch.empty(0, *shape, device=device)] * 2 + [torch.empty(0, device=device)]
-        x, x_next, log_prob = map(torch.stack, list(zip(*self._rows, strict=True))[2:]) if self._rows else nothing
         sample, k = (torch.tensor([record[i] for record in self._rows], dtype=torch.int64) for i in (0, 1))
+        nothing = torch.empty(0, *shape, device=device)
+        x = torch.stack([record[2] for record in self._rows]) if self._rows else nothing
+        x_next = torch.stack([record[3] for record in self._rows]) if self._rows else nothing
+        log_prob = torch.stack([record[4] for record in self._rows]) if self._rows else torch.empty(0, device=device)
+        velocities = [record[5] for record in self._rows if record[5] is not None]
+        old_v = torch.stack(velocities) if velocities else None
         place = {record[:2]: row for row, record in enumerate(self._rows)}
-        retained = [Retained(torch.tensor([place[name] for name in names]), v) for names, v in self._retained]
-        whole = sum(len(one.rows) for one in retained) == len(place)  # not where the first was found to be too large
-        return Transitions(sample, k, x, x_next, log_prob, condition, tuple(retained) if whole else ())
+        kept = [KeptGraph(torch.tensor([place[name] for name in names]), v) for names, v in self._retained]
+        return FlowState(sample, k, x, x_next, log_prob, condition, old_v, kept[1:])  # the first is replayed: see drift
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ class _Acts:
         noise = torch.stack([normal(shape, self.seed, "step", *self.names[row], step) for row in rows])
         k = torch.full_like(rows, step)
         parts = policy.exact_parts(k, x, condition, self.records.graph_of(policy.model.network, step, rows))
-        x_next, log_prob = policy.act(k, x, torch.cat(parts).detach(), sent(noise, x.device))
+        x_next, log_prob = policy.act(k, x, torch.cat(parts).detach(), to_device(noise, x.device))
         self.records.add(step, rows, x, x_next, log_prob, parts)
         return x_next
 
@@ -225,18 +232,18 @@ def _denoise(
             computing, of = leader[moving].unique(return_inverse=True)
             k = torch.full_like(computing, step)
             with features.of((*computing.tolist(), bool(environment.guidance[step] > 1))):
-                v = environment.velocity(k, taken(x, computing), condition[computing])
+                v = environment.velocity(k, index_rows(x, computing), condition[computing])
             for number in walk_of[moving].unique().tolist():
                 together = walk_of[moving] == number
-                rows, v_of_rows = moving[together], taken(v, of[together])
-                _put(x, rows, walks[number].step(step, taken(x, rows), v_of_rows))
+                rows, v_of_rows = moving[together], index_rows(v, of[together])
+                _put(x, rows, walks[number].step(step, index_rows(x, rows), v_of_rows))
             moves = 1
         for _ in range(int(calls[step, 0]) - moves):
             environment.idle(step)
         if acts is not None:
             if len(acting):
                 features.forget()
-                _put(x, acting, acts(step, acting, taken(x, acting), condition[acting]))
+                _put(x, acting, acts(step, acting, index_rows(x, acting), condition[acting]))
                 leader[acting] = acting
             for _ in range(int(calls[step, 1] - acts.policy.calls(torch.tensor(len(acting))))):
                 acts.policy.idle(step)

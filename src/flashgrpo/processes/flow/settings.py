@@ -1,14 +1,55 @@
-"""Settings of the flow process: how its samples are drawn."""
+"""Settings of the flow process: how it explores, what it scores, and how its samples are drawn."""
 
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
 from flashgrpo.processes.flow.reuse import FirstBlock, TaylorSeer
 from flashgrpo.processes.flow.solvers import Euler, UniPC
-from flashgrpo.settings import Part
+from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
+from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, Rectified, StepLength, Uniform
+from flashgrpo.settings import FORBID_EXTRA, Part
 
+Steps = Annotated[AllSteps | Window | OneStep, Field(discriminator="kind")]
+Noise = Annotated[LinearSde | FlowSde | ConstantSde | Cps, Field(discriminator="kind")]
+Weighting = Annotated[Uniform | Rectified | NoiseLevel | StepLength, Field(discriminator="kind")]
+Ratio = Annotated[PlainRatio | NormalizedRatio, Field(discriminator="kind")]
 Solver = Annotated[Euler | UniPC, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """Explore by noise: which denoising steps of a rollout are stochastic, and trained, and what they draw.
+
+    Args:
+        steps: which.
+        noise: the transition density of those steps.
+        shared_noise: all members of a group start from one initial noise and differ by the stochastic steps alone.
+    """
+
+    steps: Steps
+    noise: Noise
+    shared_noise: bool = False
+    kind: Literal["stochastic"] = "stochastic"
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Score the stochastic steps as they were drawn, by the log-density of each.
+
+    Args:
+        weighting: the factor of each step's surrogate; `Rectified` divides lambda out (2605.15980), `NoiseLevel` is
+            TempFlow-GRPO's (2508.04324) and `StepLength` GRPO-Guard's (2510.22319).
+        ratio: the importance ratio as it is, or GRPO-Guard's `NormalizedRatio`, which goes with any of the choices.
+    """
+
+    weighting: Weighting = field(default_factory=Uniform)
+    ratio: Ratio = field(default_factory=PlainRatio)
+    kind: Literal["recorded"] = "recorded"
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
 
 class RolloutConfig(Part):
@@ -49,6 +90,50 @@ class RolloutConfig(Part):
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval is a pair of sigmas, low <= high, not {list(self.guidance_interval)}")
         return self
+
+    def check_shortcuts(self, held_between: bool, frozen: bool, offload: bool, compiled: bool) -> None:
+        """Refuse shortcuts that the network does not allow.
+
+        Args:
+            held_between: processes hold a network between them.
+            frozen: most weights are not trained.
+            offload, compiled: what `model` says.
+
+        Raises:
+            ValueError: float8 or reuse cannot go with that.
+        """
+        if self.deterministic_dtype == "float8" and (held_between or offload):
+            raise ValueError(
+                "rollout.deterministic_dtype: float8 needs the network whole and on the device; take bfloat16, or "
+                "leave out parallel.shard, parallel.context, model.compute_dtype and model.offload"
+            )
+        if self.deterministic_dtype == "float8" and not frozen:
+            raise ValueError("rollout.deterministic_dtype: float8 is of frozen weights, full training has none")
+        if self.reuse and held_between:
+            raise ValueError(
+                "rollout.reuse: processes that hold a network between them compute every step; leave it out"
+            )
+        if self.reuse and compiled:
+            raise ValueError("rollout.reuse: compiled blocks compute every step; choose one of the two")
+
+    def check_retain(self, held_between: bool, offload: bool, uses: int) -> None:
+        """Refuse to keep graphs where an update has to replay the trained steps, with a ValueError."""
+        reasons = {
+            "a rollout that serves several optimizer steps is replayed for the later ones": uses > 1,
+            "processes that hold a network between them replay together": held_between,
+            "with model.offload the network leaves the device before the update": offload,
+        }
+        for reason, holds in reasons.items():
+            if self.retain and holds:
+                raise ValueError(f"rollout.retain: {reason}; leave it out")
+
+
+def check_steps(explore: Stochastic, num_steps: int) -> None:
+    """Refuse a window that the grid does not have, with a ValueError."""
+    try:
+        explore.steps.candidates(num_steps)
+    except ValueError as error:
+        raise ValueError(f"algorithm.steps with rollout.num_steps {num_steps}: {error}") from error
 
 
 class SamplingConfig(Part):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flashgrpo.errors import UserError
 from flashgrpo.processes.flow.float8 import Float8
-from flashgrpo.processes.flow.model import Moment, VideoModel
+from flashgrpo.processes.flow.model import GridPoint, VideoModel
 from flashgrpo.processes.flow.reuse import Reuse
 from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.flow.solvers import Euler, Solver, Walk
@@ -111,13 +111,14 @@ class Environment:
         with self._precision():
             self.model.idle(self._moment(torch.tensor([step])))
 
-    def _moment(self, k: Int64[Tensor, " batch"]) -> Moment:
-        return Moment(self.grid.timesteps[k], self.grid.sigmas[k], self.guidance[k])
+    def _moment(self, k: Int64[Tensor, " batch"]) -> GridPoint:
+        return GridPoint(self.grid.timesteps[k], self.grid.sigmas[k], self.guidance[k])
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
         lower = torch.autocast(self.model.device.type, self.dtype) if self.dtype else nullcontext()
-        with lower, self.float8() if self.float8 else nullcontext():
+        compiled = torch.compiler.set_stance("default")  # elsewhere blocks are never compiled, see `prepare_network`
+        with lower, compiled, self.float8() if self.float8 else nullcontext():
             yield
 
 

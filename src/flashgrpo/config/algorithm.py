@@ -1,0 +1,124 @@
+"""What a recipe says of its algorithm: a preset's name, changes to one, and short names for the flow process."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from flashgrpo.config.recipe import merge_choices, without_gone
+from flashgrpo.errors import UserError, suggest
+from flashgrpo.learning.objective import Clipped, ClipRange
+from flashgrpo.learning.settings import Credit, Current
+from flashgrpo.presets import PRESETS
+from flashgrpo.processes.flow.settings import Noise, Ratio, Recorded, Steps, Stochastic, Weighting
+from flashgrpo.settings import Part
+
+SHORT: Mapping[str, tuple[str, str]] = {
+    "steps": ("explore", "steps"),
+    "noise": ("explore", "noise"),
+    "weighting": ("score", "weighting"),
+    "ratio": ("score", "ratio"),
+    "adv_clip": ("credit", "clip"),
+    "clip_range": ("objective", "clip_range"),
+    "kl_coef": ("objective", "kl_coef"),
+}
+"""Key of a recipe's `algorithm` -> the part and the setting that it stands for."""
+GROUPING: Mapping[str, tuple[str, str]] = {
+    "std": ("credit", "std"),
+    "combine": ("credit", "combine"),
+    "shared_noise": ("explore", "shared_noise"),
+}
+"""The same of keys below `grouping`."""
+
+
+class ShortGrouping(Part):
+    """How the samples of a prompt group are compared, by its short names."""
+
+    std: Literal["group", "batch"] = "group"
+    combine: Literal["normalized", "raw"] = "normalized"
+    shared_noise: bool = False
+
+
+class AlgorithmRecipe(Part):
+    """Changes to a preset. `steps`, `noise`, `weighting`, `ratio`, `grouping`, `clip_range`, `kl_coef` and `adv_clip` are
+    short for what they set below `explore`, `score`, `credit` and `objective`. Of a mapping that has a `kind` only what
+    differs from the preset's has to be said."""
+
+    preset: str = Field(default="flash-grpo", json_schema_extra={"enum": list(PRESETS)})
+    explore: Stochastic
+    score: Recorded
+    credit: Credit
+    objective: Clipped
+    behaviour: Current
+    steps: Steps
+    noise: Noise
+    weighting: Weighting
+    ratio: Ratio
+    grouping: ShortGrouping
+    clip_range: ClipRange
+    kl_coef: float
+    adv_clip: float
+
+
+Written = Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})] | AlgorithmRecipe
+"""What a recipe may hold under `algorithm`, for its JSON schema."""
+
+
+def algorithm_from(value: Any) -> Any:
+    """Resolve a preset's name, or a mapping of changes to one: to its `preset`, or to flash-grpo where it names none.
+
+    Raises:
+        ValueError: there is no such preset, or a setting is given twice, by its short name and by its long one.
+    """
+    if not isinstance(value, str | Mapping):
+        return value
+    changes = {"preset": value} if isinstance(value, str) else spelled_out(value)
+    name = changes.pop("preset", "flash-grpo")
+    if name not in PRESETS:
+        raise ValueError(f"no preset is called {name!r}; {suggest(str(name), PRESETS)}")
+    return merge_choices(asdict(PRESETS[name]), changes)
+
+
+def spelled_out(changes: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Replace short names by what they stand for: {"kl_coef": 1} is {"objective": {"kl_coef": 1}}."""
+    long = {key: value for key, value in changes.items() if key not in SHORT and key != "grouping"}
+    short = [(key, SHORT[key], value) for key, value in changes.items() if key in SHORT]
+    grouping = changes.get("grouping", {})
+    if isinstance(grouping, Mapping):
+        short += [(f"grouping.{key}", GROUPING[key], grouping[key]) for key in grouping if key in GROUPING]
+        unknown = {key: grouping[key] for key in grouping if key not in GROUPING}
+    else:
+        unknown = grouping
+    for name, (part, key), value in short:
+        into = long.setdefault(part, {})
+        if not isinstance(into, Mapping) or key in into:
+            raise ValueError(f"{name} and {part}.{key} are one setting: give it once")
+        long[part] = {**into, key: value}
+    return {**long, "grouping": unknown} if unknown else long
+
+
+def read_tree(tree: Mapping[Any, Any], source: str) -> dict[Any, Any]:
+    """A recipe, or a part of one, with every setting by its long name and without those that are gone.
+
+    Raises:
+        UserError: a setting is given twice, or is gone and has a value of its own.
+    """
+    algorithm = tree.get("algorithm")
+    try:
+        long = {**tree, "algorithm": spelled_out(algorithm)} if isinstance(algorithm, Mapping) else dict(tree)
+    except ValueError as error:
+        raise UserError(f"{source}: algorithm: {error}") from error
+    return without_gone(long)
+
+
+def short_name(key: str) -> str:
+    """The short name of a setting where it has one: `algorithm.explore.noise.eta` is `algorithm.noise.eta`."""
+    head, *parts = key.split(".")
+    if head != "algorithm" or len(parts) < 2:
+        return key
+    for table, prefix in ((SHORT, []), (GROUPING, ["grouping"])):
+        for short, long in table.items():
+            if tuple(parts[:2]) == long:
+                return ".".join([head, *prefix, short, *parts[2:]])
+    return key

@@ -1,0 +1,97 @@
+"""Samples drawn, scored and compared: one rollout batch, as far as the update needs it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from flashgrpo.distributed.world import World
+from flashgrpo.learning.advantage import advantages_by_key
+from flashgrpo.learning.settings import Credit
+from flashgrpo.types import Outputs, Process, PromptGroup, Record, RewardTable, Sample
+
+Phases = Callable[[str], AbstractContextManager[None]]
+"""A clock: `with clock("rollout"): ...`"""
+
+
+class Scores(Protocol):
+    """Scores the samples of an update while later ones are drawn."""
+
+    def add(self, rows: Tensor, outputs: Outputs) -> None:
+        """This rank has drawn some rows of its share."""
+        ...
+
+    def table(self) -> RewardTable:
+        """The rewards of all ranks' samples, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One rollout batch of B samples in all, of which this rank has drawn those from number `first` on.
+
+    `outputs` and `record` are this rank's, `rewards` are of all samples. What rewards have looked at is large and is not
+    kept: it is gone when every reward has seen it.
+    """
+
+    update: int
+    first: int
+    outputs: Outputs
+    record: Record
+    rewards: RewardTable
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The advantage of each sample under each key and channel that it has terms of, on all ranks; (pairs,) each.
+
+    `record` is this rank's, with the advantages of its terms.
+    """
+
+    key: Int64[Tensor, " pairs"]
+    channel: Int64[Tensor, " pairs"]
+    sample: Int64[Tensor, " pairs"]
+    advantage: Float32[Tensor, " pairs"]
+    record: Record
+
+    @property
+    def flat_groups(self) -> int:
+        """Keys of a channel in which all advantages are 0, so that nothing is learnt from them."""
+        every, number = torch.stack([self.key, self.channel]).unique(dim=1, return_inverse=True)
+        return every.shape[1] - len(number[self.advantage != 0].unique())
+
+
+def draw_and_score(
+    process: Process,
+    scores: Scores,
+    groups: Sequence[PromptGroup],
+    seed: int,
+    world: World,
+    clock: Phases,
+    uses: int,
+) -> Drawn:
+    """Draw this rank's share of the groups' samples, and score them meanwhile."""
+    samples = [Sample(group, member) for group in groups for member in range(group.size)]
+    mine = world.slice(len(samples))
+    with clock("rollout"):
+        outputs, record = process.draw(samples[mine], seed, scores.add, uses)
+    return Drawn(groups[0].update, mine.start, outputs, record, scores.table())
+
+
+def compare(drawn: Drawn, channels: Sequence[str], credit: Credit, world: World) -> Compared:
+    """Return the advantages of all samples, and this rank's record with those of its terms."""
+    record = drawn.record
+    own, of_term = torch.stack([record.key, record.channel, record.sample + drawn.first]).unique(
+        dim=1, return_inverse=True
+    )
+    everyone: list[Any] = world.gather(own.tolist())
+    pairs = torch.cat([torch.tensor(of_rank, dtype=torch.int64).view(3, -1) for of_rank in everyone], dim=1)
+    key, channel, sample = pairs
+    advantage = advantages_by_key(drawn.rewards, channels, credit, key, channel, sample)
+    before = sum(len(of_rank[0]) for of_rank in everyone[: world.data_rank])
+    mine = advantage[before : before + own.shape[1]][of_term].to(record.old.device)
+    return Compared(key, channel, sample, advantage, replace(record, advantage=mine))
