@@ -111,7 +111,7 @@ def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> G
     """
     own, record = groups_at_every_step(parts, shared_noise, prompts)
     process, steps = own.process, windows(own)["whole grid"]
-    table, prompt = process.policy.table, record.sample // (len(record) // prompts)
+    table, prompt = process.table, record.sample // (len(record) // prompts)
     grams, scores, drifts = [], [], []
     for step in steps:
         kept = Kept(own.optimizer.parameters, own.world)

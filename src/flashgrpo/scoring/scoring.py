@@ -14,7 +14,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.errors import SharedError
 from flashgrpo.scoring.inputs import LatentVideos, decoded_for
 from flashgrpo.scoring.rewards import Batch, Columns, Rewards
-from flashgrpo.types import Outputs, Process, Prompt, RewardTable
+from flashgrpo.types import Outputs, Process, Prompt, RewardTable, index_rows
 
 AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
 
@@ -57,20 +57,23 @@ class Scoring:
         self._hands_latents = any(isinstance(one, LatentVideos) for one in takes)
         self._at_once = at_once or bool(world.reward_ranks)
         self._first = world.share(len(prompts)).start
+        self._rows: list[int] = []  # of the share, in the order in which they were drawn
         self._waiting: list[Tensor] = []
         self._futures: dict[str, list[Future[Columns]]] = {name: [] for name in self._names}
         self._failures = rewards.begin()
 
-    def add(self, rows: Tensor, latents: Outputs) -> None:
-        """This rank has drawn the samples `rows` of its share, which come in their order; (B,) and (B, ...)."""
+    def add(self, rows: Tensor, outputs: Outputs) -> None:
+        """This rank has drawn the samples `rows` of its share, (B,), each once and in any order; outputs (B, ...)."""
         if not len(rows) or self._world.rank % self._world.context:  # ranks of one context have drawn the same
             return
+        self._rows += rows.tolist()
         if self._at_once:
-            self._waiting.append(latents)
+            self._waiting.append(outputs)
             return
-        first, last = self._first + int(rows[0]), self._first + int(rows[-1])
-        videos = self._decode(latents, first)
-        self._submit(self._prompts[first : last + 1], videos, latents if self._hands_latents else None)
+        numbers = [self._first + row for row in rows.tolist()]
+        videos = self._decode(outputs, numbers)
+        prompts = [self._prompts[number] for number in numbers]
+        self._submit(prompts, videos, outputs if self._hands_latents else None)
 
     def table(self) -> RewardTable:
         """The rewards of all ranks' samples in their order, the same on every rank; all ranks call this together.
@@ -96,13 +99,16 @@ class Scoring:
         if not any(self._futures.values()):
             return None
         table = self._rewards.table(self._futures, self._failures)
-        exact = {"values": table.values.tolist(), "weights": table.weights.tolist()}
+        values = table.values if self._at_once else table.values[torch.tensor(self._rows).argsort()]
+        exact = {"values": values.tolist(), "weights": table.weights.tolist()}
         return {"names": table.names, "channels": table.channels, "failures": dict(table.failures), **exact}
 
     def _score_at_once(self) -> None:
-        latents = torch.cat(self._waiting) if self._waiting else torch.empty(0)
+        latents = torch.empty(0)
+        if self._waiting:
+            latents = index_rows(torch.cat(self._waiting), torch.tensor(self._rows).argsort())
         self._waiting.clear()
-        videos = self._decode(latents, self._first)
+        videos = self._decode(latents, range(self._first, self._first + len(latents)))
         with self._clock("reward"):
             rows = self._world.scored_by(len(self._prompts), self._world.rank)
             if self._frames != 0:
@@ -120,12 +126,12 @@ class Scoring:
         for name, future in self._rewards.submit(batch, self._names).items():
             self._futures[name].append(future)
 
-    def _decode(self, latents: Outputs, first: int) -> Tensor:
+    def _decode(self, latents: Outputs, numbers: Sequence[int]) -> Tensor:
         if self._frames == 0:
             return torch.empty(0)
         with self._clock("decode"):
             videos = decode(self._process, latents, self._micro_batch, self._frames)
-        self.videos |= {first + i: videos[i].clone() for i in range(len(videos)) if first + i in self._keep}
+        self.videos |= {n: videos[i].clone() for i, n in enumerate(numbers) if n in self._keep}
         return videos
 
 

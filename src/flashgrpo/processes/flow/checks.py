@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flashgrpo.processes.flow.shortcuts import visited
 from flashgrpo.processes.flow.state import FlowState
 from flashgrpo.types import Finding, Latents, Record
 
@@ -36,7 +37,7 @@ def residual_noise(process: "FlowProcess", state: FlowState, latents: Latents, s
 def evaluation_sampler(process: "FlowProcess") -> Finding:
     """Evaluation samples without noise."""
     sampler = process.sampler()
-    steps = sampler.grid.num_steps
+    steps = sampler.network.grid.num_steps
     x = torch.ones(1, *process.model.latent_shape)
     once, again = (sampler.walk(range(steps)).step(0, x, x) for _ in range(2))
     if not torch.equal(once, again):
@@ -69,12 +70,12 @@ def distance_to_finish(process: "FlowProcess", state: FlowState, latents: Latent
 def _finish(process: "FlowProcess", batch: FlowState, latents: Latents) -> float:
     """The same of units of one step."""
     step, num_steps = int(batch.k[0]), process.grid.num_steps
-    x, condition, environment = batch.x_next, batch.conditions, process.environment
-    visits = environment.visits(torch.arange(num_steps)[None] == step)[0]
+    x, condition, moves = batch.x_next, batch.conditions, process.moves
+    visits = visited(torch.arange(num_steps)[None] == step, moves.steps)[0]
     points = [k for k in visits.nonzero().flatten().tolist() if k > step]
-    walk = environment.walk(points)
+    path = moves.walk(points)
     for k in points:
-        x = walk.step(k, x, environment.velocity(torch.full_like(batch.k, k), x, condition))
+        x = path.step(k, x, moves.velocity(k, x, condition))
     expected = latents[batch.sample.to(latents.device)]
     return float((x - expected).abs().max() / expected.abs().max())
 
@@ -94,9 +95,10 @@ def noise_floor(process: "FlowProcess", state: FlowState) -> float | None:
     if process.world.uses_fsdp or not len(state):
         return None
     batch = state[torch.arange(min(len(state), process.micro_batch))]
-    condition, policy = batch.conditions, process.policy
-    together = policy.velocity(batch.k, batch.x, condition)
+    batch = batch[(batch.k == batch.k[0]).nonzero().flatten()]  # of one step, as every call is
+    condition, k = batch.conditions, int(batch.k[0])
+    together = process.exact.velocity(k, batch.x, condition)
     rows = torch.arange(len(batch)).split(1)
-    singly = torch.cat([policy.velocity(batch.k[row], batch.x[row], condition[row]) for row in rows])
-    a, b = (policy.table.log_prob(batch.k, batch.x_next, batch.x, v) for v in (together, singly))
+    singly = torch.cat([process.exact.velocity(k, batch.x[row], condition[row]) for row in rows])
+    a, b = (process.table.log_prob(batch.k, batch.x_next, batch.x, v) for v in (together, singly))
     return float(torch.expm1(a - b).abs().max())

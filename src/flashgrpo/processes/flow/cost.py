@@ -11,7 +11,7 @@ initial noise a group is one sample until its first stochastic step. The second 
 KL penalty (`kl_coef` above 0) needs. With flash-grpo at 20 steps that is 20 + 3 for each sample, with flow-grpo 20 + 57. A graph that is kept from the rollout (`rollout.retain`) saves the update's forward;
 memory decides of that, so it is counted all the same.
 
-Not counted are the rows that only fill a batch up (`Policy.exact_velocity`, and ranks that wait), a group's start again
+Not counted are the rows that only fill a batch up (`processes/calls.py`, and ranks that wait), a group's start again
 in each micro-batch that holds a part of it, decoding, rewards, the optimizer's step and evaluations: a comparison gives
 those to every algorithm alike, or not at all.
 """
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 
 from flashgrpo.processes.flow.model import VideoModel
-from flashgrpo.processes.flow.policy import guidance_by_step
+from flashgrpo.processes.flow.network import guidance_of
 from flashgrpo.processes.flow.settings import RolloutConfig, Stochastic
-from flashgrpo.processes.flow.shortcuts import leaders, visited, within
+from flashgrpo.processes.flow.shortcuts import leaders, visited
 from flashgrpo.types import Cost
 
 
@@ -39,9 +39,9 @@ class Guided:
 def guided_steps(model: VideoModel, rollout: RolloutConfig) -> Guided:
     """Which steps of a rollout run two branches."""
     grid = model.grid(rollout.num_steps)
-    stochastic = guidance_by_step(model, grid, rollout.guidance_scale, rollout.guidance_scale_2)
-    deterministic = within(stochastic, grid, rollout.guidance_interval)
-    return Guided((deterministic > 1).tolist(), (stochastic > 1).tolist())
+    scales = rollout.guidance_scale, rollout.guidance_scale_2
+    guidance = guidance_of(model, grid, *scales, rollout.guidance_interval)
+    return Guided((guidance.deterministic > 1).tolist(), (guidance.stochastic > 1).tolist())
 
 
 def update_cost(
@@ -77,9 +77,10 @@ def update_cost(
     stochastic = explore.steps.mask(seed, update, groups, steps, members=members)
     visits = visited(stochastic, rollout.deterministic_steps)
     if explore.shared_noise:
-        leader = leaders([(group, 0) for group in groups.tolist()], stochastic)
-        follows = (leader != torch.arange(len(groups)))[:, None] & (stochastic.cumsum(dim=1) == 0)
-        visits &= ~follows
+        first, _ = leaders(list(zip(groups.tolist(), map(tuple, stochastic.tolist()), strict=True)))
+        leads = torch.zeros(len(groups), dtype=torch.bool)
+        leads[first] = True
+        visits &= leads[:, None] | (stochastic.cumsum(dim=1) > 0)
     drawn = int((visits * torch.where(stochastic, acts, moves)).sum())
     each = passes * (3 + recomputes + ("kl" in columns))
     return Cost(drawn, int((trained * acts).sum()) * each)

@@ -1,9 +1,8 @@
 """The flow process: a rectified-flow model whose stochastic denoising steps are drawn, recorded and scored again."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,11 +16,23 @@ from flashgrpo.processes.flow.checks import flow_checks
 from flashgrpo.processes.flow.cost import guided_steps, update_cost
 from flashgrpo.processes.flow.float8 import Float8
 from flashgrpo.processes.flow.model import VideoModel
-from flashgrpo.processes.flow.policy import Policy, guidance_by_step
+from flashgrpo.processes.flow.network import GuidedNetwork, guidance_of
 from flashgrpo.processes.flow.retain import Graphs, room_for_graphs
-from flashgrpo.processes.flow.rollout import denoise, noise_of, rollout
+from flashgrpo.processes.flow.rollout import (
+    Act,
+    MicroBatch,
+    Recorder,
+    Start,
+    calls_of,
+    exact_velocities,
+    noise_of,
+    plan,
+    run_together,
+    shared_starts,
+    walk,
+)
 from flashgrpo.processes.flow.settings import Recorded, RolloutConfig, SamplingConfig, Stochastic
-from flashgrpo.processes.flow.shortcuts import Environment, within
+from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders
 from flashgrpo.processes.flow.state import FlowState
 from flashgrpo.seeds import Name
 from flashgrpo.types import (
@@ -30,6 +41,7 @@ from flashgrpo.types import (
     Condition,
     Cost,
     Finding,
+    Latents,
     LoraStyle,
     OnDrawn,
     Outputs,
@@ -65,31 +77,35 @@ class FlowProcess:
         self.micro_batch = micro_batch
         self.world = world
         self.grid = model.grid(rollout.num_steps)
-        exact = guidance_by_step(model, self.grid, rollout.guidance_scale, rollout.guidance_scale_2)
-        self.policy = Policy(model, self.grid, explore.noise(self.grid.sigmas), exact, micro_batch)
+        self.table = explore.noise(self.grid.sigmas)
+        scales = rollout.guidance_scale, rollout.guidance_scale_2
+        self.guidance = guidance_of(model, self.grid, *scales, rollout.guidance_interval)
+        self.exact = GuidedNetwork(model, self.grid, self.guidance.stochastic)
         self._graphs: Graphs | None = None
 
     @cached_property
-    def environment(self) -> Environment:
-        """How a sample moves where its steps are not stochastic."""
+    def moves(self) -> DeterministicSteps:
+        """How a sample moves where its steps are not stochastic, in a rollout."""
         rollout, model = self.rollout, self.model
-        float8 = rollout.deterministic_dtype == "float8"
-        return Environment(
-            model,
-            self.grid,
-            within(self.policy.guidance, self.grid, rollout.guidance_interval),
-            rollout.solver,
-            rollout.deterministic_steps,
-            torch.bfloat16 if rollout.deterministic_dtype else None,
-            Float8(blocks_of(model.network)) if float8 else None,
-            rollout.reuse,
-        )
+        float8 = Float8(blocks_of(model.network)) if rollout.deterministic_dtype == "float8" else None
+        dtype = torch.bfloat16 if rollout.deterministic_dtype else None
+        network = GuidedNetwork(model, self.grid, self.guidance.deterministic, dtype, float8, compiled=True)
+        return DeterministicSteps(network, rollout.solver, rollout.deterministic_steps, rollout.reuse)
+
+    def sampler(self, num_steps: int | None = None) -> DeterministicSteps:
+        """Sampling without noise and without shortcuts, with the guidance and the solver of evaluations."""
+        own, rollout = self.sampling, self.rollout
+        grid = self.model.grid(num_steps or own.num_steps)
+        second = rollout.guidance_scale_2 if own.guidance_scale is None else own.guidance_scale_2
+        scales = own.guidance_scale or rollout.guidance_scale, own.guidance_scale_2 or second
+        network = GuidedNetwork(self.model, grid, guidance_of(self.model, grid, *scales).stochastic, compiled=True)
+        return DeterministicSteps(network, own.solver)
 
     def exploring(self, explore: Stochastic, score: Recorded) -> "FlowProcess":
         """The same model, not copied or loaded again, that draws and scores otherwise."""
         other = copy.copy(self)
         other.explore, other.score = explore, score
-        other.policy = replace(self.policy, table=explore.noise(self.grid.sigmas))
+        other.table = explore.noise(self.grid.sigmas)
         other._graphs = None
         return other
 
@@ -123,34 +139,67 @@ class FlowProcess:
         """Tokens of each text before any are cut off."""
         return self.model.token_counts(texts)
 
+    @torch.no_grad()
     def draw(self, samples: Sequence[Sample], seed: int, on_drawn: OnDrawn, uses: int = 1) -> tuple[Outputs, Record]:
-        """Draw samples: stochastic where `explore.steps` says, deterministic elsewhere; see `Process`."""
-        prompts = [sample.group.prompt for sample in samples]
-        condition = self.model.encode(prompts) if prompts else self.model.nothing()
-        latents, state = rollout(
-            self.policy,
-            self.environment,
-            samples,
-            condition,
-            self.explore,
-            seed,
-            self.rollout.micro_batch,
-            self.world,
-            on_drawn,
-            self._graphs_for(seed) if uses == 1 else None,
-            keep_v=self.score.ratio.needs_old_velocity and uses > 1,
-        )
+        """Draw samples: stochastic where `explore.steps` says, deterministic elsewhere; see `Process`.
+
+        With shared initial noise the steps before the first stochastic one are computed once for a group's samples in a
+        micro-batch.
+        """
+        names = [(seed, *sample.name) for sample in samples]
+        condition = self.encode([sample.group.prompt for sample in samples]) if samples else self.model.nothing()
+        keep_v = self.score.ratio.needs_old_velocity and uses > 1
+        recorder = Recorder(self._graphs_for(seed) if uses == 1 else None, keep_v)
+
+        def start(batch: MicroBatch) -> Start:
+            own, of_batch = [names[row] for row in batch.rows.tolist()], condition[batch.rows]
+            starts = shared_starts(own, self.explore.shared_noise)
+            first, of = leaders(starts)
+            act = Act(self.exact, self.table, self.micro_batch, batch, own, of_batch, recorder)
+            return Start(noise_of(self.model, [starts[row] for row in first.tolist()]), of_batch[first], of, act)
+
+        latents = self._walk_all(self.moves, self._plan(samples, seed), start, on_drawn)
+        state = recorder.state(condition, self.model.latent_shape, self.device)
         return latents, self._record(samples, state)
+
+    def _plan(self, samples: Sequence[Sample], seed: int) -> list[MicroBatch]:
+        """The micro-batches of a rollout."""
+        if not samples:
+            return []
+        names = torch.tensor([sample.name for sample in samples])
+        steps, num_steps, update = self.explore.steps, self.grid.num_steps, int(names[0, 0])
+        stochastic = steps.mask(seed, update, names[:, 1], num_steps, members=names[:, 2])
+        trained = steps.trained(seed, update, names[:, 1], num_steps, members=names[:, 2])
+        return plan(stochastic, trained, self.rollout.deterministic_steps, self.rollout.micro_batch)
+
+    def _walk_all(
+        self,
+        moves: DeterministicSteps,
+        batches: Sequence[MicroBatch],
+        start: Callable[[MicroBatch], Start],
+        on_drawn: OnDrawn,
+    ) -> Latents:
+        """Walk every micro-batch; the final latents of all samples."""
+        grid, features = moves.network.grid, moves.features()
+
+        def stage(k: int) -> nn.Module:
+            return self.model.expert(float(grid.timesteps[k]))
+
+        latents = torch.empty(sum(len(batch.rows) for batch in batches), *self.model.latent_shape, device=self.device)
+        walks = [walk(moves, features, batch, start, latents, on_drawn) for batch in batches]
+        calls = [calls_of(batch, stage, self.micro_batch) for batch in batches]
+        stages = {stage(k): k for k in range(grid.num_steps)}
+        run_together(walks, batches, calls, stages, stage, moves.network.idle, self.world)
+        features.forget()
+        return latents
 
     def _record(self, samples: Sequence[Sample], state: FlowState) -> Record:
         candidates = self.explore.steps.candidates(self.grid.num_steps)
         weight = torch.empty(0, device=self.device)
         old = state.log_prob
         if len(state):
-            weight = self.score.weighting.weights(self.policy.table, candidates, state.k).to(self.device)
-            _, old = self.score.ratio.scores(
-                self.policy.table, state.k, state.log_prob, state.log_prob, state.x, state.x
-            )
+            weight = self.score.weighting.weights(self.table, candidates, state.k).to(self.device)
+            _, old = self.score.ratio.scores(self.table, state.k, state.log_prob, state.log_prob, state.x, state.x)
         group = torch.tensor([sample.group.group for sample in samples], dtype=torch.int64)
         key, channel = group[state.sample], torch.zeros_like(state.sample)
         return Record(state.k, torch.arange(len(state)), state.sample, key, channel, weight, old, state)
@@ -167,21 +216,22 @@ class FlowProcess:
             self._graphs = Graphs(calls, None if settings.retain else room_for_graphs(self.device))
         return self._graphs
 
+    @torch.no_grad()
     def sample(
         self, prompts: Sequence[Prompt], names: Sequence[Name], on_drawn: OnDrawn, num_steps: int | None = None
     ) -> Outputs:
         """Draw deterministically on the grid of `sampling`, or of `num_steps` steps; see `Process`."""
-        condition = self.model.encode(prompts) if prompts else self.model.nothing()
-        noise = noise_of(self.model, names)
-        return denoise(self.sampler(num_steps), noise, condition, self.rollout.micro_batch, self.world, on_drawn)
+        condition = self.encode(prompts) if prompts else self.model.nothing()
+        moves = self.sampler(num_steps)
 
-    def sampler(self, num_steps: int | None = None) -> Environment:
-        """Sampling without noise and without shortcuts, with the guidance and the solver of evaluations."""
-        own, rollout = self.sampling, self.rollout
-        grid = self.model.grid(num_steps or own.num_steps)
-        second = rollout.guidance_scale_2 if own.guidance_scale is None else own.guidance_scale_2
-        scales = own.guidance_scale or rollout.guidance_scale, own.guidance_scale_2 or second
-        return Environment(self.model, grid, guidance_by_step(self.model, grid, *scales), own.solver)
+        def start(batch: MicroBatch) -> Start:
+            rows = batch.rows
+            noise = noise_of(self.model, [names[row] for row in rows.tolist()])
+            return Start(noise, condition[rows], torch.arange(len(rows)))
+
+        every = torch.arange(len(prompts)).split(self.rollout.micro_batch) if prompts else ()
+        batches = [MicroBatch(rows, range(moves.network.grid.num_steps)) for rows in every]
+        return self._walk_all(moves, batches, start, on_drawn)
 
     def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
         """Videos (B, F, 3, H, W) in [0, 1] of latents; with `frames` the first so many of F."""
@@ -202,18 +252,21 @@ class FlowProcess:
     def replay(self, record: Record, columns: Sequence[str]) -> tuple[Float32[Tensor, " terms"], Columns]:
         """Log-density of each recorded step, or what the ratio makes of it; column "kl" is the KL to the base model."""
         state: FlowState = record.state  # type: ignore[assignment]
-        table, k, condition = self.policy.table, state.k, state.conditions
+        table, k, step = self.table, state.k, int(state.k[0])
         v = state.graph
         if v is None:
-            v = self.policy.exact_velocity(k, state.x, condition)
+            v = self._exact(step, state)
         log_prob = table.log_prob(k, state.x_next, state.x, v)
         old_v = v if state.old_v is None else state.old_v
         score, _ = self.score.ratio.scores(table, k, log_prob, state.log_prob, v, old_v)
         if "kl" not in columns:
             return score, {}
         with torch.no_grad(), self.model.reference():
-            v_ref = self.policy.exact_velocity(k, state.x, condition)
+            v_ref = self._exact(step, state)
         return score, {"kl": table.kl(k, v, v_ref)}
+
+    def _exact(self, k: int, state: FlowState) -> Latents:
+        return torch.cat(exact_velocities(self.exact, k, state.x, state.conditions, self.micro_batch))
 
     def stage(self, slot: int) -> nn.Module:
         """The expert that computes step `slot`."""
@@ -221,10 +274,10 @@ class FlowProcess:
 
     def idle(self, slot: int, columns: Sequence[str]) -> Tensor:
         """Take part in the collectives of a replay of step `slot`, without a gradient of one's own."""
-        v = self.policy.idle(slot)
+        v = self.exact.idle(slot)
         if "kl" in columns:
             with torch.no_grad(), self.model.reference():
-                self.policy.idle(slot)
+                self.exact.idle(slot)
         return v
 
     def reference(self) -> AbstractContextManager[None]:

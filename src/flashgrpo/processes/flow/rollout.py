@@ -1,104 +1,203 @@
-"""The only denoising loop: samples of prompt groups -> latents, and the transitions that the update will replay."""
+"""The only denoising loop: walks along the sigma grid, a micro-batch at a time.
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+The samples of a micro-batch share one pattern of stochastic steps, so that a walk is a plain solver loop.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
+from flashgrpo.processes.calls import fixed_batches, number_of_calls
 from flashgrpo.processes.flow.model import VideoModel
-from flashgrpo.processes.flow.policy import Around, LogProb, Policy
+from flashgrpo.processes.flow.network import GuidedNetwork
 from flashgrpo.processes.flow.retain import Graphs
-from flashgrpo.processes.flow.settings import Stochastic
-from flashgrpo.processes.flow.shortcuts import Environment, leaders
+from flashgrpo.processes.flow.shortcuts import DeterministicSteps, Features, visited
 from flashgrpo.processes.flow.state import FlowState, KeptGraph
+from flashgrpo.processes.flow.steps import StepMask
+from flashgrpo.processes.flow.table import StepTable
 from flashgrpo.seeds import Name, normal
-from flashgrpo.types import Condition, Latents, Sample, index_rows, to_device
+from flashgrpo.types import Condition, Latents, OnDrawn, index_rows, to_device
 
-Drawn = Callable[[Tensor, Latents], None]  # hears of the rows (B,) and latents of each micro-batch when it is done
-
-
-def _nobody(rows: Tensor, latents: Latents) -> None:
-    """Hears of what is drawn where nobody waits for it."""
+Around = Callable[[], AbstractContextManager[object]]
 
 
-@torch.no_grad()
-def rollout(
-    policy: Policy,
-    environment: Environment,
-    samples: Sequence[Sample],
-    condition: Condition,
-    explore: Stochastic,
-    seed: int,
-    micro_batch: int,
-    world: World,
-    drawn: Drawn = _nobody,
-    graphs: Graphs | None = None,
-    keep_v: bool = False,
-) -> tuple[Latents, FlowState]:
-    """Draw samples of one update: stochastic where `explore.steps` says, deterministic elsewhere.
-
-    With shared initial noise the steps before the first stochastic one are computed once for a group's samples in a
-    micro-batch.
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that are denoised together, all of one pattern of stochastic steps.
 
     Args:
-        samples: this rank's B samples; any part of the update's, also none.
-        condition: a row per sample (at least one row where there is no sample).
-        micro_batch: samples denoised at once; it changes speed and memory, and the videos at most in the last bits.
-        drawn: hears of each micro-batch before the next is begun.
-        graphs: decides whether the graphs of the trained steps are kept for the update; None keeps none.
-
-    Returns:
-        Final latents (B, C, F, H, W), and the trained transitions in the order of the samples.
+        rows: their numbers among this rank's samples.
+        points: of the grid, at which they stop, rising.
+        stochastic, trained: which of the points are.
     """
-    names, num_steps = [sample.name for sample in samples], policy.grid.num_steps
-    numbers = torch.tensor(names, dtype=torch.int64).reshape(-1, 3)
-    update, group_ids, members = int(numbers[0, 0]) if names else 0, numbers[:, 1], numbers[:, 2]
-    stochastic = explore.steps.mask(seed, update, group_ids, num_steps, members=members)
-    trained = explore.steps.trained(seed, update, group_ids, num_steps, members=members)
-    shape, device = policy.model.latent_shape, policy.model.device
-    shared = explore.shared_noise
 
-    latents, records = [torch.empty(0, *shape, device=device)], Records(graphs, keep_v)
-    parts = torch.arange(len(names)).split(micro_batch) if names else ()
-    for rows, calls in _in_step(environment, policy, stochastic, parts, world):
-        mine = [names[row] for row in rows]
-        leader = leaders([(group, 0 if shared else member) for _, group, member in mine], stochastic[rows])
-        records.begin(rows, trained[rows])
-        acts = _Acts(policy, seed, mine, records)
-        x = initial_noise(policy.model, seed, mine, shared)
-        latents.append(_denoise(environment, acts, x, condition[rows], stochastic[rows], leader, calls))
-        drawn(rows, latents[-1])
-    return torch.cat(latents), records.state(condition, shape, device)
+    rows: Int64[Tensor, " batch"]
+    points: Sequence[int]
+    stochastic: frozenset[int] = frozenset()
+    trained: frozenset[int] = frozenset()
 
 
-@torch.no_grad()
-def denoise(
-    environment: Environment,
-    x: Latents,
-    condition: Condition,
-    micro_batch: int,
+def plan(stochastic: StepMask, trained: StepMask, steps: int | None, size: int) -> list[MicroBatch]:
+    """Cut samples into micro-batches of at most `size` and of one pattern each, in the order of their first samples.
+
+    Args:
+        stochastic, trained: (B, N).
+        steps: points of the grid at which a walk stops besides its stochastic steps; see `visited`.
+
+    Example: 4 samples with the stochastic steps 2, 2, 0, 2 and size 2 are the micro-batches [0, 1], [3] and [2].
+    """
+    batches = []
+    patterns = torch.cat([stochastic, trained], dim=1).tolist()
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for row, pattern in enumerate(patterns):
+        groups.setdefault(tuple(pattern), []).append(row)
+    points = visited(stochastic, steps)
+    for members in groups.values():
+        first = members[0]
+        walk, acts, learns = ([int(k) for k in mask[first].nonzero()] for mask in (points, stochastic, trained))
+        for rows in torch.tensor(members).split(size):
+            batches.append(MicroBatch(rows, walk, frozenset(acts), frozenset(learns)))
+    return batches
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the walk of a micro-batch begins.
+
+    Args:
+        x, condition: a row for each group of samples that are the same until their first stochastic step.
+        of: (B,) the row of each sample.
+        act: makes the stochastic steps; None where there are none.
+    """
+
+    x: Latents
+    condition: Condition
+    of: Int64[Tensor, " batch"]
+    act: "Act | None" = None
+
+
+def walk(
+    moves: DeterministicSteps,
+    features: Features,
+    batch: MicroBatch,
+    start: Callable[[MicroBatch], Start],
+    latents: Latents,
+    on_drawn: OnDrawn,
+) -> Iterator[int]:
+    """Walk a micro-batch along the grid; yields each step before it is made.
+
+    The end is written to the micro-batch's rows of `latents`, and told to `on_drawn`.
+    """
+    begun = start(batch)
+    x, condition, of = begun.x, begun.condition, begun.of
+    path = moves.walk(batch.points)
+    for k in batch.points:
+        yield k
+        if begun.act and k in batch.stochastic:
+            features.forget()
+            x, condition = begun.act(k, index_rows(x, of)), begun.act.condition
+            of = torch.arange(len(x))
+            path.restart()
+        else:
+            with features.of((id(batch), moves.network.guided(k))):
+                v = moves.velocity(k, x, condition)
+            x = path.step(k, x, v)
+    x = index_rows(x, of)
+    latents.index_copy_(0, batch.rows.to(latents.device, non_blocking=True), x)
+    on_drawn(batch.rows, x)
+
+
+@dataclass(frozen=True)
+class Act:
+    """Makes and records the stochastic steps of a micro-batch: each is the policy's action, computed exactly.
+
+        pi(x_{k+1} | x_k, condition) = N( mean(k, x_k, v), std_k^2 I ),   v = velocity of the network with guidance
+
+    Args:
+        exact: the network as replay calls it, on `size` rows at a time.
+        names: (seed, update, group, member) of each sample; they name its noise.
+    """
+
+    exact: GuidedNetwork
+    table: StepTable
+    size: int
+    batch: MicroBatch
+    names: Sequence[tuple[int, int, int, int]]
+    condition: Condition
+    recorder: "Recorder" = field(repr=False)
+
+    def __call__(self, k: int, x: Latents) -> Latents:
+        """x_{k+1}, which is recorded where step k is trained."""
+        trained, steps = k in self.batch.trained, torch.full((len(x),), k)
+        noise = torch.stack([normal(tuple(x.shape[1:]), seed, "step", *name, k) for seed, *name in self.names])
+        around = self.recorder.around(self.exact.model.network) if trained else nullcontext
+        parts = exact_velocities(self.exact, k, x, self.condition, self.size, around)
+        v = torch.cat(parts).detach()
+        x_next = self.table.sample(steps, x, v, to_device(noise, x.device))
+        if trained:
+            log_prob = self.table.log_prob(steps, x_next, x, v)
+            self.recorder.add(self.batch.rows, k, x, x_next, log_prob, v, parts)
+        return x_next
+
+
+def exact_velocities(
+    network: GuidedNetwork, k: int, x: Latents, condition: Condition, size: int, around: Around = nullcontext
+) -> list[Tensor]:
+    """Velocities at step k, bit for bit the same for a sample whatever else is computed with it; `size` rows a call.
+
+    Args:
+        around: a context around each call.
+    """
+    parts = []
+    for rows, new in fixed_batches(len(x), size):
+        with around():
+            parts.append(network.velocity(k, index_rows(x, rows), condition[rows])[:new])
+    return parts
+
+
+def run_together(
+    walks: Sequence[Iterator[int]],
+    batches: Sequence[MicroBatch],
+    calls: Sequence[Mapping[nn.Module, int]],
+    stages: Mapping[nn.Module, int],
+    stage: Callable[[int], nn.Module],
+    idle: Callable[[int], object],
     world: World,
-    drawn: Drawn = _nobody,
-) -> Latents:
-    """Deterministic sampling of every row from its noise: evaluation, and `flashgrpo sample`."""
-    never = torch.zeros(len(x), environment.grid.num_steps, dtype=torch.bool)
-    parts = torch.arange(len(x)).split(micro_batch) if len(x) else ()
-    done = [torch.empty_like(x[:0])]
-    for rows, calls in _in_step(environment, None, never, parts, world):
-        alone = torch.arange(len(rows))
-        done.append(_denoise(environment, None, x[rows], condition[rows], never[rows], alone, calls))
-        drawn(rows, done[-1])
-    return torch.cat(done)
+) -> None:
+    """Make all walks, so that every rank calls each part of the network equally often.
+
+    FSDP2 makes every call a collective of the ranks that hold the network between them, whatever the step: a rank makes
+    as many calls as the one with most work, part by part in the order of the grid, and fills up on nothing.
+
+    Args:
+        batches, calls: the micro-batch of each walk, and its calls by part of the network.
+        stages: the parts that the grid calls, in its order, and a step of each.
+        stage: the part that computes a step.
+    """
+    own = torch.tensor([sum(of_walk.get(part, 0) for of_walk in calls) for part in stages], dtype=torch.int64)
+    most = world.max_over_ranks(own)
+    upcoming: list[int | None] = [batch.points[0] for batch in batches]  # a walk starts when its turn comes
+    for (part, step), missing in zip(stages.items(), (most - own).tolist(), strict=True):
+        for number, one in enumerate(walks):
+            while (k := upcoming[number]) is not None and stage(k) is part:
+                upcoming[number] = next(one, None)
+        for _ in range(missing):
+            idle(step)
 
 
-def initial_noise(model: VideoModel, seed: int, names: Sequence[tuple[int, int, int]], shared: bool) -> Latents:
-    """x_0 of each sample, named (update, group, member); a group that shares it has its first member's."""
-    return noise_of(model, [(seed, "noise", update, group, 0 if shared else member) for update, group, member in names])
+def calls_of(batch: MicroBatch, stage: Callable[[int], nn.Module], size: int) -> dict[nn.Module, int]:
+    """How often a walk calls each part of the network: once a deterministic step, in batches of `size` the others."""
+    calls: dict[nn.Module, int] = {}
+    for k in batch.points:
+        made = number_of_calls(len(batch.rows), size) if k in batch.stochastic else 1
+        calls[stage(k)] = calls.get(stage(k), 0) + made
+    return calls
 
 
 def noise_of(model: VideoModel, names: Sequence[Name]) -> Latents:
@@ -108,156 +207,65 @@ def noise_of(model: VideoModel, names: Sequence[Name]) -> Latents:
     return to_device(torch.stack(noise) if noise else torch.empty(0, *shape), model.device)
 
 
-class Records:
-    """The trained transitions of a rollout as they are drawn."""
+def shared_starts(names: Sequence[tuple[int, int, int, int]], shared: bool) -> list[Name]:
+    """The name of each sample's initial noise, given its (seed, update, group, member).
+
+    A group that shares its noise has its first member's.
+    """
+    return [(seed, "noise", update, group, 0 if shared else member) for seed, update, group, member in names]
+
+
+class Recorder:
+    """The trained steps of a rollout as they are drawn."""
 
     def __init__(self, graphs: Graphs | None, keep_v: bool) -> None:
-        self._graphs = graphs
+        self._graphs, self._keep_v = graphs, keep_v
         if graphs:
             graphs.begin()
-        self._keep_v = keep_v
-        self._rows: list[tuple[int, int, Tensor, Tensor, Tensor, Tensor | None]] = []
-        self._retained: list[tuple[list[tuple[int, int]], Tensor]] = []
-        self._batch, self._trained = torch.empty(0), torch.empty(0)
+        self._names: list[Int64[Tensor, "2 batch"]] = []  # sample and step of each unit
+        self._columns: list[tuple[Tensor, ...]] = []
+        self._parts: list[Sequence[Tensor]] = []
 
-    def begin(self, rows: Int64[Tensor, " batch"], trained: Bool[Tensor, "batch steps"]) -> None:
-        """The next micro-batch: its rows among the rollout's, and which of their steps are trained."""
-        self._batch, self._trained = rows, trained
-
-    def graph_of(self, network: nn.Module, step: int, rows: Int64[Tensor, " rows"]) -> Around:
-        """What goes around each call of the network for a stochastic step: its graph is left where it is to be kept."""
-        if self._graphs is None or not bool(self._trained[rows, step].all()):
-            return nullcontext
-        return partial(self._graphs.of, network)
+    def around(self, network: nn.Module) -> Around:
+        """What goes around each call for a trained step: the call's graph is left where it is to be kept."""
+        return partial(self._graphs.of, network) if self._graphs else nullcontext
 
     def add(
-        self, step: int, rows: Tensor, x: Latents, x_next: Latents, log_prob: LogProb, parts: Sequence[Tensor]
+        self,
+        rows: Int64[Tensor, " batch"],
+        k: int,
+        x: Latents,
+        x_next: Latents,
+        log_prob: Float32[Tensor, " batch"],
+        v: Latents,
+        parts: Sequence[Tensor],
     ) -> None:
-        """A stochastic step of some rows of the micro-batch, whose velocities are `parts`, one after the other."""
-        wanted = self._trained[rows, step]
-        names = [(int(self._batch[row]), step) for row in rows]
-        v = torch.cat(list(parts)).detach() if self._keep_v else None
-        for i in _rows(wanted):  # clones, for a view would keep the latents of the whole batch
-            old_v = None if v is None else v[i].clone()
-            self._rows.append((*names[i], x[i].clone(), x_next[i].clone(), log_prob[i], old_v))
-        if self._graphs and not self._graphs.kept:
-            self._retained.clear()  # now, and not when the rollout ends
-        first = 0
-        for v in parts if wanted.all() and self._graphs and self._graphs.kept else ():
-            self._retained.append((names[first : first + len(v)], v))
-            first += len(v)
+        """A step of some samples, whose velocities are `parts`, one after the other."""
+        self._names.append(torch.stack([rows, torch.full_like(rows, k)]))
+        self._columns.append((x, x_next, log_prob, v if self._keep_v else log_prob))
+        kept = self._graphs is not None and self._graphs.kept
+        if not kept:
+            self._parts.clear()  # now, and not when the rollout ends
+        self._parts.append(parts if kept else ())
 
     def state(self, condition: Condition, shape: Sequence[int], device: torch.device) -> FlowState:
         """All of them, by sample, then by step."""
-        self._rows.sort(key=lambda record: record[:2])
-        sample, k = (torch.tensor([record[i] for record in self._rows], dtype=torch.int64) for i in (0, 1))
-        nothing = torch.empty(0, *shape, device=device)
-        x = torch.stack([record[2] for record in self._rows]) if self._rows else nothing
-        x_next = torch.stack([record[3] for record in self._rows]) if self._rows else nothing
-        log_prob = torch.stack([record[4] for record in self._rows]) if self._rows else torch.empty(0, device=device)
-        velocities = [record[5] for record in self._rows if record[5] is not None]
-        old_v = torch.stack(velocities) if velocities else None
-        place = {record[:2]: row for row, record in enumerate(self._rows)}
-        kept = [KeptGraph(torch.tensor([place[name] for name in names]), v) for names, v in self._retained]
-        return FlowState(sample, k, x, x_next, log_prob, condition, old_v, kept[1:])  # the first is replayed: see drift
+        if not self._names:
+            none = torch.empty(0, dtype=torch.int64)
+            nothing = torch.empty(0, *shape, device=device)
+            return FlowState(none, none, nothing, nothing, torch.empty(0, device=device), condition)
+        sample, k = torch.cat(self._names, dim=1)
+        order = (sample * (int(k.max()) + 1) + k).argsort()
+        x, x_next, log_prob, v = (index_rows(torch.cat(column), order) for column in zip(*self._columns, strict=True))
+        old_v = v if self._keep_v else None
+        return FlowState(sample[order], k[order], x, x_next, log_prob, condition, old_v, self._kept(order))
 
-
-@dataclass(frozen=True)
-class _Acts:
-    """The stochastic steps of a micro-batch."""
-
-    policy: Policy
-    seed: int
-    names: Sequence[tuple[int, int, int]]
-    records: Records = field(repr=False)
-
-    def __call__(self, step: int, rows: Int64[Tensor, " rows"], x: Latents, condition: Condition) -> Latents:
-        """x_{k+1} of these rows of the micro-batch, which is recorded; `x` and `condition` are theirs."""
-        shape, policy = tuple(x.shape[1:]), self.policy
-        noise = torch.stack([normal(shape, self.seed, "step", *self.names[row], step) for row in rows])
-        k = torch.full_like(rows, step)
-        parts = policy.exact_parts(k, x, condition, self.records.graph_of(policy.model.network, step, rows))
-        x_next, log_prob = policy.act(k, x, torch.cat(parts).detach(), to_device(noise, x.device))
-        self.records.add(step, rows, x, x_next, log_prob, parts)
-        return x_next
-
-
-def _in_step(
-    environment: Environment,
-    policy: Policy | None,
-    stochastic: Bool[Tensor, "batch steps"],
-    parts: Sequence[Tensor],
-    world: World,
-) -> list[tuple[Tensor, Tensor]]:
-    """The micro-batches, each with the network calls that every rank makes at each step: (N, 2), by kind of step.
-
-    Ranks that hold a network between them have to call it together, so all make as many calls as any rank needs; one
-    with fewer samples gets empty micro-batches.
-    """
-    most = int(world.max_over_ranks(torch.tensor(len(parts))))
-    calls = torch.zeros(most, environment.grid.num_steps, 2, dtype=torch.int64)
-    for i, rows in enumerate(parts):
-        acting = stochastic[rows]
-        calls[i, :, 0] = (environment.visits(acting) & ~acting).any(dim=0).long()
-        if policy is not None:
-            calls[i, :, 1] = policy.calls(acting.sum(dim=0))
-    none = torch.empty(0, dtype=torch.int64)
-    return list(zip([*parts, *[none] * (most - len(parts))], world.max_over_ranks(calls), strict=True))
-
-
-def _denoise(
-    environment: Environment,
-    acts: _Acts | None,
-    x: Latents,
-    condition: Condition,
-    stochastic: Bool[Tensor, "batch steps"],
-    leader: Int64[Tensor, " batch"],
-    calls: Int64[Tensor, "steps 2"],
-) -> Latents:
-    """Walk the grid. Rows may differ in where they stop and which steps are stochastic: each step serves the rows that
-    stop there, the two kinds in turn. Rows whose stochastic steps are the same go together in one walk of the solver.
-
-    Args:
-        acts: makes the stochastic steps; None where there are none.
-        leader: of each row the one that computes for it until its first stochastic step.
-    """
-    x, leader = x.clone(), leader.clone()
-    patterns, walk_of = stochastic.unique(dim=0, return_inverse=True)
-    walks = [environment.walk(_rows(stops).tolist()) for stops in environment.visits(patterns)]
-    visits, features = environment.visits(stochastic), environment.features()
-    for step in range(environment.grid.num_steps):
-        moving, acting = _rows(visits[:, step] & ~stochastic[:, step]), _rows(stochastic[:, step])
-        moves = 0
-        if len(moving):
-            computing, of = leader[moving].unique(return_inverse=True)
-            k = torch.full_like(computing, step)
-            with features.of((*computing.tolist(), bool(environment.guidance[step] > 1))):
-                v = environment.velocity(k, index_rows(x, computing), condition[computing])
-            for number in walk_of[moving].unique().tolist():
-                together = walk_of[moving] == number
-                rows, v_of_rows = moving[together], index_rows(v, of[together])
-                _put(x, rows, walks[number].step(step, index_rows(x, rows), v_of_rows))
-            moves = 1
-        for _ in range(int(calls[step, 0]) - moves):
-            environment.idle(step)
-        if acts is not None:
-            if len(acting):
-                features.forget()
-                _put(x, acting, acts(step, acting, index_rows(x, acting), condition[acting]))
-                leader[acting] = acting
-            for _ in range(int(calls[step, 1] - acts.policy.calls(torch.tensor(len(acting))))):
-                acts.policy.idle(step)
-        for walk, pattern in zip(walks, patterns, strict=True):
-            if pattern[step]:
-                walk.restart()
-    features.forget()
-    return x
-
-
-def _put(x: Latents, rows: Int64[Tensor, " rows"], new: Tensor) -> None:
-    """Write rows whose numbers are on the CPU, without waiting for the device."""
-    x.index_copy_(0, rows.to(x.device, non_blocking=True), new)
-
-
-def _rows(mask: Bool[Tensor, " batch"]) -> Int64[Tensor, " rows"]:
-    return mask.nonzero().flatten()
+    def _kept(self, order: Int64[Tensor, " units"]) -> list[KeptGraph]:
+        """The graphs by their units; the first is left out and replayed, since else nothing would show a drift."""
+        if not self._graphs or not self._graphs.kept:
+            return []
+        place, first, kept = order.argsort(), 0, []
+        for v in (part for parts in self._parts for part in parts):
+            kept.append(KeptGraph(place[first : first + len(v)], v))
+            first += len(v)
+        return kept[1:]

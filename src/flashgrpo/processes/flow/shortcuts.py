@@ -1,31 +1,57 @@
-"""The deterministic steps of a rollout: the environment, in the sense of reinforcement learning.
+"""The deterministic steps of a rollout, which are no actions and may be made cheap.
 
-One step of a walk is the policy's action and is computed exactly (`policy.py`). The other steps have no gradient and no
-density in the loss: they only lead to the video that is scored. So they may be made cheaper without touching the
-gradient of the action: by a multistep solver that takes fewer steps, by guidance within an interval of noise levels
-only, and by lower precisions. What each does to the videos is measured by `benchmarks/fidelity.py`.
+One step of a walk is the policy's action and is computed exactly. The other steps have no gradient and no density in the
+loss: they only lead to the video that is scored. So they may be made cheaper without touching the gradient of the
+action: by a multistep solver that takes fewer steps, by guidance within an interval of noise levels only, by lower
+precisions, by features of the step before. What each does to the videos is measured by `benchmarks/fidelity.py`.
 """
 
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from flashgrpo.errors import UserError
-from flashgrpo.processes.flow.float8 import Float8
-from flashgrpo.processes.flow.model import GridPoint, VideoModel
+from flashgrpo.processes.flow.network import GuidedNetwork
 from flashgrpo.processes.flow.reuse import Reuse
-from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.flow.solvers import Euler, Solver, Walk
 from flashgrpo.processes.flow.steps import StepMask
 from flashgrpo.types import Condition, Latents
 
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms in float32 under autocast
+
+
+@dataclass(frozen=True)
+class DeterministicSteps:
+    """How a sample moves along the grid where its steps are not stochastic.
+
+    Args:
+        solver: it begins anew after a stochastic step.
+        steps: points of the grid at which a walk without stochastic steps stops, evenly spread; None is all N.
+        reuse: of what the network has computed at the step before; None computes everything.
+    """
+
+    network: GuidedNetwork
+    solver: Solver = field(default_factory=Euler)
+    steps: int | None = None
+    reuse: Reuse | None = None
+
+    def walk(self, points: Sequence[int]) -> Walk:
+        """A walk that stops at these points of the grid, rising, and ends where the grid ends."""
+        return self.solver.walk(self.network.grid, points)
+
+    def features(self) -> "Features":
+        """What the network computes on walks, where steps may use it again."""
+        return Features(self.network.model.network, self.reuse)
+
+    def velocity(self, k: int, x: Latents, condition: Condition) -> Latents:
+        """The network's velocity at step k, (B, C, F, H, W), as cheap as the settings make it."""
+        return self.network.velocity(k, x, condition)
 
 
 class Features:
@@ -39,21 +65,21 @@ class Features:
         networks = list(network.values()) if isinstance(network, nn.ModuleDict) else [network]
         self._networks: list[Any] = networks if reuse else []
         self._reuse = reuse
-        self._rows: Hashable = None
+        self._walk: Hashable = None
         if not all(hasattr(one, "enable_cache") for one in self._networks):
             raise UserError("rollout.reuse: this model's network has no hooks for it; leave it out")
 
     @contextmanager
-    def of(self, rows: Hashable) -> Iterator[None]:
-        """Inside of it the networks may take over what the last call computed, if that was of the same rows."""
+    def of(self, walk: Hashable) -> Iterator[None]:
+        """Inside of it the networks may take over what the last call computed, if that was of the same walk."""
         if not self._reuse:
             yield
             return
-        if rows != self._rows:
+        if walk != self._walk:
             self.forget()
             for network in self._networks:
                 network.enable_cache(self._reuse.config())
-            self._rows = rows
+            self._walk = walk
         with ExitStack() as stack:
             for network in self._networks:
                 stack.enter_context(network.cache_context("walk"))
@@ -64,62 +90,7 @@ class Features:
         for network in self._networks:
             if network.is_cache_enabled:
                 network.disable_cache()
-        self._rows = None
-
-
-@dataclass(frozen=True)
-class Environment:
-    """How a sample moves along the grid where its steps are not stochastic.
-
-    Args:
-        guidance: scale of classifier-free guidance at each step, (N,).
-        solver: of the deterministic steps; it begins anew after a stochastic step.
-        steps: points of the grid at which a walk without stochastic steps stops, evenly spread; None is all N.
-        dtype: in which the network computes (autocast); None leaves it as it is.
-        float8: computes its frozen layers; None leaves them as they are.
-        reuse: of what the network has computed at the last step; None computes everything.
-    """
-
-    model: VideoModel
-    grid: SigmaGrid
-    guidance: Float32[Tensor, " steps"]
-    solver: Solver = field(default_factory=Euler)
-    steps: int | None = None
-    dtype: torch.dtype | None = None
-    float8: Float8 | None = None
-    reuse: Reuse | None = None
-
-    def visits(self, stochastic: StepMask) -> StepMask:
-        """At which points of the grid each row calls the network, (B, N); see `visited`."""
-        return visited(stochastic, self.steps)
-
-    def walk(self, points: Sequence[int]) -> Walk:
-        """A walk that stops at these points of the grid, rising, and ends where the grid ends."""
-        return self.solver.walk(self.grid, points)
-
-    def features(self) -> Features:
-        """What the network computes on a walk, where steps may use it again."""
-        return Features(self.model.network, self.reuse)
-
-    def velocity(self, k: Int64[Tensor, " batch"], x: Latents, condition: Condition) -> Latents:
-        """The network's velocity at step k of each row, (B, C, F, H, W), as cheap as the settings make it."""
-        with self._precision():
-            return self.model.velocity(x, self._moment(k), condition)
-
-    def idle(self, step: int) -> None:
-        """Take part in the collectives of a network call at a step, without a sample."""
-        with self._precision():
-            self.model.idle(self._moment(torch.tensor([step])))
-
-    def _moment(self, k: Int64[Tensor, " batch"]) -> GridPoint:
-        return GridPoint(self.grid.timesteps[k], self.grid.sigmas[k], self.guidance[k])
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        lower = torch.autocast(self.model.device.type, self.dtype) if self.dtype else nullcontext()
-        compiled = torch.compiler.set_stance("default")  # elsewhere blocks are never compiled, see `prepare_network`
-        with lower, compiled, self.float8() if self.float8 else nullcontext():
-            yield
+        self._walk = None
 
 
 def visited(stochastic: StepMask, steps: int | None) -> StepMask:
@@ -142,20 +113,13 @@ def visited(stochastic: StepMask, steps: int | None) -> StepMask:
     return visits
 
 
-def within(
-    guidance: Float32[Tensor, " steps"], grid: SigmaGrid, interval: tuple[float, float]
-) -> Float32[Tensor, " steps"]:
-    """The guidance scales where sigma lies in [low, high], and 1, which is none, elsewhere (arXiv 2404.07724)."""
-    low, high = interval
-    inside: Bool[Tensor, " steps"] = (grid.sigmas[:-1] >= low) & (grid.sigmas[:-1] <= high)
-    return torch.where(inside, guidance, torch.ones_like(guidance))
-
-
-def leaders(groups: Sequence[tuple[int, int]], stochastic: StepMask) -> Int64[Tensor, " batch"]:
-    """Of each row the first that has the same key and the same stochastic steps, (B,).
+def leaders(keys: Sequence[Hashable]) -> tuple[Int64[Tensor, " leaders"], Int64[Tensor, " batch"]]:
+    """The first row of each key, and for each row the place of its key among them.
 
     Rows whose initial noise is the same move as one until their first stochastic step: the first computes for all.
+    Example: keys a b a c give [0, 1, 3] and [0, 1, 0, 2].
     """
-    first: dict[tuple[object, ...], int] = {}
-    keys = zip(groups, map(tuple, stochastic.tolist()), strict=True)
-    return torch.tensor([first.setdefault(key, row) for row, key in enumerate(keys)], dtype=torch.int64)
+    places: dict[Hashable, int] = {}
+    of = torch.tensor([places.setdefault(key, len(places)) for key in keys], dtype=torch.int64)
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    return torch.tensor([first[key] for key in places], dtype=torch.int64), of

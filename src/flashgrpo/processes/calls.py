@@ -1,0 +1,26 @@
+"""Network calls of one fixed size: what makes a replay give the same bits as the draw.
+
+Kernels round differently for different batch sizes. So everything whose result is judged is computed on exactly so many
+rows a call, by drawing and by replay alike; a last batch is filled up with copies of its last row.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+
+def fixed_batches(count: int, size: int) -> Iterator[tuple[Int64[Tensor, " size"], int]]:
+    """Cut `count` rows into batches of exactly `size`: yields the rows of each, and how many of them are new.
+
+    Example: 3 rows in batches of 2 are ([0, 1], 2) and ([2, 2], 1).
+    """
+    for first in range(0, count, size):
+        new = min(size, count - first)
+        yield first + torch.arange(size).clamp(max=new - 1), new
+
+
+def number_of_calls(count: int, size: int) -> int:
+    """How many batches those are."""
+    return -(-count // size)
