@@ -28,7 +28,7 @@ layers: $(INSTALLED)
 
 # The loss curves of this commit and of another one on this machine, compared to the last digit.
 curve: $(INSTALLED)
-	$(BIN)/python tools/curve.py --against $(AGAINST)
+	$(BIN)/python -m tools.curve --against $(AGAINST)
 
 # The documentation site, into site/; what its pages say is tested by tests/test_docs.py.
 docs: $(DOCS_INSTALLED)

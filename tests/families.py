@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from flashgrpo.models.settings import ModelConfig
-from flashgrpo.models.tiny.architecture import make_tokenizer
+from tools.tiny.architecture import make_tokenizer
 
 WIDTH = 24  # of a text's embedding
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}

@@ -82,8 +82,8 @@ def _of_commit(commit: str, folder: Path) -> Any:
     try:
         output = folder / "curves.json"
         environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
-        command = [sys.executable, str(Path(__file__)), "--write", str(output)]
-        subprocess.run(command, env=environment, check=True)
+        command = [sys.executable, "-m", "tools.curve", "--write", str(output)]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True)
         return json.loads(output.read_text("utf-8"))["curves"]
     finally:
         subprocess.run([*git, "remove", "--force", str(tree)], check=True)

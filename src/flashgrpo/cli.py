@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import is_main_process
 from flashgrpo.errors import UserError, suggest
-from flashgrpo.run.progress import Reporter, describe
 
 app = typer.Typer(
     help="Align video diffusion models with rewards by training one denoising step per rollout.",
@@ -36,6 +34,7 @@ def demo(
 ) -> None:
     """Align the bundled model on this machine, from start to report, in minutes and without a GPU."""
     from flashgrpo.demo import demo as run_demo
+    from flashgrpo.run.progress import Reporter, describe
 
     report, record = run_demo(out, seed, Reporter())
     print(describe(record))
@@ -49,12 +48,12 @@ def train(
     ray_workers: Annotated[int, typer.Option(min=0, help="Start so many workers through Ray Train.")] = 0,
 ) -> None:
     """Train a recipe; a run directory that has a checkpoint goes on from it. Under torchrun, with all its processes."""
-    from flashgrpo.distributed.ray import train_on_ray
     from flashgrpo.train import train as run_training
+    from flashgrpo.train import train_on_ray
 
     config = RunConfig.load(recipe, overrides or [])
     run = train_on_ray(config, ray_workers) if ray_workers else run_training(config)
-    if is_main_process():
+    if _prints():
         print(run)
 
 
@@ -67,9 +66,10 @@ def evaluate(
 ) -> None:
     """Score the held-out prompts, paired with the base model."""
     from flashgrpo.evaluate import evaluate as run_evaluation
+    from flashgrpo.run.progress import describe
 
     record = run_evaluation(target, overrides or [], checkpoint)
-    if not is_main_process():
+    if not _prints():
         return
     if as_json:
         print(json.dumps(record))
@@ -144,9 +144,9 @@ def doctor(
     from flashgrpo.doctor import examine
 
     diagnosis = examine(recipe, overrides or [])
-    if is_main_process() and as_json:
+    if _prints() and as_json:
         print(json.dumps(diagnosis.as_json()))
-    elif is_main_process():
+    elif _prints():
         table = Table("", "check", "finding", show_header=False, box=None)
         colors = {"sound": "green", "warning": "yellow", "unsound": "red"}
         for finding in diagnosis.findings:
@@ -285,6 +285,11 @@ def reward_environment(
         "token-env": token_env,
     }
     start(Environment.of(name, requirements, constraint), args or [], options, rebuild)
+
+
+def _prints() -> bool:
+    """Whether this process of a launcher's is the one that prints results."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def main() -> None:

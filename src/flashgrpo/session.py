@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
+from flashgrpo.config.settings import TrackingConfig
 from flashgrpo.distributed.world import World, full_tensor, process_group
 from flashgrpo.doctor import refuse_unsound
 from flashgrpo.errors import SharedError, UserError
@@ -22,7 +23,6 @@ from flashgrpo.run.checkpoint import Progress
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.gallery import Gallery
 from flashgrpo.run.progress import Clock, Interrupt, Reporter, traced
-from flashgrpo.run.settings import TrackingConfig
 from flashgrpo.run.trackers import Trackers, check_installed
 from flashgrpo.scoring.heldout import evaluation_record, guard
 

@@ -40,3 +40,21 @@ def one_update(parts: "Assembly", groups: "Sequence[PromptGroup]", clock: "Phase
     compared = parts.compare(drawn)
     with clock("update"):
         return parts.describe(drawn, compared) | parts.learn(compared.record)
+
+
+def train_on_ray(config: RunConfig, workers: int) -> Path:
+    """Train in so many Ray workers; `config.out` has to lie on storage that all of them share.
+
+    Raises:
+        UserError: Ray is not installed, or as `train`.
+    """
+    from flashgrpo.distributed.ray import run_on_ray
+
+    config = config.with_absolute_paths()
+    arguments, storage = {"config": config.model_dump(mode="json")}, Path(config.out).parent / ".ray"
+    run_on_ray(_work, arguments, workers, storage, config.parallel.timeout)
+    return Path(config.out)
+
+
+def _work(arguments: dict[str, Any]) -> None:
+    train(RunConfig.parse(arguments["config"], "the recipe"))

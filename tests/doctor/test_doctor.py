@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from flashgrpo.processes.flow.policy import Policy
 from typer.testing import CliRunner
 
 import flashgrpo.assembly
@@ -21,7 +22,6 @@ from flashgrpo.doctor.checks import QUICK, THOROUGH
 from flashgrpo.doctor.costs import COSTS
 from flashgrpo.errors import UserError
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.processes.flow.policy import Policy
 from flashgrpo.processes.flow.solvers import Euler
 from flashgrpo.train import train
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from flashgrpo.cli import main
-from flashgrpo.models.tiny.build import WEIGHTS
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import read_lines
+from tools.tiny.build import WEIGHTS
 
 
 @pytest.fixture

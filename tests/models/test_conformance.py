@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from flashgrpo.processes.flow.policy import Policy, guidance_by_step
 from PIL import Image
 
 from flashgrpo.distributed.world import World, single_process
@@ -21,7 +22,6 @@ from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.presets import FLASH_GRPO
 from flashgrpo.processes.flow.model import GridPoint, VideoModel
-from flashgrpo.processes.flow.policy import Policy, guidance_by_step
 from flashgrpo.processes.flow.retain import Graphs
 from flashgrpo.processes.flow.rollout import denoise, rollout
 from flashgrpo.processes.flow.schedule import SigmaGrid

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from flashgrpo.errors import UserError
-from flashgrpo.models.tiny.architecture import make_tokenizer
 from flashgrpo.rewards.clip import Aesthetic, ClipScore, PickScore
+from tools.tiny.architecture import make_tokenizer
 
 PROMPTS = ["a red circle moving left slowly", "a blue square"]
 

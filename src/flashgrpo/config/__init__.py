@@ -16,14 +16,13 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from flashgrpo.config.algorithm import Written, algorithm_from, read_tree
 from flashgrpo.config.explain import explain
 from flashgrpo.config.recipe import find_recipe, merge_choices, parse_override
-from flashgrpo.config.settings import EvaluationConfig, PromptsConfig
+from flashgrpo.config.settings import CheckpointConfig, EvaluationConfig, PromptsConfig, TrackingConfig
 from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.errors import UserError, first_line
 from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.presets import PRESETS, Algorithm
 from flashgrpo.processes.flow.settings import RolloutConfig, check_steps
-from flashgrpo.run.settings import CheckpointConfig, TrackingConfig
 from flashgrpo.scoring.settings import RewardConfig, check_rewards
 from flashgrpo.settings import Part
 

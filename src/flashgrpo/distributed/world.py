@@ -53,7 +53,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's files and is_main_process for all."""
+        """Whether this process writes the run's files and speaks for all."""
         return self.rank == 0
 
     @property
@@ -216,11 +216,6 @@ def use_in_thread(threads: int, device: torch.device) -> None:
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that prints results."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from flashgrpo.config.settings import TrackingConfig
 from flashgrpo.errors import UserError
-from flashgrpo.run.settings import TrackingConfig
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # any of them; other trackers are named as their package
 

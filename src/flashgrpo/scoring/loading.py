@@ -17,6 +17,9 @@ from flashgrpo.errors import UserError, first_line, suggest
 from flashgrpo.scoring.inputs import Input, Pixels
 from flashgrpo.types import Reward
 
+CLIENT = "flashgrpo.serving.client:Remote"
+"""The reward that stands for one on a server; by its name, as every reward is."""
+
 
 def load_reward(call: str, key: str) -> Any:
     """Import `package.module:function`, `path/to/file.py:function`, or make `http://host:port` a client of that server.
@@ -28,9 +31,7 @@ def load_reward(call: str, key: str) -> Any:
         UserError: no such module, file or function; the sentence starts with `key`.
     """
     if call.startswith(("http://", "https://")):
-        from flashgrpo.serving.client import Remote
-
-        return partial(Remote, call.replace(",", " ").split())
+        return partial(load_reward(CLIENT, key), call.replace(",", " ").split())
     module_name, colon, function = call.rpartition(":")
     if not colon or not module_name or not function:
         raise UserError(

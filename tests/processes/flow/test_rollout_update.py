@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
+from flashgrpo.processes.flow.policy import Policy
 from torch import Tensor
 
 from flashgrpo.distributed.world import single_process
@@ -16,7 +17,6 @@ from flashgrpo.learning.update import UpdateMetrics, micro_batches, policy_updat
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, PRESETS, Algorithm
 from flashgrpo.processes.flow.noise import Ode
-from flashgrpo.processes.flow.policy import Policy
 from flashgrpo.processes.flow.rollout import rollout
 from flashgrpo.processes.flow.shortcuts import Environment
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, StepLength

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from flashgrpo.processes.flow.policy import Policy
 
 from flashgrpo.assembly import Assembly, experience
 from flashgrpo.config import RunConfig
@@ -21,7 +22,6 @@ from flashgrpo.models.lora import trained_parameters
 from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, FLOW_GRPO_FAST_2, Algorithm
 from flashgrpo.processes.flow.cost import update_cost
 from flashgrpo.processes.flow.float8 import Float8, frozen_layers
-from flashgrpo.processes.flow.policy import Policy
 from flashgrpo.processes.flow.retain import Graphs
 from flashgrpo.processes.flow.reuse import FirstBlock, TaylorSeer
 from flashgrpo.processes.flow.rollout import denoise, initial_noise, rollout

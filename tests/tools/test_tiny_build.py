@@ -9,9 +9,9 @@ import torch
 from diffusers import WanPipeline
 
 from flashgrpo.models.tiny import build, world
-from flashgrpo.models.tiny.architecture import TEXT_LENGTH, make_tokenizer
-from flashgrpo.models.tiny.muon import orthogonalize
 from flashgrpo.rewards.shapes import ATTRIBUTES, agreement, persistence
+from tools.tiny.architecture import TEXT_LENGTH, make_tokenizer
+from tools.tiny.muon import orthogonalize
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashgrpo.models.tiny import world
-from flashgrpo.models.tiny.world import Combination, caption
 from flashgrpo.rewards import shapes
 from flashgrpo.rewards.shapes import ATTRIBUTES, agreement, background, coverage, parse_caption, persistence
+from tools.tiny import world
+from tools.tiny.world import Combination, caption
 
 ALL = world.all_combinations()
 CAPTIONS = [caption(c) for c in ALL]

@@ -3,7 +3,7 @@
 144 combinations of colour, shape, direction and speed, each with a caption. A balanced quarter is held out:
 the bundled model is never trained on those captions, and evaluation uses nothing else.
 
-Write the shipped prompt files again with ``python -m flashgrpo.models.tiny.world``.
+Write the shipped prompt files again with ``python -m tools.tiny.world``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ GREYS = (0.20, 0.50)
 """Range of the background's brightness."""
 JITTER = 4.0
 """Most pixels along either axis between the middle of the path and the middle of the picture."""
-PROMPTS = Path(__file__).parent / "prompts"
+TINY = Path(__file__).parents[2] / "src/flashgrpo/models/tiny"
+PROMPTS = TINY / "prompts"
 SPLIT_SEED = 0
 
 

@@ -1,4 +1,4 @@
-"""Make the bundled pipeline from nothing: ``python -m flashgrpo.models.tiny.build [--out DIR] [--seed 0] [--quick]``.
+"""Make the bundled pipeline from nothing: ``python -m tools.tiny.build [--out DIR] [--seed 0] [--quick]``.
 
 The result is a diffusers ``WanPipeline`` like any Wan checkpoint, with tiny widths. First the autoencoder learns
 to reproduce rendered clips, then text encoder and transformer learn rectified flow on its latents: with the right
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from flashgrpo.files import write_aside
-from flashgrpo.models.tiny.architecture import FLOW_SHIFT, LATENT_CHANNELS, TEXT_LENGTH, make_pipeline
-from flashgrpo.models.tiny.muon import Muon
-from flashgrpo.models.tiny.world import FRAMES, Combination, caption, render, train_combinations
 from flashgrpo.rewards.shapes import ATTRIBUTES
+from tools.tiny.architecture import FLOW_SHIFT, LATENT_CHANNELS, TEXT_LENGTH, make_pipeline
+from tools.tiny.muon import Muon
+from tools.tiny.world import FRAMES, TINY, Combination, caption, render, train_combinations
 
 Component = Any
 """``AutoencoderKLWan`` or ``WanPipeline``, whose attributes type checkers cannot see."""
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = TINY / "weights"
 
 
 @dataclass(frozen=True)
