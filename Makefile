@@ -4,21 +4,26 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DOCS_INSTALLED := .venv/.docs-installed
 
-.PHONY: demo test install check lint types layers docs curve clean
+.PHONY: demo test test-all install check lint types layers docs curve clean
 
 demo: $(INSTALLED)
 	$(BIN)/flashgrpo demo
 
+# Every golden number, first ratio, refusal, and a resume after kill -9: a few minutes on two cores.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+# The rest: kill storms, numbers of processes, browsers, Ray, whole runs of every family (tests/slow.txt lists them).
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
 
 install: $(INSTALLED)
 
-check: lint types layers test
+check: lint types layers test-all
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests tools benchmarks
+	$(BIN)/ruff format --check src tests tools benchmarks
 
 types: $(INSTALLED)
 	$(BIN)/mypy

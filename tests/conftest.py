@@ -77,10 +77,19 @@ def make_model(make_run):
 
     def make(*overrides: str) -> VideoModel:
         config = make_run(*overrides)
-        keep = config.algorithm.kl_coef > 0
+        keep = config.algorithm.objective.needs_reference
         return load_model(config.model, single_process(), config.seed, keep_reference=keep)
 
     return make
 
 
 WEIGHTS = Path(__file__).parent.parent / "src/flashgrpo/models/tiny/weights"
+
+SLOW = [line for line in (Path(__file__).parent / "slow.txt").read_text("utf-8").splitlines() if line[:1] not in "#"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test` leaves to `make test-all`; a line of the list that names no test is a mistake."""
+    for item in items:
+        if any(item.nodeid.removeprefix("tests/").startswith(line) for line in SLOW):
+            item.add_marker("slow")

@@ -1,33 +1,42 @@
-"""What the processes of `tests/nursery.py` do. Arguments and results are JSON."""
+"""What the processes of `tests/nursery.py` do. Arguments and results are JSON.
+
+The nursery imports this file, and so once all that its children need.
+"""
 
 import os
 import sys
 import time
 import traceback
+from collections import Counter
+from dataclasses import replace
 
-import diffusers  # noqa: F401  (the nursery imports once what every child needs)
 import torch
 from safetensors.torch import save_file
 
 import flashgrpo.doctor
 import flashgrpo.models.network
+import flashgrpo.models.wan
 import flashgrpo.report
+import flashgrpo.session
 from flashgrpo import evaluate as evaluation
 from flashgrpo import train as training
-from flashgrpo.assembly import Assembly, experience
+from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.world import full_tensor, local, process_group
+from flashgrpo.distributed.world import World, full_tensor, local, process_group
 from flashgrpo.errors import UserError
-from flashgrpo.learning.update import policy_update
+from flashgrpo.learning.update import Work
 from flashgrpo.models.lora import trained_parameters
+from flashgrpo.processes.calls import number_of_calls
+from flashgrpo.processes.flow.rollout import calls_of
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.progress import Clock
+from flashgrpo.types import Record, Sample
 
 torch.set_num_threads(1)
 
 
 def tell(error: BaseException) -> int:
-    """What the command line does with an exception."""
+    """Do what the command line does with an exception; returns the exit code."""
     if isinstance(error, SystemExit):
         return int(error.code or 0)
     if isinstance(error, UserError):
@@ -39,12 +48,12 @@ def tell(error: BaseException) -> int:
 
 
 def train(recipe: str, *overrides: str) -> str:
-    """A whole run."""
+    """Train a whole run."""
     return str(training(RunConfig.load(recipe, overrides)))
 
 
 def train_and_die(recipe: str, write: int) -> str:
-    """A run that dies without a word at its so-manieth flush or rename, before that reaches the disk."""
+    """Train until the run dies without a word, at its flush or rename of that number and before it reaches the disk."""
     left = [write]
 
     def crashing(function):
@@ -61,26 +70,32 @@ def train_and_die(recipe: str, write: int) -> str:
 
 
 def slow_train(recipe: str, seconds: float, *overrides: str) -> str:
-    """A run whose updates take at least so long, so that there is time to kill it in one."""
-    real = policy_update
-
-    def slow(*arguments):
-        time.sleep(seconds)
-        return real(*arguments)
-
-    sys.modules["flashgrpo.train"].policy_update = slow
+    """Train with updates that take at least so long, so that there is time to kill the run in one."""
+    before_each_update(lambda: time.sleep(seconds))
     return train(recipe, *overrides)
 
 
+def before_each_update(do) -> None:
+    """Call a function between the rollout and the optimizer steps of every update; the doctor's trial is none."""
+    real = Assembly.learn
+
+    def learn(parts, record, optimizer=None):
+        if optimizer is None:
+            do()
+        return real(parts, record, optimizer)
+
+    Assembly.learn = learn
+
+
 def one_update(recipe: str, out: str, *overrides: str) -> dict:
-    """A rollout and its gradient, written to files: what each rank drew, and the whole gradient of the update."""
+    """Write a rollout and its gradient to files: what each rank drew, and the whole gradient of the update."""
     config = RunConfig.load(recipe, overrides)
     with process_group(config.parallel, config.model.compute_dtype) as world:
         parts = Assembly(config, world)
-        perturb(parts.policy.model.network)
+        perturb(parts.process.network)
         settings, optimizer = config.rollout, parts.optimizer
         groups = prompt_groups(parts.prompts, config.seed, 3, settings.prompts, settings.group_size)
-        drawn = experience(parts, groups, Clock())
+        drawn = parts.draw_and_score(groups, Clock())
         named = {}
         step = optimizer.step
 
@@ -90,20 +105,19 @@ def one_update(recipe: str, out: str, *overrides: str) -> dict:
             return step()
 
         optimizer.step = spy
-        advantages = torch.linspace(-1, 1, settings.prompts * settings.group_size)[drawn.mine]
-        metrics = policy_update(
-            parts.policy, optimizer, drawn.transitions, advantages, config.algorithm, config.optim, world
-        )
+        mine = slice(drawn.first, drawn.first + len(drawn.outputs))
+        advantages = torch.linspace(-1, 1, settings.prompts * settings.group_size)[mine]
+        metrics = parts.learn(replace(drawn.record, advantage=advantages[drawn.record.sample]))
         named |= {f"weight/{name}": full_tensor(weight).clone() for name, weight in optimizer.weights().items()}
-        tensors = {name: getattr(drawn.transitions, name) for name in ("k", "x", "x_next", "log_prob")}
-        tensors |= {"latents": drawn.latents, "rewards": drawn.rewards.values}
+        tensors = {name: getattr(drawn.record.state, name) for name in ("k", "x", "x_next", "log_prob")}
+        tensors |= {"latents": drawn.outputs, "rewards": drawn.rewards.values}
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, f"{out}/drawn{world.rank}.safetensors"
         )
         if world.is_main:
             save_file({name: tensor.contiguous() for name, tensor in named.items()}, f"{out}/update.safetensors")
         names = [[group.prompt.text, group.group, member] for group in groups for member in range(group.size)]
-        return {"names": world.gather(names[drawn.mine]), "metrics": metrics, "held": held(parts.policy.model.network)}
+        return {"names": world.gather(names[mine]), "metrics": metrics, "held": held(parts.process.network)}
 
 
 def perturb(network: torch.nn.Module) -> None:
@@ -119,12 +133,12 @@ def perturb(network: torch.nn.Module) -> None:
 
 
 def held(network: torch.nn.Module) -> int:
-    """Numbers of parameters that this process holds."""
+    """Count the numbers of parameters that this process holds."""
     return sum(local(parameter).numel() for parameter in network.parameters())
 
 
 def replicas_that_differ(recipe: str, *overrides: str) -> None:
-    """Rank 1 starts from other weights."""
+    """Train from other weights on rank 1."""
     real = flashgrpo.models.network.prepare
 
     def other(network, train, seed, prefix):
@@ -136,26 +150,23 @@ def replicas_that_differ(recipe: str, *overrides: str) -> None:
 
 
 def fail_on_rank_1(recipe: str, *overrides: str) -> None:
-    """A bug on one rank only."""
+    """Train with a bug on one rank only."""
 
-    module, real = sys.modules["flashgrpo.train"], policy_update
-
-    def buggy(*arguments):
+    def fail() -> None:
         if os.environ["RANK"] == "1":
             raise KeyError("planted")
-        return real(*arguments)
 
-    module.policy_update = buggy
+    before_each_update(fail)
     train(recipe, *overrides)
 
 
 def examine(recipe: str, *overrides: str) -> dict:
-    """The doctor."""
+    """Let the doctor examine a run."""
     return flashgrpo.doctor.examine(recipe, overrides).as_json()
 
 
 def examine_with_other_replica(recipe: str) -> dict:
-    """The doctor, of a run of which rank 1 has other weights."""
+    """Let the doctor examine a run of which rank 1 has other weights."""
     real = flashgrpo.models.network.prepare
     flashgrpo.models.network.prepare = lambda network, train, seed, prefix: real(
         network, train, seed + int(os.environ["RANK"]), prefix
@@ -164,5 +175,80 @@ def examine_with_other_replica(recipe: str) -> dict:
 
 
 def evaluate(run: str) -> dict:
-    """A run's best checkpoint against its base."""
+    """Evaluate a run's best checkpoint against its base."""
     return evaluation(run)
+
+
+def network_calls(recipe: str, *overrides: str) -> dict:
+    """Count each rank's calls of each expert in a rollout, an update and an evaluation, beside what each has to do."""
+    config = RunConfig.load(recipe, overrides)
+    with process_group(config.parallel, config.model.compute_dtype) as world:
+        parts = Assembly(config, world)
+        calls = Calls(parts.process.model.experts)
+        groups = parts.prompt_groups(0)
+        drawn = parts.draw_and_score(groups, Clock())
+        made = {"rollout": calls.taken()}
+        metrics = parts.learn(parts.compare(drawn).record)
+        made["update"] = calls.taken()
+        parts.evaluator()
+        made["evaluation"] = calls.taken()
+        needed = {
+            "rollout": [needed_to_draw(parts, groups)],
+            "update": needed_to_learn(parts, drawn.record, world),
+            "evaluation": [needed_to_evaluate(parts)],
+        }
+        parts.rewards.close()
+        everyone = world.all_gather_json({"made": made, "needed": needed})
+        return {"ranks": everyone, "metrics": metrics}
+
+
+class Calls:
+    """Counts the calls of each expert by forward hooks."""
+
+    def __init__(self, experts: dict[str, torch.nn.Module]) -> None:
+        self._made: Counter[str] = Counter()
+        for name, expert in experts.items():
+            expert.register_forward_hook(lambda *_, name=name: self._made.update([name]))
+
+    def taken(self) -> dict[str, int]:
+        """Return the calls since the last time."""
+        made, self._made = dict(self._made), Counter()
+        return made
+
+
+def by_expert(parts: Assembly, counts: Counter) -> dict[str, int]:
+    """Return calls by the names of the experts, given by their modules."""
+    return {name: counts[expert] for name, expert in parts.process.model.experts.items()}
+
+
+def needed_to_draw(parts: Assembly, groups: list) -> dict[str, int]:
+    """Count the calls that this rank's own samples of an update need."""
+    process, samples = parts.process, [Sample(group, member) for group in groups for member in range(group.size)]
+    counts: Counter = Counter()
+    for batch in process._plan(samples[parts.world.slice(len(samples))], parts.config.seed):
+        counts.update(calls_of(batch, process.stage, process.micro_batch))
+    return by_expert(parts, counts)
+
+
+def needed_to_learn(parts: Assembly, record: Record, world: World) -> list[dict[str, int]]:
+    """Count the calls that this rank's own units need each time that ranks meet, at an optimizer step or a slot of it."""
+    process, optim, needed = parts.process, parts.config.optim, []
+    passes = 1 + len(parts.objective.columns)  # a forward of the base model for the KL
+    for batch in Work.of(process, record, world).optimizer_steps(optim):
+        slots = sorted(set(batch.slot.tolist()))
+        for met in [[slot] for slot in slots] if optim.grad_norm_by_step else [slots]:
+            counts: Counter = Counter()
+            for slot in met:
+                counts[process.stage(slot)] += passes * len(list(batch.micro_batches(record, [slot])))
+            needed.append(by_expert(parts, counts))
+    return needed
+
+
+def needed_to_evaluate(parts: Assembly) -> dict[str, int]:
+    """Count the calls that this rank's own held-out samples need."""
+    process, settings = parts.process, parts.config.evaluation
+    own = len(parts.world.share(len(parts.heldout) * settings.samples_per_prompt))
+    timesteps = process.model.grid(settings.num_steps).timesteps.tolist()
+    steps = Counter(process.model.expert(timestep) for timestep in timesteps)
+    batches = number_of_calls(own, parts.config.rollout.micro_batch)
+    return by_expert(parts, Counter({expert: batches * count for expert, count in steps.items()}))

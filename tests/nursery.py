@@ -12,43 +12,78 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+STILL = 300.0  # seconds without work after which ranks count as hanging; what they wait for comes far sooner
+WORK = 0.1  # seconds of CPU time that count as work
+LAST_RESORT = 7200.0  # seconds after which ranks that do work are given up, too
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
 class Ranks:
-    """The processes of one job."""
+    """The processes of one job, as seen by a test."""
 
     folder: Path
     pids: list[int]
+    _used: dict[int, float] = field(default_factory=dict)
 
     def code(self, rank: int) -> int | None:
-        """Its exit code (negative: the signal that killed it), or None while it runs."""
+        """Return its exit code (negative: the signal that killed it), or None while it runs."""
         file = self.folder / f"exit{rank}"
         return int(file.read_text()) if file.exists() and file.read_text() else None
 
-    def wait(self, timeout: float = 120) -> list[int]:
-        """The exit codes of all."""
-        until = time.monotonic() + timeout
-        while None in (codes := [self.code(rank) for rank in range(len(self.pids))]):
-            assert time.monotonic() < until, f"ranks still run: {codes}\n{self.said()}"
+    def wait(self) -> list[int]:
+        """Wait until all have ended; returns their exit codes."""
+        self.until(lambda: None not in self.codes())
+        return self.codes()
+
+    def codes(self) -> list[int | None]:
+        """Return the exit codes of all; see `code`."""
+        return [self.code(rank) for rank in range(len(self.pids))]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition, as long as the ranks are at work, however slow a busy machine makes them."""
+        began = since = looked = time.monotonic()
+        used = self.cpu_seconds()
+        while not condition():
             time.sleep(0.01)
-        return codes
+            now = time.monotonic()
+            if now - looked < 1:
+                continue
+            looked, total = now, self.cpu_seconds()
+            if total - used > WORK:
+                since, used = now, total
+            assert now - since < STILL, f"ranks hang: {self.codes()}\n{self.said()}"
+            assert now - began < LAST_RESORT, f"ranks still run: {self.codes()}\n{self.said()}"
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of all ranks' main threads, which have none while they wait for each other.
+
+        Other threads do not count: a heartbeat beats in a rank that hangs, too.
+        """
+        for pid in self.pids:
+            try:
+                fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended
+                continue
+            self._used[pid] = (int(fields[11]) + int(fields[12])) / TICKS
+        return sum(self._used.values())
 
     def kill(self, rank: int) -> None:
-        """SIGKILL."""
+        """Send SIGKILL to a rank."""
         os.kill(self.pids[rank], 9)
 
     def said(self, rank: int | None = None) -> str:
-        """What a rank, or all of them, wrote to its standard output and error."""
+        """Return what a rank, or all of them, wrote to its standard output and error."""
         ranks = range(len(self.pids)) if rank is None else [rank]
         return "".join((self.folder / f"said{r}").read_text() for r in ranks)
 
     def result(self, rank: int = 0):
-        """What the job returned."""
+        """Return what the job returned."""
         return json.loads((self.folder / f"result{rank}").read_text())
 
 
@@ -77,10 +112,10 @@ class Nursery:
         self._process.stdin.flush()
         return Ranks(folder, json.loads(self._process.stdout.readline()))
 
-    def run(self, job: str, *arguments, size: int = 1, timeout: float = 120):
+    def run(self, job: str, *arguments, size: int = 1):
         """Start, wait, and return what rank 0 returned; every rank has to end well."""
         ranks = self.start(job, *arguments, size=size)
-        assert ranks.wait(timeout) == [0] * size, ranks.said()
+        assert ranks.wait() == [0] * size, ranks.said()
         return ranks.result()
 
     def close(self) -> None:

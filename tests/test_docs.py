@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 import yaml
 from markdown_it import MarkdownIt
@@ -36,6 +37,7 @@ from typer.testing import CliRunner
 import flashgrpo
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
+from flashgrpo.config.algorithm import read_tree
 from flashgrpo.config.recipe import find_recipe, merge_choices
 from flashgrpo.files import resolve_path
 from flashgrpo.scoring.rewards import Rewards
@@ -55,10 +57,10 @@ SMALL = {
 # Lines of the README that are looked at and not run, by what they begin with.
 README_NOT_RUN = {
     "make ": "installs packages, or runs for minutes; the target has to exist",
-    "torchrun ": "tests/test_launch.py does",
+    "torchrun ": "tests/distributed/test_launch.py does",
     "flashgrpo train wan21-1.3b-24gb": "needs a GPU and the checkpoint",
-    "flashgrpo reward ": "runs until it is told to end; tests/test_remote.py and tests/test_reward_environment.py do",
-    "flashgrpo compare": "runs for minutes; tests/test_compare.py does",
+    "flashgrpo reward ": "runs until it is told to end; tests/serving does",
+    "flashgrpo compare": "runs for minutes; tests/compare/test_compare.py does",
 }
 TREE = yaml.safe_load(find_recipe("tiny").read_text())
 HELDOUT = Path(resolve_path(TREE["prompts"]["heldout"])).read_text("utf-8").splitlines(keepends=True)[:2]
@@ -185,7 +187,7 @@ def check_settings(text: str, where: str) -> RunConfig | None:
         settings = {"algorithm": settings}
     if not settings.keys() <= RunConfig.model_fields.keys():
         return None
-    return RunConfig.parse(merge_choices(TREE, settings), where)
+    return RunConfig.parse(merge_choices(read_tree(TREE, "tiny"), read_tree(settings, where)), where)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -234,10 +236,14 @@ def run_listing(page: Path, block: Block) -> None:
             run_command(line)
 
 
-@pytest.mark.parametrize("name", ["advantage", "noise", "schedule", "steps"])
+@pytest.mark.parametrize(
+    "name",
+    ["learning.advantage", "processes.flow.noise", "processes.flow.schedule", "processes.flow.steps"],
+)
 def test_examples_in_docstrings(name):
     """Which the API pages show."""
-    result = doctest.testmod(importlib.import_module(f"flashgrpo.{name}"))
+    module = importlib.import_module(f"flashgrpo.{name}")
+    result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0
     assert result.failed == 0
 

@@ -75,7 +75,9 @@ class Assembly:
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
         """The trained rewards of samples that are about to be drawn, of all ranks."""
         batch, at_once = self.config.rollout.decode_micro_batch, self.config.model.offload
-        return Scoring(self.rewards, self.process, self.world, prompts, False, batch, at_once=at_once, clock=clock)
+        return Scoring(
+            self.rewards, self.process.media, self.world, prompts, False, batch, at_once=at_once, clock=clock
+        )
 
     def compare(self, drawn: Drawn) -> Compared:
         """Compare the samples of all ranks within their keys."""

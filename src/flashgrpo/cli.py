@@ -276,14 +276,7 @@ def reward_environment(
     """Serve a reward in a virtual environment of its own, with the versions that it needs; made at the first call."""
     from flashgrpo.serving.environment import Environment, start
 
-    options = {
-        "host": host,
-        "port": port,
-        "batch": batch,
-        "queue": queue,
-        "max-mib": max_mib,
-        "token-env": token_env,
-    }
+    options = {"host": host, "port": port, "batch": batch, "queue": queue, "max-mib": max_mib, "token-env": token_env}
     start(Environment.of(name, requirements, constraint), args or [], options, rebuild)
 
 

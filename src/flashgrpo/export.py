@@ -39,8 +39,7 @@ def export(
         raise UserError(f"--out: {out} exists and is not empty; choose another folder")
     update = directory.choose_checkpoint(checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
-    plain = {"compute_dtype": None, "offload": False, "attention": None, "compile": False}
-    config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
+    config = config.model_copy(update={"model": config.model.plain()})
     process = make_process(config, single_process(computes=False), ())
     directory.check_model(process.identity)
     with write_aside(folder) as aside:

@@ -1,10 +1,13 @@
 """Files and folders that appear whole or not at all: written aside, flushed to disk, renamed."""
 
 import contextlib
+import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -23,6 +26,11 @@ def resolve_path(path: str) -> str:
     return str(next((folder / tail for folder in SHIPPED if (folder / tail).exists()), SHIPPED[0] / tail))
 
 
+def cache_folder() -> Path:
+    """Return `$FLASHGRPO_CACHE`, or `~/.cache/flashgrpo` where it is not set."""
+    return Path(os.environ.get("FLASHGRPO_CACHE") or Path.home() / ".cache/flashgrpo").expanduser()
+
+
 @contextlib.contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, to be made a file or a folder; on success it takes the place of `path`.
@@ -39,6 +47,12 @@ def write_aside(path: Path) -> Iterator[Path]:
     except BaseException:
         discard_aside(path)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, as `write_aside` does."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def make_room_aside(path: Path) -> Path:
@@ -79,6 +93,29 @@ def append_line(path: Path, line: str) -> None:
         except OSError:
             os.truncate(path, size)
             raise
+
+
+def json_lines(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield number (from 1) and value of each line that is not blank; where a line is no JSON, the `ValueError`."""
+    for number, line in enumerate(text.split("\n"), 1):  # JSON text may hold U+2028, which splitlines() cuts
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                value = error
+            yield number, value
+
+
+def lock(file: Any) -> bool:
+    """Take the exclusive lock of an open file without waiting; returns whether no other process holds it.
+
+    The system releases it when the file is closed, also after kill -9.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def remove(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from flashgrpo.errors import UserError, first_line
-from flashgrpo.files import resolve_path
+from flashgrpo.files import json_lines, resolve_path
 from flashgrpo.seeds import generator
 from flashgrpo.types import Prompt, PromptGroup
 
@@ -68,15 +67,10 @@ def _read_txt(file: Path, where: str) -> list[Prompt]:
 
 
 def _read_jsonl(file: Path, where: str) -> list[Prompt]:
-    lines = enumerate(_read_text(file, where).split("\n"), 1)  # JSON text may hold U+2028, which splitlines() cuts
     prompts = []
-    for n, line in lines:
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} line {n} is no JSON") from error
+    for n, record in json_lines(_read_text(file, where)):
+        if isinstance(record, ValueError):
+            raise UserError(f"{where} line {n} is no JSON") from record
         prompts.append(_prompt(record, f"{where} line {n}"))
     return prompts
 

@@ -191,6 +191,8 @@ class Finding:
 
 Outputs = Any
 """What a process draws, one row for each sample on the device: latents of videos, tokens, texts."""
+Media = Callable[[Outputs, int | None], Videos]
+"""Makes videos of outputs; with a number the first frames of each at least."""
 OnDrawn = Callable[[Tensor, Outputs], None]
 """Called with the rows (B,) and the outputs of each micro-batch as soon as it is drawn."""
 Columns = Mapping[str, Tensor]
@@ -356,8 +358,8 @@ class Reward(Protocol):
     """Any callable that scores videos: higher is better.
 
     `videos` is (B, F, 3, H, W) in [0, 1], on the CPU, or what an attribute `takes` of the reward asks for
-    (`inputs.py`); `prompts` has B texts; each further column of the prompt file arrives as a keyword with a list of B
-    values. It returns B numbers (list or tensor), or a mapping component -> B numbers, whose components share the
+    (`scoring/inputs.py`); `prompts` has B texts; each further column of the prompt file arrives as a keyword with a list
+    of B values. It returns B numbers (list or tensor), or a mapping component -> B numbers, whose components share the
     reward's weight equally and get a curve each. It may be called with any part of an update's samples, and is never
     called twice at once.
 

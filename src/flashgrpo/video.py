@@ -7,7 +7,7 @@ import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flashgrpo.errors import UserError
@@ -16,13 +16,18 @@ from flashgrpo.files import write_aside
 Video = Float[Tensor, "frames 3 height width"]
 
 
+def to_pictures(frames: Float[Tensor, "frames 3 height width"]) -> UInt8[np.ndarray, "frames height width 3"]:
+    """Return frames (F, 3, H, W) in [0, 1] as pictures (F, H, W, 3) of whole 8-bit levels, on the CPU."""
+    return (frames.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def write_mp4(path: Path, video: Video, fps: float) -> None:
     """Write one video (F, 3, H, W) in [0, 1] as an mp4 that browsers play.
 
     Small videos are enlarged by whole pixels to at least 192 px, for below that the chroma subsampling of H.264
     (yuv420p, the only one that every browser decodes) smears colours over whole objects.
     """
-    frames = (video.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    frames = to_pictures(video.cpu())
     scale = max(1, -(-192 // min(frames.shape[1:3])))
     frames = np.ascontiguousarray(frames.repeat(scale, axis=1).repeat(scale, axis=2))
     even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # yuv420p has no odd sizes

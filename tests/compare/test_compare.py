@@ -15,23 +15,24 @@ import pytest
 import torch
 from rich.console import Console
 
-from flashgrpo.assembly import Assembly, experience
+from flashgrpo.assembly import Assembly, planned_cost
 from flashgrpo.cli import main
 from flashgrpo.compare import compare, statistics, write_data
 from flashgrpo.compare.figures import write_figures
 from flashgrpo.compare.folder import ComparisonFolder, RunFiles
 from flashgrpo.compare.plan import Plan, make_plan, read_algorithms
 from flashgrpo.compare.processes import note_failure
+from flashgrpo.config import RunConfig
 from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
-from flashgrpo.learning.update import policy_update
-from flashgrpo.processes.flow.cost import Cost, Guided, update_cost
+from flashgrpo.processes.flow.cost import Guided, update_cost
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.report import write_report
 from flashgrpo.run.directory import read_lines
 from flashgrpo.run.progress import Clock
 from flashgrpo.train import train
+from flashgrpo.types import Cost
 from tests.conftest import EXACT, small_run
 from tests.report.test_report import CHROMIUM, FLAGS
 
@@ -40,6 +41,13 @@ PLAIN = (*TWENTY, "rollout.guidance_scale=1")
 
 
 # ---- what an update costs --------------------------------------------------------------------------------------------
+
+
+def cost_of(config: RunConfig, update: int, guided: Guided | None = None) -> Cost:
+    """Return what an update costs, by the settings alone where `guided` is not given."""
+    algorithm, recomputes = config.algorithm, config.model.gradient_checkpointing
+    seed, passes, columns = config.seed, config.optim.passes, algorithm.objective.columns
+    return update_cost(algorithm.explore, config.rollout, seed, update, passes, columns, recomputes, guided)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +71,12 @@ PLAIN = (*TWENTY, "rollout.guidance_scale=1")
     ],
 )
 def test_the_cost_of_an_update_by_hand(make_run, overrides, rollout, update):
-    assert update_cost(make_run(*overrides), 5) == Cost(rollout, update)
+    assert cost_of(make_run(*overrides), 5) == Cost(rollout, update)
 
 
 def test_two_experts_with_guidance_at_one_of_them(make_run):
     guided = Guided([True] * 5 + [False] * 15, [True] * 5 + [False] * 15)
-    assert update_cost(make_run("algorithm=flow-grpo", *PLAIN), 0, guided) == Cost(12 * 25, 12 * 24 * 3)
+    assert cost_of(make_run("algorithm=flow-grpo", *PLAIN), 0, guided) == Cost(12 * 25, 12 * 24 * 3)
 
 
 @pytest.mark.parametrize("algorithm", ["flash-grpo", "flow-grpo", "{preset: mix-grpo, steps: {size: 2}}"])
@@ -83,13 +91,12 @@ def test_the_network_is_run_as_often_as_counted(make_run, algorithm, guidance):
     def count(module, inputs):
         rows[torch.is_grad_enabled()] += len(inputs[0])
 
-    parts.policy.model.network.register_forward_pre_hook(count)
-    drawn = experience(parts, prompt_groups(parts.prompts, config.seed, 1, 2, 2), Clock())
-    assert rows == {True: 0, False: update_cost(config, 1).rollout}
-    policy_update(
-        parts.policy, parts.optimizer, drawn.transitions, drawn.advantages, config.algorithm, config.optim, parts.world
-    )
-    assert 3 * rows[True] == update_cost(config, 1).update
+    parts.process.network.register_forward_pre_hook(count)
+    drawn = parts.draw_and_score(prompt_groups(parts.prompts, config.seed, 1, 2, 2), Clock())
+    assert rows == {True: 0, False: planned_cost(config, 1).rollout}
+    parts.learn(parts.compare(drawn).record)
+    assert 3 * rows[True] == planned_cost(config, 1).update
+    assert parts.process.cost(config.seed, 1, 1, parts.objective.columns) == planned_cost(config, 1)
 
 
 def test_every_line_of_metrics_says_what_its_update_cost(make_run):
@@ -131,16 +138,16 @@ def test_settings_of_all_of_one_and_of_the_recipe():
         keep="noise",
     )
     a, b = made.algorithms["flash-grpo"], made.algorithms["b"]
-    assert (a.algorithm.noise.kind, b.algorithm.noise.kind) == ("cps", "cps")
-    assert (a.algorithm.clip_range, b.algorithm.clip_range) == (0.01, 0.01)
-    assert (a.algorithm.kl_coef, b.algorithm.kl_coef) == (0.0, 0.1)
-    assert (a.algorithm.steps.kind, b.algorithm.steps.kind) == ("one", "all")
-    assert a.algorithm.steps.draw == "iid", "the recipe's own algorithm is replaced"
+    assert (a.algorithm.explore.noise.kind, b.algorithm.explore.noise.kind) == ("cps", "cps")
+    assert (a.algorithm.objective.clip_range, b.algorithm.objective.clip_range) == (0.01, 0.01)
+    assert (a.algorithm.objective.kl_coef, b.algorithm.objective.kl_coef) == (0.0, 0.1)
+    assert (a.algorithm.explore.steps.kind, b.algorithm.explore.steps.kind) == ("one", "all")
+    assert a.algorithm.explore.steps.draw == "iid", "the recipe's own algorithm is replaced"
     assert (a.optim.lr, b.optim.lr) == (3e-3, 1e-5)
     assert (a.rollout.guidance_scale, b.rollout.guidance_scale) == (1.5, 1.0)
     assert a.evaluation.guidance_scale == b.evaluation.guidance_scale == 1.5
     assert b.rewards["agreement"].args == {"parts": ["color"]}
-    assert plan("algorithm.noise={kind: cps, eta: 0.5}").algorithms["flow-grpo"].algorithm.noise.eta == 0.5
+    assert plan("algorithm.noise={kind: cps, eta: 0.5}").algorithms["flow-grpo"].algorithm.explore.noise.eta == 0.5
 
 
 def test_names_and_changes_are_told_apart():
@@ -480,10 +487,10 @@ def test_interrupted_and_killed_it_ends_with_the_same_results(compared, problem,
 def write_run(files, config, gain: float, upto: int | None = None) -> None:
     """A run as `train` would have left it: the held-out reward rises evenly by `gain`."""
     files.path.mkdir(parents=True)
-    cost, noise = update_cost(config, 0), np.random.default_rng(files.seed)
+    cost, noise = planned_cost(config, 0), np.random.default_rng(files.seed)
     metrics, evaluations = [], []
     for update in range(1, (upto or config.updates) + 1):
-        norms = {str(k): 1e-4 * noise.uniform(0.5, 1.5) for k in config.algorithm.steps.candidates(10)}
+        norms = {str(k): 1e-4 * noise.uniform(0.5, 1.5) for k in config.algorithm.explore.steps.candidates(10)}
         zero = dict.fromkeys(("drift", "ratio_max_dev", "clip_fraction", "approx_kl", "kl"), 0.0)
         metrics.append({"update": update, "reward": 0.5 + gain * update / config.updates, "reward_std": 0.1, **zero})
         metrics[-1] |= {"ratio_mean": 1.0, "grad_norm": sum(norms.values()), "grad_norm_by_step": norms}
@@ -533,7 +540,7 @@ def test_what_the_page_says(written):
     assert "&lt;script&gt;" in page
     assert "c&lt;b&gt;" in page
     assert "w&lt;x&gt;" in page
-    assert "algorithm.noise" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.S), (
+    assert not re.search(r"algorithm\.(explore\.)?noise", re.sub(r"<pre.*?</pre>", "", page, flags=re.S)), (
         "kept from the recipe, so it is alike"
     )
     addresses = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)""", page)

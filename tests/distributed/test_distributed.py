@@ -1,9 +1,9 @@
 """The same run on one process or many: gloo on the CPU, through the code that NCCL runs."""
 
 import os
+import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import read_lines
 
 LORA, FULL = [], ["model.train={kind: full}"]
+DEAD_AFTER = "parallel.dead_after=4"
+BY_STEP = "optim.grad_norm_by_step=true"  # ranks that hold a network between them leave it out when not asked
 GEOMETRY = ["rollout.prompts=3", "rollout.group_size=3", "rollout.num_steps=6", "rollout.micro_batch=4"]
 
 
@@ -49,12 +51,12 @@ def joined_rows(drawn: list[dict], name: str) -> torch.Tensor:
         (2, [], LORA),
         (2, [], FULL),
         (3, [], LORA),
-        (2, ["parallel.shard=2"], FULL),
-        (3, ["parallel.shard=3"], LORA),
+        (2, ["parallel.shard=2", BY_STEP], FULL),
+        (3, ["parallel.shard=3", BY_STEP], LORA),
         (3, ["parallel.shares=[0,1,3]"], LORA),
-        (3, ["parallel.shares=[0,1,3]", "parallel.shard=3"], FULL),
-        (4, ["parallel.shard=2"], LORA),
-        (4, ["parallel.shard=2"], FULL),
+        (3, ["parallel.shares=[0,1,3]", "parallel.shard=3", BY_STEP], FULL),
+        (4, ["parallel.shard=2", BY_STEP], LORA),
+        (4, ["parallel.shard=2", BY_STEP], FULL),
     ],
 )
 def test_any_number_of_processes_draws_and_learns_the_same(update, train, size, parallel):
@@ -108,7 +110,8 @@ def test_rewards_may_be_computed_on_ranks_of_their_own(update, parallel):
 
 
 def test_a_sharded_process_holds_its_part_only(update):
-    whole, half = (update(size, *FULL, *parallel)[0]["held"] for size, parallel in ((1, []), (2, ["parallel.shard=2"])))
+    sizes = ((1, []), (2, ["parallel.shard=2", BY_STEP]))
+    whole, half = (update(size, *FULL, *parallel)[0]["held"] for size, parallel in sizes)
     assert half == pytest.approx(whole / 2, rel=0.05)
 
 
@@ -147,7 +150,7 @@ def test_ranks_that_share_a_sample_by_its_tokens(update, size, parallel, train):
 def test_one_process_that_evaluates_a_sharded_run_holds_it_whole(monkeypatch):
     for variable in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(variable, raising=False)
-    with process_group(RunConfig.load("tiny", ["parallel.shard=2"]), strict=False) as world:
+    with process_group(RunConfig.load("tiny", ["parallel.shard=2"]).parallel, strict=False) as world:
         assert (world.size, world.shard, world.uses_fsdp) == (1, 1, False)
 
 
@@ -170,7 +173,7 @@ def test_mixed_precision_computes_in_bf16_and_learns_in_fp32(update):
         (["parallel.shares=[1]"], "1 shares for 2 data ranks"),
         (["parallel.reward_ranks=[2]"], "[2] with 2 processes, numbered from 0"),
         (["parallel.context=2"], "the 27 tokens of such a video cannot be split over 2 processes"),
-        (["parallel.context=2", "model.num_frames=13", "parallel.context_kind=ring"], "use ulysses"),
+        (["parallel.context=2", "model.num_frames=13", "parallel.context_kind=ring"], "ring attention never ran"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(nursery, recipe, overrides, sentence):
@@ -184,7 +187,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(nursery, recipe, overrides
 def recipe(make_run, tmp_path):
     """A very small run of six updates, as a file."""
     file = tmp_path / "recipe.yaml"
-    file.write_text(make_run("updates=6", "parallel.dead_after=4").to_yaml(), "utf-8")
+    file.write_text(make_run("updates=6").to_yaml(), "utf-8")
     return file
 
 
@@ -251,17 +254,16 @@ def test_a_sharded_checkpoint_resumes_on_any_number_of_processes(nursery, recipe
 def test_a_rank_that_dies_ends_the_run_with_one_message(nursery, recipe, tmp_path, victim, parallel):
     """Within `dead_after` and a few seconds, on all ranks; the last checkpoint is whole and the run goes on from it."""
     out = f"out={tmp_path}/run"
-    ranks = nursery.start("slow_train", recipe, 0.3, out, "updates=100", *parallel, size=2)
+    ranks = nursery.start("slow_train", recipe, 0.3, out, "updates=100", DEAD_AFTER, *parallel, size=2)
     wait_for_updates(tmp_path / "run", 2, ranks)
     ranks.kill(victim)
-    started = time.monotonic()
-    codes = ranks.wait(timeout=30)
-    assert time.monotonic() - started < 4 + 12
+    codes = ranks.wait()
     assert codes[victim] == -9
     assert codes[1 - victim] in (1, 2)
     message = [line for line in ranks.said().splitlines() if line.startswith("flashgrpo:")]
     assert len(message) == 1, ranks.said()
-    assert f"rank {victim} " in message[0] or (victim == 0 and "keeps the rendezvous" in message[0])
+    silent = re.search(rf"rank {victim} has not been heard from for [45] s", message[0])  # `dead_after`, or BROKEN
+    assert silent or (victim == 0 and "keeps the rendezvous" in message[0]), message
     assert "Traceback" not in ranks.said()
     newest = checkpoint.newest_whole(tmp_path / "run/checkpoints", print)
     assert newest >= 1
@@ -275,13 +277,10 @@ def test_a_rank_that_dies_ends_the_run_with_one_message(nursery, recipe, tmp_pat
 
 def test_a_rank_that_hangs_is_found_too(nursery, recipe, tmp_path):
     """SIGSTOP: its connections stay open, so only the missing heartbeat tells."""
-    ranks = nursery.start("slow_train", recipe, 0.3, f"out={tmp_path}/run", "updates=100", size=2)
+    ranks = nursery.start("slow_train", recipe, 0.3, f"out={tmp_path}/run", "updates=100", DEAD_AFTER, size=2)
     wait_for_updates(tmp_path / "run", 1, ranks)
     os.kill(ranks.pids[1], signal.SIGSTOP)
-    until = time.monotonic() + 20
-    while ranks.code(0) is None:
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    ranks.until(lambda: ranks.code(0) is not None)
     ranks.kill(1)
     assert ranks.wait()[0] == 1
     assert "rank 1 has not been heard from for 4 s" in ranks.said(0)
@@ -289,7 +288,7 @@ def test_a_rank_that_hangs_is_found_too(nursery, recipe, tmp_path):
 
 def test_a_bug_on_one_rank_ends_all_and_shows_its_traceback_once(nursery, recipe, tmp_path):
     ranks = nursery.start("fail_on_rank_1", recipe, f"out={tmp_path}/run", size=2)
-    codes = ranks.wait(timeout=40)
+    codes = ranks.wait()
     assert codes[1] == 1
     assert codes[0] in (1, 2)
     assert ranks.said().count("KeyError: 'planted'") == 1
@@ -329,8 +328,6 @@ def test_an_interrupt_of_one_rank_ends_all_with_a_checkpoint(nursery, recipe, tm
 
 
 def wait_for_updates(run: Path, count: int, ranks) -> None:
-    until = time.monotonic() + 60
-    while len(read_lines(run / "metrics.jsonl")) < count:
-        assert time.monotonic() < until, ranks.said()
-        assert ranks.code(0) is None, ranks.said()
-        time.sleep(0.05)
+    metrics = run / "metrics.jsonl"
+    ranks.until(lambda: ranks.code(0) is not None or len(read_lines(metrics)) >= count)
+    assert ranks.code(0) is None, ranks.said()

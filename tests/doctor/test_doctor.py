@@ -4,14 +4,11 @@ import collections
 import dataclasses
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from flashgrpo.processes.flow.policy import Policy
 from typer.testing import CliRunner
 
-import flashgrpo.assembly
 import flashgrpo.doctor.costs
 import flashgrpo.models.network
 import flashgrpo.models.wan
@@ -21,7 +18,9 @@ from flashgrpo.doctor import Diagnosis, examine
 from flashgrpo.doctor.checks import QUICK, THOROUGH
 from flashgrpo.doctor.costs import COSTS
 from flashgrpo.errors import UserError
+from flashgrpo.learning import experience
 from flashgrpo.models.lora import trained_parameters
+from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.solvers import Euler
 from flashgrpo.train import train
 
@@ -97,11 +96,9 @@ def test_the_trial_leaves_the_weights_alone(make_run, monkeypatch):
     real = flashgrpo.doctor.try_out
 
     def spy(parts, *arguments, **options):
-        before = {
-            name: weight.detach().clone() for name, weight in trained_parameters(parts.policy.model.network).items()
-        }
+        before = {name: weight.detach().clone() for name, weight in trained_parameters(parts.process.network).items()}
         trial = real(parts, *arguments, thorough=True)
-        for name, weight in trained_parameters(parts.policy.model.network).items():
+        for name, weight in trained_parameters(parts.process.network).items():
             assert torch.equal(weight, before[name])
             assert weight.grad is None
         seen.append(trial)
@@ -129,12 +126,12 @@ def test_on_the_command_line(make_run, tmp_path):
 
 
 def test_replay_that_differs_from_rollout(diagnose, monkeypatch):
-    real = Policy.exact_velocity
+    real = FlowProcess._exact
 
-    def drifting(self, k, x, condition):
-        return real(self, k, x, condition) * (1.05 if torch.is_grad_enabled() else 1.0)
+    def drifting(self, k, state):
+        return real(self, k, state) * (1.05 if torch.is_grad_enabled() else 1.0)
 
-    monkeypatch.setattr(Policy, "exact_velocity", drifting)
+    monkeypatch.setattr(FlowProcess, "_exact", drifting)
     diagnosis = diagnose("algorithm.clip_range=0.5")
     assert "replay differs from rollout" in only_fault(diagnosis, "first ratio")
     drift = finding(diagnosis, "first ratio").numbers["drift"]
@@ -169,28 +166,26 @@ def test_a_parameter_without_gradient(diagnose, monkeypatch, choice):
 
 
 def test_noise_that_stays_in_the_videos(diagnose, monkeypatch):
-    real = flashgrpo.assembly.rollout
+    real = FlowProcess.draw
 
-    def noisy(*arguments):
-        *rest, drawn, _ = arguments
-        latents, transitions = real(*rest)
+    def noisy(self, samples, seed, on_drawn, uses=1):
+        latents, record = real(self, samples, seed, lambda rows, outputs: None, uses)
         latents = latents + 0.1 * torch.randn_like(latents)
-        drawn(torch.arange(len(latents)), latents)
-        return latents, transitions
+        on_drawn(torch.arange(len(latents)), latents)
+        return latents, record
 
-    monkeypatch.setattr(flashgrpo.assembly, "rollout", noisy)
+    monkeypatch.setattr(FlowProcess, "draw", noisy)
     assert "not what their recorded step leads to" in only_fault(diagnose(), "residual noise")
 
 
 def test_a_last_step_that_is_stochastic(diagnose, monkeypatch):
-    real = flashgrpo.doctor.try_out
+    real = FlowProcess.checks
 
-    def late(*arguments, **options):
-        trial = real(*arguments, **options)
-        trial.drawn.transitions.k[0] = 3  # of four
-        return trial
+    def late(self, record, *arguments):
+        record.state.k[0] = 3  # of four
+        return real(self, record, *arguments)
 
-    monkeypatch.setattr(flashgrpo.doctor, "try_out", late)
+    monkeypatch.setattr(FlowProcess, "checks", late)
     found = finding(diagnose(), "residual noise")
     assert found.level == "unsound"
     assert "the last step is stochastic" in found.sentence
@@ -223,14 +218,13 @@ def test_a_reward_the_wrong_way_round(diagnose, tmp_path):
 
 
 def test_advantages_of_one_sign(diagnose, monkeypatch):
-    real = flashgrpo.assembly.combine_advantages
-    monkeypatch.setattr(flashgrpo.assembly, "combine_advantages", lambda *arguments: real(*arguments).abs() + 0.1)
+    real = experience.advantages_by_key
+    monkeypatch.setattr(experience, "advantages_by_key", lambda *arguments: real(*arguments).abs() + 0.1)
     assert "same sign" in only_fault(diagnose(), "advantages")
 
 
 def test_an_evaluation_that_samples_as_training_does(diagnose, monkeypatch):
-    module = sys.modules["flashgrpo.evaluate"]  # the package's `evaluate` is the function
-    real = module.deterministic
+    real = FlowProcess.sampler
 
     class Noisy(Euler):
         def walk(self, grid, points):
@@ -239,7 +233,7 @@ def test_an_evaluation_that_samples_as_training_does(diagnose, monkeypatch):
             walk.step = lambda k, x, v: exact(k, x, v) + torch.randn_like(x)
             return walk
 
-    monkeypatch.setattr(module, "deterministic", lambda *given: dataclasses.replace(real(*given), solver=Noisy()))
+    monkeypatch.setattr(FlowProcess, "sampler", lambda *given: dataclasses.replace(real(*given), solver=Noisy()))
     assert "evaluation adds noise" in only_fault(diagnose(), "evaluation sampler")
 
 

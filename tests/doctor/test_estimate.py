@@ -8,7 +8,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from flashgrpo.assembly import Assembly, experience
+from flashgrpo.assembly import Assembly
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
@@ -66,8 +66,8 @@ def test_graphs_that_are_to_be_kept_are_counted(make_run):
     """Against what autograd saves for a call of the real network, of four transitions."""
     run = make_run("rollout.guidance_scale=1", "rollout.retain=true", "rollout.group_size=4", "optim.micro_batch=4")
     parts = Assembly(run, single_process())
-    graphs = parts.graphs = Graphs(2, 2**40)
-    experience(parts, prompt_groups(parts.prompts, run.seed, 0, 2, 4), Clock())
+    graphs = parts.process._graphs = Graphs(2, 2**40)
+    parts.draw_and_score(prompt_groups(parts.prompts, run.seed, 0, 2, 4), Clock())
     counted = estimate(run).phases["rollout"]["graphs"]
     assert graphs.kept
     assert 0.8 < counted / (2 * graphs.bytes_each) < 1.5  # what lives in the backward pass besides is counted, too

@@ -312,23 +312,6 @@ def test_sample_writes_base_beside_tuned(finished, tmp_path):
             sample(run, [Prompt(prompt, {})], tmp_path / path)
 
 
-def test_eight_bit_moments_resume_bit_for_bit(tmp_path):
-    pytest.importorskip("torchao")
-    settings = ["model.train={kind: full}", "optim.lr=1e-4", "optim.eight_bit=true", "tracking.preflight=skip"]
-    with torch.compiler.set_stance("force_eager"):  # its step would be compiled for half a minute
-        whole = small_run(tmp_path / "whole", *settings)
-        train(whole)
-        parts = small_run(tmp_path / "parts", *settings)
-        train(parts.model_copy(update={"updates": 2}))
-        train(parts)
-    first, second = (checkpoint.load(tmp_path / name / "checkpoints", 4) for name in ("whole", "parts"))
-    assert any(name.startswith("exp_avg.codes:") for name in first["optimizer"])
-    assert all(tensor.dtype == torch.uint8 for name, tensor in first["optimizer"].items() if ".codes:" in name)
-    for kind, tensors in first.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, second[kind][name]), name
-
-
 def test_a_second_process_is_kept_out(make_run):
     config = make_run()
     directory = RunDirectory(Path(config.out))

@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 
 from flashgrpo.errors import UserError
 from flashgrpo.learning.advantage import combine_advantages, group_advantages
-from flashgrpo.learning.settings import Grouping
+from flashgrpo.learning.settings import Credit
 
 REFUSED = (ValueError, TypeCheckError)
 reward_tables = st.builds(
@@ -134,9 +134,13 @@ def test_misuse_is_refused():
     with pytest.raises(REFUSED):
         group_advantages(rewards, std="global")
     with pytest.raises(REFUSED):
-        Grouping(std="global")
+        Credit(std="global")
     with pytest.raises(REFUSED):
-        Grouping(combine="sum")
+        Credit(combine="sum")
+    with pytest.raises(REFUSED):
+        Credit(baseline="anchor")
     for clip in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="clip"):
             group_advantages(rewards, clip=clip)
+        with pytest.raises(ValueError, match="clip"):
+            Credit(clip=clip)

@@ -5,30 +5,29 @@ The judge is diffusers: its own pipelines sample the same latents and frames, an
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from flashgrpo.processes.flow.policy import Policy, guidance_by_step
 from PIL import Image
 
 from flashgrpo.distributed.world import World, single_process
-from flashgrpo.doctor.estimate import META, weightless
 from flashgrpo.learning.optim import Optimizer
 from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.update import policy_update
-from flashgrpo.models.load import load_model
+from flashgrpo.models.load import META, load_model, weightless
 from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.presets import FLASH_GRPO
 from flashgrpo.processes.flow.model import GridPoint, VideoModel
-from flashgrpo.processes.flow.retain import Graphs
-from flashgrpo.processes.flow.rollout import denoise, rollout
+from flashgrpo.processes.flow.process import FlowProcess
+from flashgrpo.processes.flow.rollout import noise_of
 from flashgrpo.processes.flow.schedule import SigmaGrid
-from flashgrpo.processes.flow.shortcuts import Environment
-from flashgrpo.processes.flow.solvers import Euler, UniPC
+from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
+from flashgrpo.processes.flow.solvers import Euler, Solver, UniPC
 from flashgrpo.types import Prompt, PromptGroup, Sample
-from tests.families import KINDS, UNIPC
+from tests.families import KINDS, UNIPC, Kind
 
 WORLD = single_process()
 TEXTS = ["a red circle moving left slowly", "a blue square moving up quickly"]
@@ -69,6 +68,25 @@ def noise(model: VideoModel, rows: int, seed: int = 0) -> torch.Tensor:
 def moments(grid: SigmaGrid, steps: list[int], scale: float) -> GridPoint:
     k = torch.tensor(steps)
     return GridPoint(grid.timesteps[k], grid.sigmas[k], torch.full((len(steps),), scale))
+
+
+def process_of(model: VideoModel, kind: Kind, solver: Solver, world: World = WORLD, **rollout: object) -> FlowProcess:
+    """Flash-GRPO's draws of six steps, replayed two units at a time; evaluation has the same steps and solver."""
+    sizes = {"prompts": 2, "group_size": 2, "num_steps": 6}
+    guidance = {"guidance_scale": SCALE, "guidance_scale_2": kind.guidance_scale_2}
+    settings = RolloutConfig(**sizes, **guidance, solver=solver, **rollout)
+    sampling = SamplingConfig(num_steps=6, solver=solver)
+    return FlowProcess(model, FLASH_GRPO.explore, FLASH_GRPO.score, settings, sampling, micro_batch=2, world=world)
+
+
+def two_each(prompts: list[Prompt]) -> list[Sample]:
+    """A group of two samples of each prompt."""
+    groups = [PromptGroup(0, number, prompt, 2) for number, prompt in enumerate(prompts)]
+    return [Sample(group, member) for group in groups for member in range(2)]
+
+
+def nobody(rows: torch.Tensor, outputs: torch.Tensor) -> None:
+    """Leave aside what was drawn."""
 
 
 def perturb(model: VideoModel) -> dict[str, torch.Tensor]:
@@ -183,10 +201,9 @@ def test_sampling_equals_the_pipeline(model, kind, folder, prompts, solver):
     model.pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
     load_adapters(model, pipeline, folder.parent / "lora", "diffusers")
 
-    grid = model.grid(6)
-    guidance = guidance_by_step(model, grid, SCALE, kind.guidance_scale_2)
-    start = noise(model, 1, seed=3)
-    ours = denoise(Environment(model, grid, guidance, solver), start, model.encode(prompts[:1]), 1, WORLD)
+    name = (3, "noise", 0)
+    start = noise_of(model, [name])
+    ours = process_of(model, kind, solver).sample(prompts[:1], [name], nobody)
     call = {"height": kind.height, "width": kind.width, "num_frames": kind.num_frames}
     call["max_sequence_length"] = model.config.max_sequence_length
     call |= {"num_inference_steps": 6, "guidance_scale": SCALE}
@@ -250,44 +267,30 @@ def test_one_update(kind, folder, prompts, solver, offload):
     """Rollout, replay and optimizer step; the first ratio is 1 bit for bit, and the weights move."""
     model = load_model(kind.config(folder, offload=offload, gradient_checkpointing=True), WORLD, 0, prompts)
     perturb(model)
-    grid = model.grid(6)
-    guidance = guidance_by_step(model, grid, SCALE, kind.guidance_scale_2)
-    policy = Policy(model, grid, FLASH_GRPO.noise(grid.sigmas), guidance, micro_batch=2)
-    environment = Environment(model, grid, guidance, solver)
-    groups = [PromptGroup(0, number, prompt, 2) for number, prompt in enumerate(prompts)]
-    samples = [Sample(group, member) for group in groups for member in range(2)]
-    condition = model.encode([sample.group.prompt for sample in samples])
-    latents, transitions = rollout(policy, environment, samples, condition, FLASH_GRPO, 0, 4, WORLD)
+    process = process_of(model, kind, solver, micro_batch=4, retain=False)
+    latents, record = process.draw(two_each(prompts), 0, nobody)
     assert latents.isfinite().all()
     before = {name: p.detach().clone() for name, p in trained_parameters(model.network).items()}
     optimizer = Optimizer(trained_parameters(model.network), OptimConfig(lr=1e-2, micro_batch=2), WORLD)
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    metrics = policy_update(policy, optimizer, transitions, advantages, FLASH_GRPO, optimizer.config, WORLD)
+    record = replace(record, advantage=torch.tensor([1.0, -1.0, 0.5, -0.5])[record.sample])
+    metrics = policy_update(process, FLASH_GRPO.objective, optimizer, record, optimizer.config, WORLD)
     assert metrics["drift"] == 0
     assert metrics["grad_norm"] > 0
     with weights_replaced(model.network, before):
         assert model.decode(latents[:1]).shape[1] == kind.num_frames
 
 
-def test_a_rollout_reads_no_values(kind, folder, prompts):
+def test_a_rollout_reads_no_values(kind, folder, prompts, monkeypatch):
     """On the meta device there are no values: whoever asks for one, as a GPU would have to be waited for, fails.
 
     Copies from the host's memory it does not see: diffusers' UniPC makes a few of single numbers at each step.
     """
     model = weightless(kind.config(folder))
-    grid = model.grid(6)
-    guidance = guidance_by_step(model, grid, SCALE, kind.guidance_scale_2)
-    policy = Policy(model, grid, FLASH_GRPO.noise(grid.sigmas), guidance, micro_batch=2)
-    environment = Environment(model, grid, guidance, UniPC(), steps=3)
-    groups = [PromptGroup(0, number, prompt, 2) for number, prompt in enumerate(prompts)]
-    samples = [Sample(group, member) for group in groups for member in range(2)]
-    condition = model.nothing()[torch.zeros(4, dtype=torch.int64)]
-    graphs = Graphs(1000, None)
-    latents, transitions = rollout(
-        policy, environment, samples, condition, FLASH_GRPO, 0, 3, World(META), graphs=graphs
-    )
+    monkeypatch.setattr(model, "encode", lambda wanted: model.nothing()[torch.zeros(len(wanted), dtype=torch.int64)])
+    process = process_of(model, kind, UniPC(), World(META), micro_batch=3, deterministic_steps=3, retain=True)
+    latents, record = process.draw(two_each(prompts), 0, nobody)
     assert latents.is_meta
-    assert transitions.retained
+    assert record.state.kept
     model.decode(latents, 5)
     with pytest.raises(RuntimeError, match="meta"):
         latents.sum().item()

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flashgrpo.errors import UserError
 from flashgrpo.rewards.frames import exposure, pick, sharpness
-from flashgrpo.rewards.text import agreement, edit_distance, spelling
+from flashgrpo.rewards.text import edit_distance, similarity, spelling
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.settings import RewardConfig
 from flashgrpo.types import Prompt
@@ -70,10 +70,10 @@ def test_frames_are_picked_evenly():
 
 def test_distances_worked_by_hand():
     assert edit_distance("kitten", "sitting") == 3
-    assert agreement("HELO", "hello") == pytest.approx(0.8)
-    assert agreement("say HEL LO now", "hello") == 1.0
-    assert agreement("", "hello") == 0.0
-    assert agreement("something else entirely", "xy") == 0.0
+    assert similarity("HELO", "hello") == pytest.approx(0.8)
+    assert similarity("say HEL LO now", "hello") == 1.0
+    assert similarity("", "hello") == 0.0
+    assert similarity("something else entirely", "xy") == 0.0
 
 
 @given(st.text("abc", max_size=7), st.text("abc", max_size=7), st.text("abc", max_size=7))

@@ -11,12 +11,11 @@ import torch
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
-from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.scoring.inputs import LatentVideos, Pixels, VideoFiles
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import AHEAD, Scoring
 from flashgrpo.scoring.settings import RewardConfig
-from flashgrpo.types import Prompt
+from flashgrpo.types import Process, Prompt
 from tests.videos import read_mp4
 
 HERE = "tests.scoring.test_scoring"
@@ -27,21 +26,20 @@ LATENTS = torch.arange(6.0).view(6, 1, 1, 1, 1).expand(6, 2, 3, 4, 4)
 class Model:
     """Decodes latents to grey videos of a tenth of their value, and notes how many it was given at once."""
 
-    latent_shape = (2, 3, 4, 4)
     device = torch.device("cpu")
 
     def __init__(self):
         self.decoded = []
         self.frames = []
 
-    def decode(self, latents, frames=None):
+    def media(self, latents, frames=None):
         self.decoded.append(len(latents))
         self.frames.append(frames)
         return (latents[:, :1, :1, :1, :1] / 10).expand(-1, frames or 9, 3, 32, 32).clone()
 
 
-for name in (name for name in dir(VideoModel) if not name.startswith("_") and not hasattr(Model, name)):
-    setattr(Model, name, lambda *_: pytest.fail("not asked for"))  # whatever else a model has is not asked for here
+for name in (name for name in dir(Process) if not name.startswith("_") and not hasattr(Model, name)):
+    setattr(Model, name, lambda *_: pytest.fail("not asked for"))  # whatever else a process has is not asked for here
 
 
 def mean(videos, prompts, n):
@@ -96,7 +94,7 @@ def test_frames_by_stride_rate_and_size():
 def score(configs, model, batches=((0, 1), (2, 3, 4), (5,)), **settings) -> object:
     rewards = Rewards(configs, fps=8.0)
     rewards.load(single_process(computes=False))
-    scoring = Scoring(rewards, model, single_process(computes=False), PROMPTS, watched=True, micro_batch=2, **settings)
+    scoring = Scoring(rewards, model.media, single_process(computes=False), PROMPTS, watched=True, micro_batch=2, **settings)
     for rows in batches:
         rows = torch.tensor(rows)
         scoring.add(rows, LATENTS[rows])
@@ -185,10 +183,10 @@ def test_scoring_goes_on_while_the_next_batch_is_drawn():
     begun = threading.Event()
 
     class Waiting(Model):
-        def decode(self, latents, frames=None):
+        def media(self, latents, frames=None):
             if self.decoded:  # the second batch is being made: the first has to be with its reward by now
                 assert begun.wait(timeout=20)
-            return super().decode(latents, frames)
+            return super().media(latents, frames)
 
     def notes(videos, prompts, n):
         begun.set()
@@ -202,11 +200,11 @@ def test_a_rollout_waits_for_a_reward_that_is_far_behind():
     gate = threading.Event()
 
     class Counting(Model):
-        def decode(self, latents, frames=None):
+        def media(self, latents, frames=None):
             if len(self.decoded) == AHEAD:  # it may be made, but has to wait until the first was scored
                 threading.Timer(0.3, gate.set).start()
             assert gate.is_set() == (len(self.decoded) > AHEAD)
-            return super().decode(latents, frames)
+            return super().media(latents, frames)
 
     def blocked(videos, prompts, n):
         assert gate.wait(timeout=20)

@@ -6,7 +6,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.report import findings, write_report
 from flashgrpo.run.directory import RunDirectory, read_lines
 from flashgrpo.run.progress import Reporter
-from flashgrpo.scoring.heldout import broken_watch
+from flashgrpo.scoring.heldout import guard
 from flashgrpo.scoring.settings import RewardConfig
 from flashgrpo.train import train
 
@@ -35,10 +35,10 @@ def test_the_whole_interval_has_to_lie_below():
         "sharp": RewardConfig(call="x:y", watched=True, max_fall=0.05),
         "sharpness": RewardConfig(call="x:y", watched=True),
     }
-    assert broken_watch(line(0.1, sharp=[-0.2, -0.04], sharpness=[-9.0, -8.0]), rewards) is None
-    assert broken_watch(line(-0.1, sharp=[-0.2, -0.1]), rewards) is None  # nothing was gained by it
-    assert broken_watch(line(0.1, sharp=None), rewards) is None
-    assert broken_watch(line(0.1, **{"sharp.edges": [-0.2, -0.06]}), rewards) == (
+    assert guard(line(0.1, sharp=[-0.2, -0.04], sharpness=[-9.0, -8.0]), rewards) is None
+    assert guard(line(-0.1, sharp=[-0.2, -0.1]), rewards) is None  # nothing was gained by it
+    assert guard(line(0.1, sharp=None), rewards) is None
+    assert guard(line(0.1, **{"sharp.edges": [-0.2, -0.06]}), rewards) == (
         "the watched reward sharp.edges has fallen by 0.06 to 0.2 (95 % interval), more than the 0.05 of its max_fall, "
         "while the trained reward rose by 0.1"
     )

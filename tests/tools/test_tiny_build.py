@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from flashgrpo.models.tiny import build, world
 from flashgrpo.rewards.shapes import ATTRIBUTES, agreement, persistence
+from tools.tiny import build, world
 from tools.tiny.architecture import TEXT_LENGTH, make_tokenizer
 from tools.tiny.muon import orthogonalize
 

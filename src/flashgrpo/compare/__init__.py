@@ -15,7 +15,7 @@ A comparison's folder:
     ALGORITHM/seed-S/         a run directory; beside it seed-S.yaml (its recipe), seed-S.log, seed-S.failed (why)
     comparison.json           every evaluation and every update of every run, and what they say together
     comparison.md  figures/  report.html
-    diagnosis.json            gradients by step, variance of rewards, consistency: `diagnostics.py`
+    diagnosis.json            gradients by step, variance of rewards, consistency: `diagnostics/measure.py`
 """
 
 import json
@@ -35,7 +35,7 @@ from flashgrpo.compare.results import collect, is_done
 from flashgrpo.compare.table import as_markdown
 from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.errors import UserError
-from flashgrpo.files import write_aside
+from flashgrpo.files import write_text
 from flashgrpo.report import write_report
 
 __all__ = ["compare"]
@@ -68,13 +68,13 @@ def compare(
         algorithms: presets, or `NAME={preset: flow-grpo, kl_coef: 0.1}`; the first is what the others are held against.
         seeds: so many, from the recipe's `seed` upwards.
         out: the folder; runs/compare-RECIPE when not given.
-        budget: of each run, in network forwards (`compute.py`); what the recipe's `updates` cost the first algorithm
-            when not given. A run gets as many whole updates as it pays for.
+        budget: of each run, in network forwards (`processes/flow/cost.py`); what the recipe's `updates` cost the first
+            algorithm when not given. A run gets as many whole updates as it pays for.
         points: evaluations of a run after the base model's, at equal shares of its compute.
         jobs: runs at a time.
         keep: parts of the recipe's own algorithm that stay in place of every preset's, for instance `noise,steps`.
         levels: held-out rewards whose cost is looked for; quarters of the first algorithm's gain when not given.
-        diagnose: also measure, at the base weights, what grouping and rectification have to work on (`diagnostics.py`).
+        diagnose: also measure, at the base weights, what grouping and rectification have to work on (`diagnostics/`).
 
     Returns:
         What comparison.json holds.
@@ -83,23 +83,21 @@ def compare(
         UserError: an unknown or doubled algorithm, a bad setting, a budget below one update, no seed, or a folder that
             holds something else.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs: at least 1 run at a time, not {jobs}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("compare starts processes of its own; call it without torchrun")
+    _check_start(jobs)
     console = console or Console(stderr=True)
     plan = make_plan(recipe, overrides, algorithms, seeds, budget, points, keep)
     folder = ComparisonFolder(Path(out or Path("runs") / f"compare-{Path(recipe).stem}"))
     with folder.claimed(plan):
-        interrupted = _run(plan, folder, jobs, levels, console)
-        if diagnose and not interrupted:
+        if not _run(plan, folder, jobs, levels, console) and diagnose:
             _diagnose(plan, folder, console)
-        comparison = write_data(folder, levels)
-        write_figures(comparison, folder.figures)
-        if folder.diagnosis.exists():
-            diagnostics.figures(read_diagnosis(folder), folder.figures)
-        write_report(folder.path)
-    return comparison
+        return _write_all(folder, levels)
+
+
+def _check_start(jobs: int) -> None:
+    if jobs < 1:
+        raise UserError(f"--jobs: at least 1 run at a time, not {jobs}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compare starts processes of its own; call it without torchrun")
 
 
 def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console) -> bool:
@@ -136,8 +134,7 @@ def _diagnose(plan: Plan, folder: ComparisonFolder, console: Console) -> None:
         measured = diagnostics.diagnose(
             first, algorithms, say=lambda sentence: console.print(sentence, highlight=False, markup=False)
         )
-        with write_aside(folder.diagnosis) as aside:
-            aside.write_text(json.dumps(measured, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(folder.diagnosis, json.dumps(measured, indent=1, allow_nan=False) + "\n")
 
 
 def read_diagnosis(folder: ComparisonFolder) -> dict[str, Any]:
@@ -147,11 +144,19 @@ def read_diagnosis(folder: ComparisonFolder) -> dict[str, Any]:
 
 
 def write_data(folder: ComparisonFolder, levels: Sequence[float]) -> dict[str, Any]:
-    """comparison.json and comparison.md from the runs as far as they have come."""
+    """Write comparison.json and comparison.md from the runs as far as they have come; returns the former."""
     comparison = collect(folder, levels)
-    with write_aside(folder.results) as aside:
-        aside.write_text(json.dumps(comparison, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with write_aside(folder.table) as aside:
-        measured = diagnosis_as_markdown(read_diagnosis(folder)) if folder.diagnosis.exists() else ""
-        aside.write_text("\n".join(filter(None, (as_markdown(comparison), measured))), encoding="utf-8")
+    measured = diagnosis_as_markdown(read_diagnosis(folder)) if folder.diagnosis.exists() else ""
+    write_text(folder.results, json.dumps(comparison, indent=1, allow_nan=False) + "\n")
+    write_text(folder.table, "\n".join(filter(None, (as_markdown(comparison), measured))))
+    return comparison
+
+
+def _write_all(folder: ComparisonFolder, levels: Sequence[float]) -> dict[str, Any]:
+    """Write the data, the figures and the page."""
+    comparison = write_data(folder, levels)
+    write_figures(comparison, folder.figures)
+    if folder.diagnosis.exists():
+        diagnostics.figures(read_diagnosis(folder), folder.figures)
+    write_report(folder.path)
     return comparison

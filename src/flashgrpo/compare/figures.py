@@ -11,7 +11,6 @@ from flashgrpo.files import write_aside
 from flashgrpo.report import comparison_charts as charts
 from flashgrpo.report.charts import NICE
 
-DPI = 200
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,  # names come from the user
@@ -55,5 +54,4 @@ def write_figures(comparison: charts.Row, folder: Path) -> None:
             axes.set_ylabel(label)
             if axes.get_legend_handles_labels()[0]:
                 figure.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=3)
-            figure.savefig(aside / f"{name}.svg", metadata={"Date": None})
-            figure.savefig(aside / f"{name}.png", dpi=DPI)
+            charts.save_figure(figure, aside / name)

@@ -1,7 +1,6 @@
 """The folder of a comparison: where its runs lie, whose it is, and whether it may be gone on with."""
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flashgrpo.compare.plan import FORMAT, Plan
+from flashgrpo.config.recipe import differences
 from flashgrpo.errors import UserError
-from flashgrpo.files import explain_os_errors, write_aside
+from flashgrpo.files import explain_os_errors, lock, write_text
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,11 @@ class RunFiles:
     @property
     def busy(self) -> bool:
         """Whether some process trains it, for instance one that outlived the comparison that started it."""
-        lock = self.path / ".lock"
-        if not lock.exists():
+        path = self.path / ".lock"
+        if not path.exists():
             return False
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        with path.open("w") as file:
+            return not lock(file)
 
 
 class ComparisonFolder:
@@ -102,16 +98,13 @@ class ComparisonFolder:
             if foreign:
                 raise UserError(f"--out: {self.path} holds {foreign[0]!r} and is no comparison; choose another folder")
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system, also after kill -9
-            except BlockingIOError as error:
-                raise UserError(f"--out: another process is comparing into {self.path}") from error
+            file = (self.path / ".lock").open("w")
+        with file:
+            if not lock(file):
+                raise UserError(f"--out: another process is comparing into {self.path}")
             if self.plan_file.is_file():
                 self._check(plan.as_json())
-            with write_aside(self.plan_file) as aside:
-                aside.write_text(json.dumps(plan.as_json(), indent=1) + "\n", encoding="utf-8")
+            write_text(self.plan_file, json.dumps(plan.as_json(), indent=1) + "\n")
             yield
 
     def _check(self, now: Mapping[str, Any]) -> None:
@@ -121,15 +114,7 @@ class ComparisonFolder:
         if gone:
             raise UserError(f"--out: {self.path} is a comparison that also has {gone[0]}; choose another folder")
         names = before["algorithms"]
-        old, new = (_flat({"budget": p["budget"], **{n: p["algorithms"][n] for n in names}}) for p in (before, now))
-        changed = [key.replace(".settings.", ": ") for key in {**old, **new} if old.get(key) != new.get(key)]
-        if changed:
-            raise UserError(f"--out: {self.path} is a comparison with another {changed[0]}; choose another folder")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        old, new = ({"budget": p["budget"], **{n: p["algorithms"][n] for n in names}} for p in (before, now))
+        if changed := differences(old, new):
+            key = changed[0].replace(".settings.", ": ")
+            raise UserError(f"--out: {self.path} is a comparison with another {key}; choose another folder")

@@ -25,7 +25,7 @@ class Plan:
     """A comparison before it runs.
 
     Args:
-        budget: network forwards of each run, as `compute.py` counts them.
+        budget: network forwards of each run, as `processes/flow/cost.py` counts them.
         algorithms: name -> settings of its runs but for `seed` and `out`; the others are held against the first.
     """
 

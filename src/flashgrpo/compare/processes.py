@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from flashgrpo.compare.folder import RunFiles
 from flashgrpo.config import RunConfig
-from flashgrpo.files import write_aside
+from flashgrpo.files import write_text
 from flashgrpo.run.progress import Interrupt
 
 POLL = 0.2  # seconds between two looks at the processes
@@ -22,38 +22,64 @@ Process = subprocess.Popen[bytes]
 
 
 def run_all(runs: Mapping[RunFiles, RunConfig], jobs: int, console: Console, ended: Callable[[RunFiles], None]) -> bool:
-    """Train them, `jobs` at a time; `ended` hears of each. Returns whether an interrupt came before all had ended.
+    """Train them, `jobs` at a time; `ended` is called with each. Returns whether an interrupt came before all had ended.
 
     The first SIGINT or SIGTERM is passed on to the runs, each of which ends after the update that it is in, with a
     checkpoint; a second one ends all at once. A run that another process still trains, for instance because the
     comparison that started it was killed, is waited for.
     """
-    waiting, running, passed_on = list(runs), dict[int, tuple[RunFiles, Process]](), False
-    with Interrupt() as interrupt, Board(console, runs) as board:
-        try:
-            while waiting or running:
-                for slot, (run, process) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[slot]
-                        if process.returncode and not interrupt.requested:
-                            note_failure(run, process.returncode)
-                        ended(run)
-                if interrupt.requested and not passed_on:
-                    board.say("interrupted: every run ends after the update that it is in")
-                    for _, process in running.values():
-                        process.send_signal(signal.SIGINT)
-                    waiting, passed_on = [], True
-                for slot in sorted({*range(jobs)} - {*running}):
-                    free = next((run for run in waiting if not run.busy), None)
-                    if free:
-                        waiting.remove(free)
-                        running[slot] = free, start(free, runs[free], slot, jobs)
-                board.show([run for run, _ in running.values()], waiting)
-                time.sleep(POLL)
-        finally:
-            for _, process in running.values():
-                process.terminate()
+    pool, passed_on = Pool(runs, jobs), False
+    with Interrupt() as interrupt, Board(console, runs) as board, pool:
+        while pool.waiting or pool.running:
+            for run in pool.reap(note_failures=not interrupt.requested):
+                ended(run)
+            if interrupt.requested and not passed_on:
+                board.say("interrupted: every run ends after the update that it is in")
+                pool.interrupt()
+                passed_on = True
+            pool.fill()
+            board.show([run for run, _ in pool.running.values()], pool.waiting)
+            time.sleep(POLL)
     return interrupt.requested
+
+
+class Pool:
+    """Runs that wait for a slot, and those in progress with their processes, by slot. Leaving it ends all processes."""
+
+    def __init__(self, runs: Mapping[RunFiles, RunConfig], jobs: int) -> None:
+        self._runs, self._jobs = runs, jobs
+        self.waiting = list(runs)
+        self.running: dict[int, tuple[RunFiles, Process]] = {}
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for _, process in self.running.values():
+            process.terminate()
+
+    def reap(self, note_failures: bool) -> Iterator[RunFiles]:
+        """Take out and yield the runs whose processes have ended."""
+        for slot, (run, process) in list(self.running.items()):
+            if (code := process.poll()) is not None:
+                del self.running[slot]
+                if code and note_failures:
+                    note_failure(run, code)
+                yield run
+
+    def interrupt(self) -> None:
+        """Let every run end after the update that it is in, and start no other."""
+        self.waiting = []
+        for _, process in self.running.values():
+            process.send_signal(signal.SIGINT)
+
+    def fill(self) -> None:
+        """Start a run in each free slot, passing over those that another process still trains."""
+        for slot in sorted({*range(self._jobs)} - {*self.running}):
+            free = next((run for run in self.waiting if not run.busy), None)
+            if free:
+                self.waiting.remove(free)
+                self.running[slot] = free, start(free, self._runs[free], slot, self._jobs)
 
 
 def start(run: RunFiles, config: RunConfig, slot: int, jobs: int) -> Process:
@@ -62,8 +88,7 @@ def start(run: RunFiles, config: RunConfig, slot: int, jobs: int) -> Process:
     if jobs > 1 and parallel.threads is None:
         parallel = parallel.model_copy(update={"threads": max(1, (os.cpu_count() or 1) // jobs)})
     config = config.model_copy(update={"out": str(run.path), "seed": run.seed, "parallel": parallel})
-    with write_aside(run.recipe) as aside:
-        aside.write_text(config.to_yaml(), encoding="utf-8")
+    write_text(run.recipe, config.to_yaml())
     run.failure.unlink(missing_ok=True)
     command = [sys.executable, "-m", "flashgrpo", "train", str(run.recipe)]
     with run.log.open("ab") as log:
@@ -96,8 +121,7 @@ def note_failure(run: RunFiles, code: int) -> None:
     own = [line.removeprefix("flashgrpo: ") for line in lines if line.startswith("flashgrpo: ")]
     last = (own or lines or [""])[-1]
     how = f"ended by {signal.Signals(-code).name} after: " if code < 0 else ""
-    with write_aside(run.failure) as aside:
-        aside.write_text(f"{how}{last}\n", encoding="utf-8")
+    write_text(run.failure, f"{how}{last}\n")
 
 
 class Board:

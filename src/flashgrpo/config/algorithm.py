@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, GetJsonSchemaHandler
 
 from flashgrpo.config.recipe import merge_choices, without_gone
 from flashgrpo.errors import UserError, suggest
@@ -59,6 +59,28 @@ class AlgorithmRecipe(Part):
     clip_range: ClipRange
     kl_coef: float
     adv_clip: float
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Require nothing, not even a `kind`: what a recipe leaves out comes from the preset."""
+        schema = handler(core)
+        _require_nothing(handler.resolve_ref_schema(schema), handler)
+        return schema
+
+
+def _require_nothing(node: Any, handler: GetJsonSchemaHandler) -> None:
+    """Let mappings leave out any key, here and below; {eta: 0.5} is a choice of whichever kinds have an eta."""
+    if isinstance(node, list):
+        for one in node:
+            _require_nothing(one, handler)
+    elif isinstance(node, dict):
+        node.pop("required", None)
+        if "discriminator" in node and "oneOf" in node:
+            node["anyOf"] = node.pop("oneOf")
+        if "$ref" in node:
+            _require_nothing(handler.resolve_ref_schema(node), handler)
+        for one in node.values():
+            _require_nothing(one, handler)
 
 
 Written = Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})] | AlgorithmRecipe

@@ -58,6 +58,18 @@ def merge_choices(old: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[An
     return merged
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys under which two trees of settings differ; what one of them lacks is None there."""
+    keys: list[str] = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            keys += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            keys.append(prefix + key)
+    return keys
+
+
 GONE: Mapping[str, tuple[Any, str]] = {
     "algorithm.score.weighting.over": ("window", "the mean of the weights is over the window of steps"),
     "parallel.context_kind": ("ulysses", "ring attention never ran"),

@@ -23,13 +23,14 @@ from flashgrpo.config import RunConfig
 from flashgrpo.diagnostics.gradients import Estimate, gradient_by_step, gradient_consistency, named, windows
 from flashgrpo.distributed.world import process_group, use_threads
 from flashgrpo.errors import UserError
-from flashgrpo.files import write_aside
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.presets import Algorithm
 from flashgrpo.processes.flow.steps import OneStep
 from flashgrpo.prompts import prompt_groups
+from flashgrpo.report.comparison_charts import OKABE_ITO, save_figure
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
+from flashgrpo.scoring.heldout import bootstrap_interval
 from flashgrpo.scoring.scoring import untimed
 
 Say = Callable[[str], None]
@@ -206,27 +207,24 @@ def split_variance(rewards: Float64[Tensor, "prompts steps members"], steps: Seq
 
 
 def bootstrap(statistic: Callable[..., Any], *columns: np.ndarray) -> Estimate:
-    """`statistic` of columns (n,), which it reduces along the last axis; percentile bootstrap over their rows."""
-    rows = np.random.default_rng(0).integers(0, len(columns[0]), (10_000, len(columns[0])))
-    low, high = np.percentile(statistic(*(column[rows] for column in columns)), [2.5, 97.5])
-    return Estimate(float(statistic(*columns)), [float(low), float(high)])
+    """Estimate a statistic of columns (n,), which it reduces along the last axis; see `bootstrap_interval`."""
+    interval = bootstrap_interval(*columns, statistic=statistic, resamples=10_000)
+    assert interval is not None  # `Effort` asks for three prompts
+    return Estimate(float(statistic(*columns)), interval)
 
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"  # of Okabe and Ito, and a grey
+BLUE, ORANGE, GREEN, GREY = *(OKABE_ITO[i] for i in (0, 2, 3)), "#666666"
 STYLE: dict[Any, Any] = {"font.size": 8, "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "flashgrpo"}
 
 
+@matplotlib.rc_context(STYLE)
 def figures(diagnosis: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw a diagnosis, 6.5 inches wide, as SVG and PNG into `folder`; returns the files."""
-    files = []
-    for draw in (gradient_figure, variance_figure, consistency_figure):
-        with matplotlib.rc_context(STYLE):
-            figure = draw(diagnosis)
-            for ending, metadata in (("svg", {"Date": None}), ("png", None)):  # equal figures, equal bytes
-                files.append(folder / f"{draw.__name__}.{ending}")
-                with write_aside(files[-1]) as aside:
-                    figure.savefig(aside, dpi=200, metadata=metadata)
-    return files
+    return [
+        file
+        for draw in (gradient_figure, variance_figure, consistency_figure)
+        for file in save_figure(draw(diagnosis), folder / draw.__name__)
+    ]
 
 
 def gradient_figure(diagnosis: Mapping[str, Any]) -> Figure:

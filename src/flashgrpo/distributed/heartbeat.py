@@ -125,19 +125,23 @@ class Heartbeat:
         heard = dict.fromkeys(watched, time.monotonic())
         while not self._stopped.wait(INTERVAL):
             try:
-                self._beat()
-                if self._posted() is not None:
-                    self._let_others_go()
-                    self._leave("")
-                for rank, beat in zip(watched, self._read(watched), strict=True):
-                    if beat != last[rank]:
-                        last[rank], heard[rank] = beat, time.monotonic()
-                silent = [rank for rank in watched if time.monotonic() - heard[rank] > self._dead_after]
-                if silent:
-                    reason = _death(silent, self._dead_after)
-                    self._leave(reason if self._post(reason) else "")
+                self._look(last, heard)
             except (dist.DistStoreError, RuntimeError):
                 self._leave(LOST if self._rank == 1 else "")
+
+    def _look(self, last: dict[int, bytes], heard: dict[int, float]) -> None:
+        """Beat once, and look once at the beats of the watched ranks: rank -> its last beat, and when that came."""
+        self._beat()
+        if self._posted() is not None:
+            self._let_others_go()
+            self._leave("")
+        for rank, beat in zip(last, self._read(list(last)), strict=True):
+            if beat != last[rank]:
+                last[rank], heard[rank] = beat, time.monotonic()
+        silent = [rank for rank in last if time.monotonic() - heard[rank] > self._dead_after]
+        if silent:
+            reason = _death(silent, self._dead_after)
+            self._leave(reason if self._post(reason) else "")
 
     def _leave(self, reason: str) -> None:
         """End this process, whose main thread may wait in a collective for ever, if it does not end by itself."""

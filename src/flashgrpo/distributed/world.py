@@ -232,34 +232,18 @@ def process_group(parallel: ParallelConfig, compute_dtype: str | None = None, st
     Raises:
         UserError: the number of processes does not fit the mesh.
     """
-    settings = parallel if strict or int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
-    uses_fsdp = settings.shard > 1 or compute_dtype is not None  # not for `shard` where one process evaluates
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    settings = parallel if strict or size > 1 else ParallelConfig()
+    uses_fsdp = settings.shard > 1 or compute_dtype is not None  # not for `shard` where one process evaluates
     _check_mesh(settings, size)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = _claim_device()
     patience = timedelta(seconds=settings.timeout)
     begun_here = (size > 1 or uses_fsdp) and not dist.is_initialized()
     if begun_here:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if size > 1:
-            dist.init_process_group(backend, timeout=patience)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _init_group("nccl" if device.type == "cuda" else "gloo", size, patience)
     cpu_group = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
-    world = World(
-        device,
-        rank,
-        size,
-        settings.shard,
-        settings.context,
-        settings.shares,
-        settings.reward_ranks,
-        uses_fsdp,
-        cpu_group,
-    )
+    mesh = settings.shard, settings.context, settings.shares, settings.reward_ranks
+    world = World(device, rank, size, *mesh, uses_fsdp, cpu_group)
     heartbeat = connect(rank, size, settings.dead_after) if size > 1 else None
     try:
         if heartbeat:
@@ -279,6 +263,23 @@ def process_group(parallel: ParallelConfig, compute_dtype: str | None = None, st
         if explained is error:
             raise
         raise explained from None  # and the group stays: to take it down may wait for ranks that are gone
+
+
+def _claim_device() -> torch.device:
+    """Return this process's GPU, made the current one, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _init_group(backend: str, size: int, patience: timedelta) -> None:
+    """Join the launcher's processes; a process alone, which FSDP2 needs a group for too, keeps its own store."""
+    if size > 1:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _check_mesh(settings: ParallelConfig, size: int) -> None:

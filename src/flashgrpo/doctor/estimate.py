@@ -31,7 +31,7 @@ BY_STEP = 2  # further copies while gradient norms are recorded by step
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes at the highest of each phase, on one process, with what they are made of.
 
     Args:
@@ -55,7 +55,7 @@ class Estimate:
         return max(self.totals.values())
 
 
-def estimate(config: RunConfig, processes: int = 1) -> Estimate:
+def estimate(config: RunConfig, processes: int = 1) -> MemoryEstimate:
     """Count the memory of a run, spread over so many processes; of the samples kept and of one micro-batch.
 
     Attention is taken not to keep its matrix of scores, as no back end for long sequences does. The text encoder is not
@@ -66,28 +66,12 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     """
     model, settings, parallel = weightless(config.model), config.rollout, config.parallel
     own = math.ceil(settings.prompts * settings.group_size * parallel.context / processes)
-    networks = list(model.experts.values())
     vae, offload = model.pipeline.vae, config.model.offload
-    shared = parallel.shard * parallel.context
-    trained = sum(p.numel() * 4 for p in trained_parameters(model.network).values()) // shared
-    sizes = [_bytes(network.parameters()) for network in networks]
-    gathered = 0 if shared == 1 else 2 * max(_bytes(block.parameters()) for block in blocks_of(networks[0]))
-    weights = (max(sizes) if offload else sum(sizes)) // shared + gathered
-    if settings.deterministic_dtype == "float8":
-        weights += sum(layer.weight.numel() for layer in frozen_layers(blocks_of(model.network)))
+    weights, trained = _weights(model, config)
     while_drawing = weights + (0 if offload else _bytes(vae.parameters()))
     while_decoding = (trained if offload else weights) + _bytes(vae.parameters())
     rest = {
-        "learning": trained
-        * (
-            MOMENTS
-            + GRADIENTS
-            + (
-                BY_STEP
-                if config.optim.grad_norm_by_step or (config.optim.grad_norm_by_step is None and shared == 1)
-                else 0
-            )
-        ),
+        "learning": trained * _copies(config),
         "samples": round(own * _bytes_per_sample(model, records_per_sample(config))),
     }
     guided = 2 if settings.guidance_scale > 1 else 1
@@ -108,7 +92,27 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     }
     video = config.model.num_frames * 3 * config.model.height * config.model.width * 4
     held = own if offload or parallel.reward_ranks else min(own, (AHEAD + 1) * settings.micro_batch)
-    return Estimate(counts, phases, host=held * video)
+    return MemoryEstimate(counts, phases, host=held * video)
+
+
+def _weights(model: Any, config: RunConfig) -> tuple[int, int]:
+    """Return the bytes of the weights that one process computes with, and of what is trained among them."""
+    shared, networks = config.parallel.shard * config.parallel.context, list(model.experts.values())
+    trained = sum(p.numel() * 4 for p in trained_parameters(model.network).values()) // shared
+    sizes = [_bytes(network.parameters()) for network in networks]
+    gathered = 0 if shared == 1 else 2 * max(_bytes(block.parameters()) for block in blocks_of(networks[0]))
+    weights = (max(sizes) if config.model.offload else sum(sizes)) // shared + gathered
+    if config.rollout.deterministic_dtype == "float8":
+        weights += sum(layer.weight.numel() for layer in frozen_layers(blocks_of(model.network)))
+    return weights, trained
+
+
+def _copies(config: RunConfig) -> int:
+    """Count the copies of what is trained that lie beside it."""
+    by_step = config.optim.grad_norm_by_step
+    if by_step is None:
+        by_step = config.parallel.shard * config.parallel.context == 1
+    return MOMENTS + GRADIENTS + (BY_STEP if by_step else 0)
 
 
 def records_per_sample(config: RunConfig) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32, Int64
@@ -18,6 +18,7 @@ Phases = Callable[[str], AbstractContextManager[None]]
 """A clock: `with clock("rollout"): ...`"""
 
 
+@runtime_checkable
 class Scores(Protocol):
     """Scores the samples of an update while later ones are drawn."""
 

@@ -21,6 +21,7 @@ from flashgrpo.settings import FORBID_EXTRA
 
 Rows = Float32[Any, " batch"]
 ClipRange = float | tuple[float, float]
+FAR = 80.0  # a log-ratio whose exp float32 still holds
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def policy_losses(log_prob: Rows, old_log_prob: Rows, advantage: Rows, weight: R
     """
     _check_rows(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage, weight=weight)
     low, high = _bounds(clip_range)
-    ratio = (log_prob - old_log_prob.detach()).exp()
-    gain = (weight * advantage).detach()
+    log_ratio, gain = log_prob - old_log_prob.detach(), (weight * advantage).detach()
+    clipped_anyway = (gain >= 0) & (log_ratio > FAR)  # where exp would be inf, and its derivative 0 * inf
+    ratio = log_ratio.masked_fill(clipped_anyway, FAR).exp()
     return (-gain * ratio).maximum(-gain * ratio.clamp(low, high))
 
 

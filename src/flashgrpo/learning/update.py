@@ -4,7 +4,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int64
@@ -16,6 +16,7 @@ from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.types import Columns, Process, Record
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What is minimised, as a pure function of columns of numbers; (T,) each, a row for each term."""
 
@@ -89,7 +90,9 @@ class Work:
     """The units of an optimizer step, on all ranks; (U,) each, ranks one after the other.
 
     Args:
-        slot, owner, term_counts: the slot of each unit, the rank that has it, and how many terms it has.
+        slot: of each unit.
+        owner: the rank that has the unit.
+        term_counts: how many terms the unit has.
         number: of each unit in its rank's record.
     """
 

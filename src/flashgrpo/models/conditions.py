@@ -23,18 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashgrpo.files import explain_os_errors
+from flashgrpo.files import cache_folder, explain_os_errors
 from flashgrpo.types import Condition, Prompt
 from flashgrpo.video import image_bytes
 
 SAMPLE = 2**20  # bytes read at the start, in the middle and at the end of a file to tell it from others
 
 Row = Mapping[str, Tensor]
-
-
-def default_folder() -> Path:
-    """`$FLASHGRPO_CACHE`, or `~/.cache/flashgrpo`, and in it `conditions`."""
-    return Path(os.environ.get("FLASHGRPO_CACHE") or Path.home() / ".cache/flashgrpo").expanduser() / "conditions"
 
 
 def fingerprint(folder: Path, parts: Sequence[str], settings: Mapping[str, Any]) -> str:
@@ -55,10 +50,10 @@ def fingerprint(folder: Path, parts: Sequence[str], settings: Mapping[str, Any])
 
 
 def entries_of(folder: Path, parts: Sequence[str], settings: Mapping[str, Any], cache: str | None = None) -> Path:
-    """Where the rows lie that the encoders in `folder` make: below `cache`, or the usual folder."""
+    """Return where the rows lie that the encoders in `folder` make: below `cache`, or below `cache_folder()`."""
     packages = {name: metadata.version(name) for name in ("diffusers", "transformers")}  # they clean and cut texts
     digest = fingerprint(folder, parts, {**settings, **packages})[:32]
-    return (Path(cache).expanduser() if cache else default_folder()) / digest
+    return (Path(cache).expanduser() if cache else cache_folder() / "conditions") / digest
 
 
 class Conditions:

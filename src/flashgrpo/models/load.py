@@ -103,5 +103,4 @@ def _download(repository: str) -> Path:
 
 def weightless(model: ModelConfig) -> Any:
     """The model in its full size on the meta device."""
-    plain = {"random_init": True, "offload": False, "compile": False, "attention": None, "compute_dtype": None}
-    return load_model(model.model_copy(update=plain), World(META), seed=0)
+    return load_model(model.plain().model_copy(update={"random_init": True}), World(META), seed=0)

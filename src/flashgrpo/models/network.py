@@ -1,7 +1,7 @@
 """One network made ready: what is trained of it, how it computes, where it lies."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,14 @@ def channels_last(module: nn.Module) -> None:
         for kind, layout in layouts:
             if isinstance(part, kind):
                 part.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def try_attention(networks: Iterable[Any], backend: str, call: Callable[[Any], object]) -> None:
+    """Call each network once: many back ends refuse a mask, a type or a device only when they are called."""
+    for network in networks:
+        with explain_attention(network, backend):
+            call(network)
 
 
 @contextlib.contextmanager

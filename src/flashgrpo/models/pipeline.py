@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Conditions, Row, entries_of, fingerprint
 from flashgrpo.models.lora import adapters_off, trained_parameters, weights_replaced, write_adapters
-from flashgrpo.models.network import channels_last, explain_attention, prepare_network
+from flashgrpo.models.network import channels_last, prepare_network, try_attention
 from flashgrpo.models.residence import Residence
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.models.source import Source
@@ -69,17 +70,17 @@ class PipelineModel(ABC):
         self._conditions = Conditions(self._cache_folder(), self._row, self.takes_image)
         self._encode_all(prompts, world, say or (lambda _: None))
         self.experts = self._prepare_experts(world)
-        self.network: nn.Module = (
-            nn.ModuleDict(self.experts) if len(self.experts) > 1 else self.experts[self.expert_names[0]]
-        )
+        first, *others = self.experts.values()
+        self.network: nn.Module = nn.ModuleDict(self.experts) if others else first
         self._residence = Residence({**self.experts, "vae": self.pipeline.vae}, self.device, config.offload)
-        self._base = (
-            {name: parameter.detach().clone() for name, parameter in trained_parameters(self.network).items()}
-            if keep_reference and not isinstance(config.train, Lora)
-            else None
-        )
+        keeps = keep_reference and not isinstance(config.train, Lora)
+        trained = trained_parameters(self.network) if keeps else {}
+        self._base = {name: parameter.detach().clone() for name, parameter in trained.items()}
         if config.attention:
-            self._try_attention()
+            x, one = torch.zeros(1, *self.latent_shape, device=self.device), torch.ones(1)
+            point = GridPoint(one, one.double(), one)
+            call = partial(self.forward, x=x, point=point, condition=self.nothing())
+            try_attention(self.experts.values(), config.attention, call)
 
     # What a family says
 
@@ -201,14 +202,6 @@ class PipelineModel(ABC):
                 getattr(self.pipeline.vae, switch)()
         return experts
 
-    @torch.no_grad()
-    def _try_attention(self) -> None:
-        """Call each network once: many back ends refuse a mask, a type or a device only when they are called."""
-        x, one = torch.zeros(1, *self.latent_shape, device=self.device), torch.ones(1)
-        for network in self.experts.values():
-            with explain_attention(network, self.config.attention):
-                self.forward(network, x, GridPoint(one, one.double(), one), self.nothing())
-
     @property
     def identity(self) -> str:
         """A digest of samples from the checkpoint's weights, or of the sizes where weights are random."""
@@ -280,7 +273,7 @@ class PipelineModel(ABC):
         """Adapters off, or the kept base weights."""
         if isinstance(self.config.train, Lora):
             return adapters_off(list(self.experts.values()))
-        assert self._base is not None, "load with keep_reference to compare a fully trained model with its base"
+        assert self._base, "load with keep_reference to compare a fully trained model with its base"
         return weights_replaced(self.network, self._base)
 
     # Getting the result out

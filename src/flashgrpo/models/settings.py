@@ -73,6 +73,10 @@ class ModelConfig(Part):
     random_init: bool = False
     """Random weights in place of the checkpoint's, to measure shapes, memory and speed without a download."""
 
+    def plain(self) -> "ModelConfig":
+        """Return the same model without what only spreads its computation or makes it faster."""
+        return self.model_copy(update={"compute_dtype": None, "offload": False, "attention": None, "compile": False})
+
     def check(self, sharded: bool) -> None:
         """Refuse what cannot go together.
 

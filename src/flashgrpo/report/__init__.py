@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from flashgrpo.files import write_aside
+from flashgrpo.files import write_text
 from flashgrpo.report import charts, comparison, findings
 from flashgrpo.report.page import both_shapes, template
 from flashgrpo.report.record import Row, Run, column, headline_evaluation, names, read_run, samples_of
@@ -52,8 +52,7 @@ def write_report(run: Path) -> Path:
     run = Path(run)
     page = comparison.render(run) if comparison.is_one(run) else render(read_run(run))
     target = run / "report.html"
-    with write_aside(target) as aside:
-        aside.write_text(page, encoding="utf-8")
+    write_text(target, page)
     return target
 
 

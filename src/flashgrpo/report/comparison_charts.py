@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, FuncFormatter, MaxNLocator
 
+from flashgrpo.files import write_aside
 from flashgrpo.report.charts import GRID, INK, MUTED, NICE, PHASES
 
 Row = Mapping[str, Any]
@@ -112,6 +115,15 @@ def gradient_by_step(axes: Axes, comparison: Row, palette: Palette) -> bool:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=NICE))
     axes.set_xlabel("denoising step k", loc="right")
     return drawn
+
+
+def save_figure(figure: Figure, path: Path) -> list[Path]:
+    """Write `path` with the endings .svg and .png; equal figures give equal bytes."""
+    files = [path.with_name(f"{path.name}.{ending}") for ending in ("svg", "png")]
+    for file, metadata in zip(files, ({"Date": None}, None), strict=True):
+        with write_aside(file) as aside:
+            figure.savefig(aside, dpi=200, metadata=metadata)
+    return files
 
 
 def short(value: int | float, _: object = None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flashgrpo.errors import UserError
+from flashgrpo.files import json_lines
 
 Row = Mapping[str, Any]  # one line of metrics.jsonl or evaluations.jsonl
 Values = np.ndarray[Any, np.dtype[np.float64]]
@@ -53,11 +54,10 @@ def read_run(path: Path) -> Run:
 def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The rows of a JSONL file by update. A resumed run repeats updates; the later row is the one that counts."""
     rows: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     unreadable = 0
-    for text in filter(str.strip, lines):
+    for _, row in json_lines(text):
         try:
-            row = json.loads(text)
             rows[int(row["update"])] = row
         except (ValueError, TypeError, KeyError, OverflowError):  # cut short by a kill, or not a row at all
             unreadable += 1

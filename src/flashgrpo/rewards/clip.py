@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flashgrpo.distributed.world import current_device
 from flashgrpo.errors import UserError, first_line
 from flashgrpo.rewards.frames import pick
+from flashgrpo.video import to_pictures
 
 
 class ClipScore:
@@ -120,7 +121,7 @@ class Clip:
     def images(self, videos: Tensor) -> Float[Tensor, "batch frames width"]:
         """Unit embeddings of the frames looked at, on the device."""
         picked = [pick(video, self._frames) for video in videos]
-        pictures = [f.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy() for v in picked for f in v]
+        pictures = [picture for video in picked for picture in to_pictures(video)]
         inputs = self._prepare(images=pictures, return_tensors="pt").to(self.model.device)
         return _unit(self.model.get_image_features(**inputs)).unflatten(0, (len(picked), -1))
 

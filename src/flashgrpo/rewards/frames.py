@@ -27,11 +27,7 @@ def sharpness(videos: Tensor, prompts: list[str], size: int = 256, frames: int =
     kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
     values = []
     for video in videos:
-        gray = luma(pick(video, frames))[:, None]
-        shorter = min(gray.shape[-2:])
-        if shorter > size:
-            scale = size / shorter
-            gray = functional.interpolate(gray, scale_factor=scale, mode="bilinear", antialias=True)
+        gray = reduced(luma(pick(video, frames))[:, None], size)
         edges = functional.conv2d(gray, kernel).flatten(1)
         values.append((edges.var(dim=1, correction=0) + 1e-5).log().mean())
     return torch.stack(values)
@@ -53,6 +49,15 @@ def exposure(videos: Tensor, prompts: list[str], frames: int = 8, **columns: Any
 def pick(video: Float[Tensor, "frames 3 height width"], count: int) -> Float[Tensor, "picked 3 height width"]:
     """So many frames, spread evenly, the first and the last among them; all where there are no more."""
     return video[torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()].float()
+
+
+def reduced(
+    pictures: Float[Tensor, "frames channels height width"], size: int
+) -> Float[Tensor, "frames channels reduced_height reduced_width"]:
+    """Return pictures whose shorter side has at most `size` pixels; smaller ones stay as they are."""
+    if (shorter := min(pictures.shape[-2:])) <= size:
+        return pictures
+    return functional.interpolate(pictures, scale_factor=size / shorter, mode="bilinear", antialias=True)
 
 
 def luma(frames: Float[Tensor, "frames 3 height width"]) -> Float[Tensor, "frames height width"]:

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flashgrpo.rewards.frames import pick
 from flashgrpo.types import PlantedPair, Prompt
+from flashgrpo.video import to_pictures
 
 
 def compressibility(videos: Tensor, prompts: list[str], quality: int = 90, frames: int = 8, **columns: Any) -> Tensor:
@@ -29,10 +31,8 @@ def compressibility(videos: Tensor, prompts: list[str], quality: int = 90, frame
 
 
 def _kilobytes(video: Tensor, quality: int, frames: int) -> float:
-    chosen = torch.linspace(0, len(video) - 1, min(frames, len(video))).round().long()
-    pictures = (video[chosen].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
-    for picture in pictures:
+    for picture in to_pictures(pick(video, frames)):
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=quality)
         sizes.append(file.tell() / 1000)

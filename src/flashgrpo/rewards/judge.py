@@ -33,8 +33,9 @@ from flashgrpo.scoring.inputs import Pixels
 from flashgrpo.scoring.loading import as_float
 from flashgrpo.serving.answers import load_json
 from flashgrpo.serving.http import Endpoint, Transient, all_of, persist, run
+from flashgrpo.video import to_pictures
 
-MEND = "is the judge's server running there, and can this machine reach it?"
+ADVICE = "is the judge's server running there, and can this machine reach it?"
 AGAIN = "That is not an answer of the form that was asked for. Answer again, in exactly that form."
 
 
@@ -153,7 +154,7 @@ class Judge:
                 self.failures += 1
                 raise
 
-        answer = await persist(ask, self._patience, MEND)
+        answer = await persist(ask, self._patience, ADVICE)
         try:
             content = load_json(answer, "what it answers")["choices"][0]["message"]["content"]
         except (ValueError, TypeError, KeyError, IndexError) as error:
@@ -189,7 +190,7 @@ class Judge:
         """The frames shown, as data URLs."""
         pixels = self.takes.prepare(pick(video, self._frames)[None], fps=1.0)[0]
         urls = []
-        for frame in (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        for frame in to_pictures(pixels):
             file = io.BytesIO()
             Image.fromarray(frame).save(file, self._image, **({"quality": 90} if self._image == "jpeg" else {}))
             urls.append(f"data:image/{self._image};base64,{base64.b64encode(file.getvalue()).decode()}")

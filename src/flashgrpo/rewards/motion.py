@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from flashgrpo.errors import UserError
-from flashgrpo.rewards.frames import luma
+from flashgrpo.rewards.frames import luma, reduced
 from flashgrpo.types import PlantedPair, Prompt
 
 Flow = Float[np.ndarray, "height width 2"]
@@ -72,9 +71,7 @@ def _flows(video: Tensor, size: int) -> Iterator[Flow]:
         raise UserError("rewards.motion needs OpenCV: pip install 'flash-grpo[rewards]'") from error
     if len(video) < 2:
         raise ValueError("motion needs two frames at least")
-    gray = luma(video.float())[:, None]
-    if (shorter := min(gray.shape[-2:])) > size:
-        gray = functional.interpolate(gray, scale_factor=size / shorter, mode="bilinear", antialias=True)
+    gray = reduced(luma(video.float())[:, None], size)
     pictures = (gray[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     diagonal = float(np.hypot(*pictures.shape[1:]))
     for before, after in itertools.pairwise(pictures):

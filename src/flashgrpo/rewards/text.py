@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashgrpo.errors import UserError
 from flashgrpo.rewards.frames import pick
+from flashgrpo.video import to_pictures
 
 
 def spelling(
@@ -36,14 +37,14 @@ def spelling(
     scores = []
     for video, wanted in zip(videos, text, strict=True):
         readings = [_read(frame, size) for frame in pick(video, frames)]
-        scores.append(sum(agreement(reading, wanted) for reading in readings) / len(readings))
+        scores.append(sum(similarity(reading, wanted) for reading in readings) / len(readings))
     return torch.tensor(scores)
 
 
-def agreement(reading: str, wanted: str) -> float:
+def similarity(reading: str, wanted: str) -> float:
     """1 where `wanted` is in `reading`, else 1 - min(distance, length) / length of the letters.
 
-    `agreement("HELO", "hello") = 1 - 1/5`; case and spaces do not count.
+    `similarity("HELO", "hello") = 1 - 1/5`; case and spaces do not count.
     """
     read, asked = _letters(reading), _letters(wanted)
     if asked in read:
@@ -71,7 +72,7 @@ def _read(frame: Tensor, size: int) -> str:
         frame = torch.nn.functional.interpolate(
             frame[None], scale_factor=size / longer, mode="bilinear", antialias=True
         )[0]
-    picture = (frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    (picture,) = to_pictures(frame[None])
     result = _reader()(picture[:, :, ::-1])  # OpenCV's order of colours
     return " ".join(result.txts or ())
 

@@ -1,7 +1,6 @@
 """A run directory: settings, metrics, evaluations, videos - and the rules of who may write into it."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 
 from flashgrpo.config import RunConfig
+from flashgrpo.config.recipe import differences
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
-from flashgrpo.files import append_line, explain_os_errors, write_aside
+from flashgrpo.files import append_line, explain_os_errors, json_lines, lock, write_text
 from flashgrpo.run import checkpoint
 from flashgrpo.types import Prompt
 from flashgrpo.video import image_bytes
@@ -71,9 +71,9 @@ class RunDirectory:
         if not self.evaluations() and not any(self.checkpoints.glob("*")):
             return  # nothing was done yet that other settings could contradict
         before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
-        differences = _differences(before, now)
-        free = {*FREE_TO_CHANGE, *(key for key in differences if key.endswith(".max_fall"))}
-        changed = [key for key in differences if not {key, key.split(".")[0]} & free]
+        different = differences(before, now)
+        free = {*FREE_TO_CHANGE, *(key for key in different if key.endswith(".max_fall"))}
+        changed = [key for key in different if not {key, key.split(".")[0]} & free]
         if changed:
             raise UserError(
                 f"out: {self.path} is a run with another {', '.join(changed[:3])}; "
@@ -93,11 +93,9 @@ class RunDirectory:
         with explain_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, also after kill -9
-        except BlockingIOError as error:
+        if not lock(self._lock):
             self.close()
-            raise UserError(f"out: another process is training into {self.path}") from error
+            raise UserError(f"out: another process is training into {self.path}")
         for leftover in (*self.checkpoints.glob(".partial-*"), *self.checkpoints.glob(".removed-*")):
             shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed while it wrote
         environment = {**_environment(world), "prompts": {key: _digest(file) for key, file in prompts.items()}}
@@ -109,10 +107,8 @@ class RunDirectory:
         except UserError:
             self.close()
             raise
-        with write_aside(self.config_file) as aside:  # first, for it is what marks the folder as a run
-            aside.write_text(config.to_yaml(), encoding="utf-8")
-        with write_aside(self.path / "environment.json") as aside:
-            aside.write_text(json.dumps(environment, indent=2) + "\n")
+        write_text(self.config_file, config.to_yaml())  # first, for it is what marks the folder as a run
+        write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def _check_prompts(self, now: Mapping[str, str]) -> None:
         file = self.path / "environment.json"
@@ -152,8 +148,7 @@ class RunDirectory:
         for file in (self.metrics_file, self.evaluations_file):
             if file.exists():
                 kept = [json.dumps(line) for line in read_lines(file) if line["update"] <= update]
-                with write_aside(file) as aside:
-                    aside.write_text("".join(f"{line}\n" for line in kept))
+                write_text(file, "".join(f"{line}\n" for line in kept))
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations, the base model's first (update 0)."""
@@ -180,22 +175,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file; what a kill left of a last line is passed over."""
     if not file.exists():
         return []
-    *lines, _cut_short = file.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise UserError(f"{file} has a line that is no JSON, so it was changed by something else") from error
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            keys += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            keys.append(prefix + key)
-    return keys
+    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+    values = [value for _, value in json_lines(whole)]
+    for value in values:
+        if isinstance(value, ValueError):
+            raise UserError(f"{file} has a line that is no JSON, so it was changed by something else") from value
+    return values
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

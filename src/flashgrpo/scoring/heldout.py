@@ -1,6 +1,6 @@
 """Held-out prompts on fixed noise with a deterministic solver, paired with the base model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,9 @@ class Evaluator:
         """
         every = self._prompts[: None if limit is None else limit * self._settings.samples_per_prompt]
         rows, shown, process = self._world.share(len(every)), self._shown_rows(), self._process
-        scoring = Scoring(self._rewards, process, self._world, every, True, self._decode_batch, shown, self._at_once)
+        scoring = Scoring(
+            self._rewards, process.media, self._world, every, True, self._decode_batch, shown, self._at_once
+        )
         process.sample([every[row] for row in rows], self._names(rows), scoring.add)
         return Evaluation(every, scoring.table(), shown, scoring.videos)
 
@@ -72,7 +74,7 @@ class Evaluator:
         """The videos of some samples once more, with the weights that the model has now; every process draws them."""
         prompts = [self._prompts[row] for row in rows]
         outputs = self._process.sample(prompts, self._names(rows), lambda rows, outputs: None)
-        return list(decode(self._process, outputs, self._decode_batch))
+        return list(decode(self._process.media, outputs, self._decode_batch))
 
     def _shown_rows(self) -> list[int]:
         """The samples whose videos are kept, spread evenly over the prompts: files often list like beside like."""
@@ -83,6 +85,10 @@ class Evaluator:
         """Of each row's noise: (seed, "evaluation", prompt, sample)."""
         each, seed = self._settings.samples_per_prompt, self._settings.seed
         return [(seed, "evaluation", *divmod(row, each)) for row in rows]
+
+
+def _mean(values: np.ndarray) -> Any:
+    return values.mean(axis=-1)
 
 
 def evaluation_record(
@@ -153,12 +159,25 @@ def guard(line: Mapping[str, Any], rewards: Mapping[str, RewardConfig]) -> str |
     return None
 
 
-def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> list[float] | None:
-    """[low, high] of the mean of independent `values`, by percentile bootstrap with a fixed seed."""
-    if len(values) < 2:
+def bootstrap_interval(
+    *columns: np.ndarray, statistic: Callable[..., Any] = _mean, resamples: int = 9_999
+) -> list[float] | None:
+    """Return the 95 % interval [low, high] of a statistic, by percentile bootstrap over rows with a fixed seed.
+
+    Args:
+        columns: (n,) each, with independent rows; below two rows there is no interval.
+        statistic: of the columns, which it reduces along their last axis; the mean of one by default.
+    """
+    if len(columns[0]) < 2:
         return None
     result = scipy.stats.bootstrap(
-        (values,), np.mean, confidence_level=confidence, method="percentile", rng=np.random.default_rng(0)
+        columns,
+        lambda *values, axis: statistic(*values),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(0),
     )
     return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
 

@@ -4,22 +4,18 @@ Each reward has one thread of its own, which takes the batches in the order in w
 never called twice at once, and nothing about the result depends on timing.
 """
 
-import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from flashgrpo.distributed.world import World, current_device, use_in_thread
-from flashgrpo.errors import UserError, first_line, suggest
-from flashgrpo.prompts import columns_of
-from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels
+from flashgrpo.errors import SharedError, UserError, first_line, suggest
+from flashgrpo.scoring.batch import Batch, Columns
+from flashgrpo.scoring.inputs import Input, LatentVideos
 from flashgrpo.scoring.loading import (
     bind,
     check_arguments,
@@ -31,10 +27,10 @@ from flashgrpo.scoring.loading import (
     takes_of,
 )
 from flashgrpo.scoring.settings import RewardConfig
-from flashgrpo.types import Latents, PlantedPair, Prompt, Reward, RewardTable, Videos
-from flashgrpo.video import write_mp4
+from flashgrpo.types import PlantedPair, Prompt, Reward, RewardTable, Videos
 
-Columns = Mapping[str, Sequence[float]]  # component -> a value for each video
+Results = Mapping[str, Any]
+"""{"values": reward -> component -> a value for each sample, "failures": reward -> count}, as JSON."""
 
 
 class Rewards:
@@ -142,7 +138,7 @@ class Rewards:
         made = {name: pair() if callable(pair) else pair for name, pair in pairs.items() if pair is not None}
         return {name: pair for name, pair in made.items() if not isinstance(self.takes(name), LatentVideos)}
 
-    def submit(self, batch: "Batch", names: Sequence[str]) -> dict[str, "Future[Columns]"]:
+    def submit(self, batch: Batch, names: Sequence[str]) -> dict[str, Future[Columns]]:
         """Have the batch scored by these rewards; each takes it when it is done with those before."""
         batch.wanted_by(len(names))
         return {name: self._thread(name).submit(self._score, name, self.reward(name), batch) for name in names}
@@ -158,14 +154,10 @@ class Rewards:
         for name in names:
             self.takes(name)  # loads it, in this thread
         futures = self.submit(Batch(prompts, self.fps, videos), names)
-        return self.table({name: [future] for name, future in futures.items()})
+        return self.table([self.results({name: [future] for name, future in futures.items()}, {})])
 
-    def table(
-        self, futures: Mapping[str, Sequence["Future[Columns]"]], before: Mapping[str, int] | None = None
-    ) -> RewardTable:
-        """Wait for the results of each reward, batch after batch, and put them into one table.
-
-        A reward that returns a mapping becomes several components `reward.component`, which share its weight.
+    def results(self, futures: Mapping[str, Sequence[Future[Columns]]], before: Mapping[str, int]) -> Results:
+        """Wait for the results of each reward, batch after batch.
 
         Args:
             before: `failures` when it was begun, which are not counted.
@@ -173,24 +165,38 @@ class Rewards:
         Raises:
             UserError: a reward has failed, or its components are not the same for all batches.
         """
-        components: list[tuple[str, list[float], float, str]] = []
+        values: dict[str, dict[str, list[float]]] = {}
         for name, batches in futures.items():
-            results = [future.result() for future in batches]
-            if any(list(result) != list(results[0]) for result in results):
-                raise UserError(f"reward {name} returned {list(results[0])} for some videos and others for the rest")
-            config = self.configs[name]
-            weight = 0.0 if config.watched else config.weight / len(results[0])
-            for part in results[0]:
-                label = f"{name}.{part}" if part else name
-                components.append(
-                    (label, [value for result in results for value in result[part]], weight, config.channel)
-                )
+            batch, *others = [future.result() for future in batches]
+            if any(list(other) != list(batch) for other in others):
+                raise UserError(f"reward {name} returned {list(batch)} for some videos and others for the rest")
+            values[name] = {part: [v for one in (batch, *others) for v in one[part]] for part in batch}
+        failures = {name: count - before.get(name, 0) for name, count in self.failures().items() if name in futures}
+        return {"values": values, "failures": failures}
+
+    def table(self, ranks: Sequence[Results]) -> RewardTable:
+        """The results of all ranks that have some, in the order of their samples, as one table.
+
+        A reward that returns a mapping becomes several components `reward.component`, which share its weight.
+
+        Raises:
+            SharedError: a reward has other components on one rank than on another.
+        """
+        components = [(name, part) for name, parts in ranks[0]["values"].items() for part in parts]
+        if any([(n, part) for n, parts in r["values"].items() for part in parts] != components for r in ranks):
+            raise SharedError(f"a reward's components differ from one process to another: {components}")
+        shares = {name: len(parts) for name, parts in ranks[0]["values"].items()}
+        configs = [self.configs[name] for name, _ in components]
+        weights = [
+            0.0 if c.watched else c.weight / shares[name] for c, (name, _) in zip(configs, components, strict=True)
+        ]
+        columns = [[v for rank in ranks for v in rank["values"][name][part]] for name, part in components]
         return RewardTable(
-            names=tuple(label for label, *_ in components),
-            values=torch.tensor([values for _, values, _, _ in components], dtype=torch.float64).T.contiguous(),
-            weights=torch.tensor([weight for _, _, weight, _ in components], dtype=torch.float64),
-            failures={name: self.failures()[name] - (before or {}).get(name, 0) for name in futures},
-            channels=tuple(channel for *_, channel in components),
+            names=tuple(f"{name}.{part}" if part else name for name, part in components),
+            values=torch.tensor(columns, dtype=torch.float64).T.contiguous(),
+            weights=torch.tensor(weights, dtype=torch.float64),
+            failures={name: sum(rank["failures"].get(name, 0) for rank in ranks) for name in shares},
+            channels=tuple(config.channel for config in configs),
         )
 
     def close(self) -> None:
@@ -206,7 +212,7 @@ class Rewards:
         return self._threads[name]
 
     @torch.no_grad()  # gradient mode belongs to a thread, so the caller's does not reach here
-    def _score(self, name: str, reward: Reward, batch: "Batch") -> Columns:
+    def _score(self, name: str, reward: Reward, batch: Batch) -> Columns:
         try:
             if name in self._failed:  # the samples cannot all be scored any more, so it need not be waited for again
                 raise self._failed[name]
@@ -219,74 +225,3 @@ class Rewards:
             raise self._failed[name] from error
         finally:
             batch.done()
-
-
-class Batch:
-    """Samples that were drawn together, in each form that a reward takes; a form is made once, when first asked for.
-
-    Args:
-        videos: (B, F, 3, H, W) on the CPU; None where no reward asks for what is decoded.
-        latents: (B, C, F, H, W); None where no reward asks for them.
-    """
-
-    def __init__(
-        self, prompts: Sequence[Prompt], fps: float, videos: Videos | None = None, latents: Latents | None = None
-    ) -> None:
-        self.prompts = prompts
-        self._fps, self._videos, self._latents = fps, videos, latents
-        self._forms: dict[Input, Any] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._lock = threading.Lock()
-        self._left = 0
-
-    def wanted_by(self, count: int) -> None:
-        """So many rewards will score it."""
-        self._left = count
-
-    def done(self) -> None:
-        """One of them has; after the last nothing of the batch is kept."""
-        with self._lock:
-            self._left -= 1
-            if self._left == 0:
-                self._forms.clear()
-                self._videos = self._latents = None
-                if self._folder is not None:
-                    self._folder.cleanup()
-
-    def scored_by(self, name: str, reward: Reward, takes: Input) -> Any:
-        """What the reward returns for this batch.
-
-        Raises:
-            UserError: it refused its input, or changed it.
-        """
-        given = self._form(takes)
-        version = given._version if isinstance(given, Tensor) else 0
-        texts, columns = [prompt.text for prompt in self.prompts], columns_of(self.prompts)
-        try:
-            values = reward(given, texts, **columns)
-        except UserError as error:
-            raise UserError(f"reward {name}: {error}") from error
-        except ValueError as error:  # what a reward raises to refuse its input; any other keeps its trace, being a bug
-            raise UserError(f"reward {name} refused its input: {first_line(error)}") from error
-        if isinstance(given, Tensor) and given._version != version:
-            raise UserError(f"reward {name} changed the videos in place, which others read too; work on a copy")
-        return values
-
-    def _form(self, takes: Input) -> Any:
-        with self._lock:
-            if takes not in self._forms:
-                self._forms[takes] = self._make(takes)
-            return self._forms[takes]
-
-    def _make(self, takes: Input) -> Any:
-        if isinstance(takes, LatentVideos):
-            assert self._latents is not None
-            return self._latents.float().cpu()
-        assert self._videos is not None
-        if isinstance(takes, Pixels):
-            return takes.prepare(self._videos, self._fps)
-        self._folder = tempfile.TemporaryDirectory(prefix="flashgrpo-videos-")
-        paths = [Path(self._folder.name) / f"{row:04d}.mp4" for row in range(len(self.prompts))]
-        for path, video in zip(paths, self._videos, strict=True):
-            write_mp4(path, video, self._fps)
-        return [str(path) for path in paths]

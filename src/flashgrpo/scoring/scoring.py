@@ -3,18 +3,16 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from flashgrpo.distributed.shares import overlap
+from flashgrpo.distributed.transfer import hand_over
 from flashgrpo.distributed.world import World
-from flashgrpo.errors import SharedError
+from flashgrpo.scoring.batch import Batch, Columns
 from flashgrpo.scoring.inputs import LatentVideos, decoded_for
-from flashgrpo.scoring.rewards import Batch, Columns, Rewards
-from flashgrpo.types import Outputs, Process, Prompt, RewardTable, index_rows
+from flashgrpo.scoring.rewards import Results, Rewards
+from flashgrpo.types import Media, Outputs, Prompt, RewardTable, index_rows
 
 AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
 
@@ -28,6 +26,7 @@ class Scoring:
     """The rewards of all samples of an update or an evaluation, begun while the later ones are still being drawn.
 
     Args:
+        media: makes what rewards look at of what was drawn; see `Process.media`.
         prompts: of all samples, of which this rank draws `world.share`.
         watched: whether watched rewards are computed too.
         micro_batch: latents decoded at once.
@@ -39,7 +38,7 @@ class Scoring:
     def __init__(
         self,
         rewards: Rewards,
-        process: Process,
+        media: Media,
         world: World,
         prompts: Sequence[Prompt],
         watched: bool,
@@ -49,7 +48,7 @@ class Scoring:
         clock: Callable[[str], AbstractContextManager[None]] = untimed,
     ) -> None:
         self.videos: dict[int, Tensor] = {}
-        self._rewards, self._process, self._world, self._prompts = rewards, process, world, prompts
+        self._rewards, self._media, self._world, self._prompts = rewards, media, world, prompts
         self._micro_batch, self._keep, self._clock = micro_batch, set(keep), clock
         self._names = rewards.names(watched)
         takes = [rewards.takes(name) for name in self._names]
@@ -84,24 +83,20 @@ class Scoring:
         if self._at_once:
             self._score_at_once()
         with self._clock("reward"):
-            tables = [table for table in self._world.on_all(self._own_table) if table]
-        if any(tuple(table["names"]) != tuple(tables[0]["names"]) for table in tables):
-            raise SharedError(f"a reward's components differ from one process to another: {tables[0]['names']}")
-        return RewardTable(
-            names=tuple(tables[0]["names"]),
-            values=torch.tensor([row for table in tables for row in table["values"]], dtype=torch.float64),
-            weights=torch.tensor(tables[0]["weights"], dtype=torch.float64),
-            failures={name: sum(table["failures"][name] for table in tables) for name in tables[0]["failures"]},
-            channels=tuple(tables[0]["channels"]),
-        )
+            ranks = [results for results in self._world.on_all(self._own_results) if results]
+        return self._rewards.table(ranks)
 
-    def _own_table(self) -> dict[str, Any] | None:
+    def _own_results(self) -> Results | None:
+        """Of what this rank has scored, in the order of its samples."""
         if not any(self._futures.values()):
             return None
-        table = self._rewards.table(self._futures, self._failures)
-        values = table.values if self._at_once else table.values[torch.tensor(self._rows).argsort()]
-        exact = {"values": values.tolist(), "weights": table.weights.tolist()}
-        return {"names": table.names, "channels": table.channels, "failures": dict(table.failures), **exact}
+        results = self._rewards.results(self._futures, self._failures)
+        if self._at_once:
+            return results
+        order = torch.tensor(self._rows).argsort().tolist()
+        parts = results["values"].items()
+        in_order = {name: {part: [v[i] for i in order] for part, v in of.items()} for name, of in parts}
+        return {**results, "values": in_order}
 
     def _score_at_once(self) -> None:
         latents = torch.empty(0)
@@ -130,13 +125,13 @@ class Scoring:
         if self._frames == 0:
             return torch.empty(0)
         with self._clock("decode"):
-            videos = decode(self._process, latents, self._micro_batch, self._frames)
+            videos = decode(self._media, latents, self._micro_batch, self._frames)
         self.videos |= {n: videos[i].clone() for i, n in enumerate(numbers) if n in self._keep}
         return videos
 
 
 @torch.no_grad()
-def decode(process: Process, latents: Tensor, micro_batch: int, frames: int | None = None) -> Tensor:
+def decode(media: Media, latents: Tensor, micro_batch: int, frames: int | None = None) -> Tensor:
     """Videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
 
     With `frames` the first so many frames of each.
@@ -144,35 +139,10 @@ def decode(process: Process, latents: Tensor, micro_batch: int, frames: int | No
     """
     if not len(latents):
         return torch.empty(0, 1, 3, 1, 1)
-    first = process.media(latents[:micro_batch], frames)
+    first = media(latents[:micro_batch], frames)
     videos = torch.empty(len(latents), *first.shape[1:])
     videos[: len(first)] = first
     del first
     for done in range(micro_batch, len(latents), micro_batch):
-        videos[done : done + micro_batch] = process.media(latents[done : done + micro_batch], frames)
+        videos[done : done + micro_batch] = media(latents[done : done + micro_batch], frames)
     return videos
-
-
-def hand_over(world: World, rows: Tensor, total: int) -> Tensor:
-    """From the rows of this rank's share of `total` samples, to those that it has to score; (B, ...)."""
-    if not world.reward_ranks:
-        return rows
-    shape = next(shape for shape in world.all_gather_json(list(rows.shape[1:]) if len(rows) else None) if shape)
-    wanted, have = world.scored_by(total, world.rank), world.share(total)
-    received = torch.empty(len(wanted), *shape)
-    transfers, sent = [], []
-    for other in range(world.size):
-        theirs = world.share(total, other)
-        if other % world.context == 0 and (both := overlap(theirs, wanted)):
-            into = received[both.start - wanted.start : both.stop - wanted.start]
-            if other == world.rank:
-                into.copy_(rows[both.start - have.start : both.stop - have.start])
-            else:
-                transfers.append(dist.irecv(into, other, world.cpu_group))
-        both = overlap(have, world.scored_by(total, other))
-        if both and world.rank % world.context == 0 and other != world.rank:
-            sent.append(rows[both.start - have.start : both.stop - have.start].float().cpu().contiguous())
-            transfers.append(dist.isend(sent[-1], other, world.cpu_group))
-    for transfer in filter(None, transfers):
-        transfer.wait()
-    return received

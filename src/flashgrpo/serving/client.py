@@ -23,11 +23,11 @@ from flashgrpo.serving.http import LOG, Endpoint, Transient, all_of, persist, ru
 OUTSTANDING = 4  # requests that a server has of one call: one that is computed, one that arrives, and some to batch
 REST = 5.0  # seconds during which a server that failed is asked only where no other is left
 QUIET = 30.0  # seconds between two warnings of one client
-MEND = "is `flashgrpo reward serve` running there, and can this machine reach it?"
+ADVICE = "is `flashgrpo reward serve` running there, and can this machine reach it?"
 
 
 @dataclass
-class Server:
+class Backend:
     """A server, and until when it rests after a failure (`time.monotonic`)."""
 
     endpoint: Endpoint
@@ -83,7 +83,7 @@ class Remote:
             raise UserError("a remote reward needs a URL, batch of 1 or more, timeout above 0, patience of 0 or more")
         self._encoding: Any = encoding
         self._batch, self._patience = batch, float(patience)
-        self._servers = [Server(Endpoint(url, token_env, float(timeout))) for url in dict.fromkeys(urls)]
+        self._servers = [Backend(Endpoint(url, token_env, float(timeout))) for url in dict.fromkeys(urls)]
         self._warned = -QUIET
         self.failures = 0
         infos = run(all_of([self._info(server.endpoint) for server in self._servers]))
@@ -152,7 +152,9 @@ class Remote:
                     f"{len(prompts)} videos make a request of {len(body) / 2**20:.1f} MiB, and {self._reward} is "
                     f"served with --max-mib {self._max_bytes / 2**20:g}; lower the reward's batch or raise that"
                 )
-            return await persist(lambda: self._attempt(call, id, body, len(prompts)), self._patience, MEND, self._warn)
+            return await persist(
+                lambda: self._attempt(call, id, body, len(prompts)), self._patience, ADVICE, self._warn
+            )
 
     async def _attempt(self, call: Call, id: str, body: bytes, count: int) -> dict[str, list[float]]:
         """One way through the servers, the least busy first; ends at the first that answers."""
@@ -185,7 +187,7 @@ class Remote:
             return await endpoint.ask(client, "GET", "/info")
 
         async with endpoint.client() as client:
-            answer = await persist(ask, self._patience, MEND, self._warn)
+            answer = await persist(ask, self._patience, ADVICE, self._warn)
         return Info.read(answer, endpoint.url)
 
     def _warn(self, failure: object, left: float | None) -> None:

@@ -29,7 +29,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from flashgrpo.errors import UserError, first_line
-from flashgrpo.files import remove, write_aside
+from flashgrpo.files import cache_folder, lock, remove, write_text
 from flashgrpo.scoring.names import full_name
 
 if sys.version_info >= (3, 11):
@@ -80,8 +80,7 @@ class Environment:
         made_of = json.dumps([lines, constraints, sys.version, platform.machine(), sys.prefix, str(PACKAGE)])
         digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
         stem = re.sub(r"\W+", "-", Path(call.rpartition(":")[0].removesuffix(".py").rpartition(".")[2]).name)
-        cache = Path(os.environ.get("FLASHGRPO_CACHE") or Path.home() / ".cache/flashgrpo").expanduser()
-        return Environment(reward, cache / "environments" / f"{stem}-{digest}", lines, constraints)
+        return Environment(reward, cache_folder() / "environments" / f"{stem}-{digest}", lines, constraints)
 
     @property
     def python(self) -> Path:
@@ -103,27 +102,25 @@ class Environment:
             UserError: it cannot be made, or is to be rebuilt while a server runs in it.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            self._make_under(lock, rebuild)
+            self._make_under(descriptor, rebuild)
         except BaseException:
-            os.close(lock)
+            os.close(descriptor)
             raise
-        return lock
+        return descriptor
 
-    def _make_under(self, lock: int, rebuild: bool) -> None:
+    def _make_under(self, descriptor: int, rebuild: bool) -> None:
         if rebuild:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"--rebuild: {self.folder} is in use; stop the server in it first") from error
+            if not lock(descriptor):
+                raise UserError(f"--rebuild: {self.folder} is in use; stop the server in it first")
             self._make()
-        fcntl.flock(lock, fcntl.LOCK_SH)  # waits for another start that makes it
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for another start that makes it
         while not self.is_whole:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not self.is_whole:
                 self._make()
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
 
     def _make(self) -> None:
         """Under the exclusive lock; whatever a start that was killed has left is thrown away first."""
@@ -143,8 +140,7 @@ class Environment:
         (place / PACKAGE.name).symlink_to(PACKAGE, target_is_directory=True)
         self._run([str(self.python), "-I", "-c", "import flashgrpo.cli, flashgrpo.serving.server"], log)
         self._run([*pip, "freeze"], log)
-        with write_aside(self.folder / "whole.txt") as aside:
-            aside.write_text("".join(f"{line}\n" for line in self.requirements))
+        write_text(self.folder / "whole.txt", "".join(f"{line}\n" for line in self.requirements))
 
     def _run(self, command: Sequence[str], log: Path) -> None:
         """Run a step; what it says goes to the log."""

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 LOG = logging.getLogger("flashgrpo")
 TRANSIENT = (408, 429, 502, 503, 504)
-MENDS = {
+ADVICE = {
     401: "set {token_env} to the server's token",
     403: "set {token_env} to a token that may do this",
     404: "is this its address?",
@@ -124,8 +124,8 @@ class Endpoint:
             said = f"HTTP {status}: {self._said(answer)}".rstrip(": ")
             if status in TRANSIENT:
                 raise Transient(f"{self.url} cannot answer now ({said})", _after(response.headers))
-            mend = MENDS.get(status, "").format(token_env=self.token_env)
-            raise UserError(f"{self.url} refuses the request ({said})" + (f"; {mend}" if mend else ""))
+            advice = ADVICE.get(status, "").format(token_env=self.token_env)
+            raise UserError(f"{self.url} refuses the request ({said})" + (f"; {advice}" if advice else ""))
 
     def _said(self, answer: bytearray) -> str:
         """What a server says of a failure, in few words and without the token, which it might repeat."""
@@ -155,7 +155,7 @@ def warn(failure: object, left: float) -> None:
 async def persist(
     attempt: Callable[[], Awaitable[T]],
     patience: float,
-    mend: str,
+    advice: str,
     tell: Callable[[object, float], None] = warn,
 ) -> T:
     """Repeat what fails in a `Transient` until it succeeds.
@@ -163,7 +163,7 @@ async def persist(
     Args:
         attempt: makes one attempt.
         patience: seconds after the beginning of the first attempt during which others begin.
-        mend: what to do about a failure that stays.
+        advice: what to do about a failure that stays.
         tell: called at the first failure, with it and the seconds that are left.
 
     Raises:
@@ -184,7 +184,7 @@ async def persist(
 
     def give_up(state: RetryCallState) -> None:
         tries = f"{state.attempt_number} attempts in {time.monotonic() - started:.0f} s"
-        raise UserError(f"{_failure(state)}, at the last of {tries}; {mend}")
+        raise UserError(f"{_failure(state)}, at the last of {tries}; {advice}")
 
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(Transient),

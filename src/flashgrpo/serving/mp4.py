@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Generator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,9 @@ def from_mp4(data: bytes, shape: tuple[int, ...], limit: int) -> Float[Tensor, "
             size = [scale * height // 2 * 2, scale * width // 2 * 2]  # H.264 has no odd sizes
             if [seen_height, seen_width] != size or frames * size[0] * size[1] * 3 > limit:
                 raise ValueError(f"a video of {seen_height} x {seen_width} pixels came for one of {height} x {width}")
-            pictures: list[Tensor] = []
-            for picture in stream:
-                if len(pictures) == frames:
-                    raise ValueError(f"a video has more than {frames} frames")
-                pictures.append(torch.frombuffer(bytearray(picture), dtype=torch.uint8))
+            pictures = [torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in islice(stream, frames)]
+            if next(stream, None) is not None:
+                raise ValueError(f"a video has more than {frames} frames")
     if len(pictures) != frames:
         raise ValueError(f"a video has {len(pictures)} frames in place of {frames}")
     video = torch.stack(pictures).view(frames, *size, 3).permute(0, 3, 1, 2).float() / 255

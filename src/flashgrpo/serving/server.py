@@ -1,4 +1,4 @@
-"""A reward behind HTTP: `flashgrpo reward serve NAME`. The other end is `remote.py`."""
+"""A reward behind HTTP: `flashgrpo reward serve NAME`. The other end is `client.py`."""
 
 import hashlib
 import json

@@ -1,209 +1,181 @@
 """Rollout, replay and update on the bundled model: exactness, and what the micro-batch may not change."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline
-from flashgrpo.processes.flow.policy import Policy
 from torch import Tensor
 
-from flashgrpo.distributed.world import single_process
-from flashgrpo.learning import update
+from flashgrpo.learning.objective import Clipped
 from flashgrpo.learning.optim import Optimizer
 from flashgrpo.learning.settings import OptimConfig
-from flashgrpo.learning.update import UpdateMetrics, micro_batches, policy_update, replay
+from flashgrpo.learning.update import policy_update
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, PRESETS, Algorithm
+from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, PRESETS
 from flashgrpo.processes.flow.noise import Ode
-from flashgrpo.processes.flow.rollout import rollout
-from flashgrpo.processes.flow.shortcuts import Environment
+from flashgrpo.processes.flow.process import FlowProcess
+from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, StepLength
-from flashgrpo.types import Prompt, PromptGroup, Sample
+from flashgrpo.types import Record
+from tests.processes.flow.drawing import PROMPTS, WORLD, draw, perturb
 
-WORLD = single_process()
-TEXTS = [
-    "a red circle moving left slowly",
-    "a blue square moving up quickly",
-    "a green triangle moving down slowly",
-    "a yellow circle moving right quickly",
-]
-PROMPTS = [Prompt(text, {}) for text in TEXTS]
+GUARD = dataclasses.replace(FLOW_GRPO, score=Recorded(StepLength(), NormalizedRatio()))
 
 
-def draw(model, algorithm: Algorithm, steps=6, groups=3, size=2, micro_batch=64, exact=2, seed=0, update=0):
-    grid = model.grid(steps)
-    policy = Policy(model, grid, algorithm.noise(grid.sigmas), torch.full((steps,), 2.0), micro_batch=exact)
-    prompt_groups = [PromptGroup(update, g, PROMPTS[g], size) for g in range(groups)]
-    samples = [Sample(group, member) for group in prompt_groups for member in range(size)]
-    condition = model.encode(PROMPTS[:groups])[torch.arange(groups).repeat_interleave(size)]
-    environment = Environment(model, grid, policy.guidance)
-    latents, transitions = rollout(policy, environment, samples, condition, algorithm, seed, micro_batch, WORLD)
-    return policy, latents, transitions
+def judged(record: Record, advantages: Tensor) -> Record:
+    """The record of samples with these advantages."""
+    return dataclasses.replace(record, advantage=advantages[record.sample])
 
 
-def batches(transitions, size: int) -> list[Tensor]:
-    """The micro-batches of a process alone."""
-    cut = micro_batches(transitions.k, torch.zeros_like(transitions.k), 0, size)
-    return [rows for _, parts, _ in cut for rows in parts]
+def replaying(process: FlowProcess, size: int) -> FlowProcess:
+    """The same process, which replays `size` units at once."""
+    other = copy.copy(process)
+    other.micro_batch = size
+    return other
 
 
-def perturb(model) -> None:
-    """Move the adapters off their start, where the B matrices are zero and half of the gradient vanishes."""
-    noise = torch.Generator().manual_seed(1)
-    for parameter in trained_parameters(model.network).values():
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
+def micro_batches(process: FlowProcess, record: Record) -> list[Record]:
+    """What a process alone replays at a time."""
+    slots = [record[(record.slot == slot).nonzero().flatten()] for slot in record.slot.unique()]
+    return [part for units in slots for part in process.micro_batches(units)]
 
 
 @pytest.mark.parametrize("algorithm", [FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, DANCE_GRPO])
 @pytest.mark.parametrize(("micro_batch", "exact"), [(64, 2), (64, 8), (3, 2), (1, 1), (5, 3)])
-def test_the_first_ratio_is_one_bit_for_bit(make_model, algorithm, micro_batch, exact):
-    model = make_model()
+def test_the_first_ratio_is_one_bit_for_bit(model, algorithm, micro_batch, exact):
     perturb(model)
-    policy, _, transitions = draw(model, algorithm, micro_batch=micro_batch, exact=exact)
-    condition = transitions.condition
-    replayed = torch.empty(len(transitions))
-    for rows in batches(transitions, exact):
-        batch = transitions[rows]
-        v = policy.exact_velocity(batch.k, batch.x, condition[batch.sample])
-        assert v.requires_grad
-        replayed[rows] = policy.table.log_prob(batch.k, batch.x_next, batch.x, v).detach()
-    assert torch.equal(replayed, transitions.log_prob)
+    process, _, record = draw(model, algorithm, steps=4, micro_batch=micro_batch, exact=exact)
+    assert torch.equal(record.old, record.state.log_prob)
+    parts = micro_batches(process, record)
+    assert sum(map(len, parts)) == len(record)
+    for part in parts:
+        assert len(part) <= exact
+        score, _ = process.replay(part, ())
+        assert score.requires_grad
+        assert torch.equal(score.detach(), part.old)
 
 
-def test_each_sample_has_one_transition_at_its_groups_step(make_model):
-    model = make_model()
-    _, _, transitions = draw(model, FLASH_GRPO, steps=10, groups=4, size=3)
-    assert transitions.sample.tolist() == list(range(12))
-    k = transitions.k.unflatten(0, (4, 3))
+def test_each_sample_has_one_transition_at_its_groups_step(model):
+    _, _, record = draw(model, FLASH_GRPO, steps=10, groups=4, size=3)
+    assert record.sample.tolist() == record.unit.tolist() == list(range(12))
+    assert record.key.tolist() == [group for group in range(4) for _ in range(3)]
+    k = record.slot.unflatten(0, (4, 3))
     assert (k == k[:, :1]).all()
-    expected = FLASH_GRPO.steps.mask(0, 0, torch.arange(4), 10).nonzero()[:, 1]
+    expected = FLASH_GRPO.explore.steps.mask(0, 0, torch.arange(4), 10).nonzero()[:, 1]
     assert k[:, 0].tolist() == expected.tolist()
     assert len(set(expected.tolist())) > 1
 
 
-def test_the_recorded_step_leads_to_the_final_latents(make_model):
+def test_the_recorded_step_leads_to_the_final_latents(model):
     """Walking on deterministically from x_{k+1} must give the rollout's own latents."""
-    model = make_model()
-    policy, latents, transitions = draw(model, FLASH_GRPO, steps=6, groups=2)
-    ode = Ode()(policy.grid.sigmas)
-    for row in range(len(transitions)):
-        x, condition = transitions.x_next[row : row + 1], transitions.condition[torch.tensor([row])]
-        for k in range(int(transitions.k[row]) + 1, policy.grid.num_steps):
-            x = ode.mean(k, x, policy.velocity(torch.tensor([k]), x, condition).detach())
+    process, latents, record = draw(model, FLASH_GRPO, steps=6, groups=2)
+    ode, state = Ode()(process.grid.sigmas), record.state
+    for row in range(len(record)):
+        x, condition = state.x_next[row : row + 1], state.condition[torch.tensor([row])]
+        for k in range(int(record.slot[row]) + 1, process.grid.num_steps):
+            x = ode.mean(k, x, process.exact.velocity(k, x, condition).detach())
         torch.testing.assert_close(x[0], latents[row], rtol=1e-3, atol=1e-4)
 
 
-def test_videos_do_not_depend_on_the_rollout_micro_batch(make_model):
-    model = make_model()
+def test_videos_do_not_depend_on_the_rollout_micro_batch(model):
     _, whole, _ = draw(model, FLASH_GRPO, micro_batch=64)
     _, cut, _ = draw(model, FLASH_GRPO, micro_batch=4)
     torch.testing.assert_close(whole, cut, rtol=1e-3, atol=1e-4)
 
 
-def test_members_share_initial_noise_only_when_asked(make_model):
-    model = make_model()
-    _, _, independent = draw(model, MIX_GRPO, size=2)
-    first = independent.k == 0
-    x = independent.x[first].unflatten(0, (3, 2))
+def test_members_share_initial_noise_only_when_asked(model):
+    _, _, shared = draw(model, MIX_GRPO, size=2)
+    x = shared.state.x[shared.slot == 0].unflatten(0, (3, 2))
     assert torch.equal(x[:, 0], x[:, 1])
     _, _, independent = draw(model, FLOW_GRPO, size=2)
-    x = independent.x[independent.k == 0].unflatten(0, (3, 2))
+    x = independent.state.x[independent.slot == 0].unflatten(0, (3, 2))
     assert not torch.isclose(x[:, 0], x[:, 1]).any(dim=-1).all()
 
 
-def gradient(model, policy, transitions, advantages, algorithm, micro_batch: int) -> dict[str, Tensor]:
+def updated(process: FlowProcess, record: Record, objective: Clipped | None = None, **settings) -> dict:
+    """The metrics of one update."""
+    config = OptimConfig(**settings)
+    optimizer = Optimizer(trained_parameters(process.network), config, WORLD)
+    return policy_update(process, objective or Clipped(), optimizer, record, config, WORLD)
+
+
+def gradient(process: FlowProcess, record: Record, micro_batch: int) -> dict[str, Tensor]:
     """The gradient of one optimizer step, read before the optimizer clears it."""
-    config = OptimConfig(micro_batch=micro_batch, max_grad_norm=1e9)
-    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
+    config = OptimConfig(max_grad_norm=1e9)
+    optimizer = Optimizer(trained_parameters(process.network), config, WORLD)
     seen: dict[str, Tensor] = {}
 
     def read() -> float:
-        seen.update(zip(optimizer.parameters, optimizer._gradients, strict=True))
+        seen.update(zip(optimizer.parameters, optimizer.take(), strict=True))
         return 0.0
 
     optimizer.step = read
-    policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
+    policy_update(replaying(process, micro_batch), Clipped(), optimizer, record, config, WORLD)
     return seen
 
 
 @pytest.mark.parametrize("algorithm", [FLASH_GRPO, FLOW_GRPO])
-def test_the_gradient_does_not_depend_on_the_micro_batch(make_model, algorithm):
-    model = make_model()
+def test_the_gradient_does_not_depend_on_the_micro_batch(model, algorithm):
     perturb(model)
-    policy, _, transitions = draw(model, algorithm, groups=3, size=4)
-    advantages = torch.linspace(-1, 1, 12)
-    whole = gradient(model, policy, transitions, advantages, algorithm, 12)
+    process, _, record = draw(model, algorithm, steps=4)
+    record = judged(record, torch.linspace(-1, 1, 6))
+    whole = gradient(process, record, 6)
     for size in (1, 4, 5):
-        cut = gradient(model, policy, transitions, advantages, algorithm, size)
+        cut = gradient(process, record, size)
         for name, expected in whole.items():
             torch.testing.assert_close(cut[name], expected, rtol=2e-3, atol=1e-3 * float(expected.abs().max()) + 1e-12)
 
 
-def test_the_gradient_is_that_of_the_policy_gradient(make_model):
+def test_the_gradient_is_that_of_the_policy_gradient(model):
     """At ratio 1 the gradient is -mean(w A grad log_prob), computed here sample by sample without the loss."""
-    model = make_model()
     perturb(model)
-    policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=2)
-    advantages = torch.tensor([1.0, -2.0, 0.5, 0.25])
-    weights = FLASH_GRPO.weighting.weights(policy.table, FLASH_GRPO.steps.candidates(6), transitions.k)
+    process, _, record = draw(model, FLASH_GRPO, groups=2, size=2)
+    advantages, state = torch.tensor([1.0, -2.0, 0.5, 0.25]), record.state
+    candidates = FLASH_GRPO.explore.steps.candidates(6)
+    weights = FLASH_GRPO.score.weighting.weights(process.table, candidates, record.slot)
+    assert torch.equal(record.weight, weights)
     log_probs = []
     for row in range(4):
-        batch = transitions[torch.tensor([row])]
-        v = policy.velocity(batch.k, batch.x, batch.condition[batch.sample])
-        log_probs.append(policy.table.log_prob(batch.k, batch.x_next, batch.x, v)[0])
+        one = state[torch.tensor([row])]
+        v = process.exact.velocity(int(one.k), one.x, one.conditions)
+        log_probs.append(process.table.log_prob(one.k, one.x_next, one.x, v)[0])
     objective = -(weights * advantages * torch.stack(log_probs)).mean()
     parameters = trained_parameters(model.network)
     expected = dict(zip(parameters, torch.autograd.grad(objective, list(parameters.values())), strict=True))
-    for name, value in gradient(model, policy, transitions, advantages, FLASH_GRPO, 2).items():
+    for name, value in gradient(process, judged(record, advantages), 2).items():
         torch.testing.assert_close(value, expected[name], rtol=2e-3, atol=1e-3 * float(expected[name].abs().max()))
 
 
-def test_gradient_norms_by_step_are_those_of_the_step_alone(make_model):
-    model = make_model()
+def test_gradient_norms_by_step_are_those_of_the_step_alone(model):
     perturb(model)
-    policy, _, transitions = draw(model, FLOW_GRPO, groups=1, size=2, steps=3)
-    advantages = torch.tensor([1.0, -1.0])
-    config = OptimConfig(micro_batch=2, max_grad_norm=1e9, lr=1e-12)
-    metrics = policy_update(
-        policy,
-        Optimizer(trained_parameters(model.network), config, WORLD),
-        transitions,
-        advantages,
-        FLOW_GRPO,
-        config,
-        WORLD,
-    )
+    process, _, record = draw(model, FLOW_GRPO, groups=1, size=2, steps=3)
+    record = judged(record, torch.tensor([1.0, -1.0]))
+    metrics = updated(process, record, max_grad_norm=1e9, lr=1e-12)
     for k in (0, 1):
-        alone = gradient(model, policy, transitions[(transitions.k == k).nonzero().flatten()], advantages, FLOW_GRPO, 2)
+        alone = gradient(process, record[(record.slot == k).nonzero().flatten()], 2)
         norm = torch.stack([g.square().sum() for g in alone.values()]).sum().sqrt()
         assert metrics["grad_norm_by_step"][str(k)] == pytest.approx(float(norm), rel=1e-3)
 
 
-def test_an_update_makes_rewarded_samples_likelier(make_model):
-    model = make_model()
-    policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=4)
-    advantages = torch.tensor([1.0, -1.0] * 4)
-    config = OptimConfig(micro_batch=4, lr=1e-3)
-    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
-    metrics = policy_update(policy, optimizer, transitions, advantages, FLASH_GRPO, config, WORLD)
+def test_an_update_makes_rewarded_samples_likelier(model):
+    process, _, record = draw(model, FLASH_GRPO, groups=2, size=4, exact=4)
+    record = judged(record, torch.tensor([1.0, -1.0] * 4))
+    metrics = updated(process, record, lr=1e-3)
     assert (metrics["drift"], metrics["ratio_max_dev"], metrics["clip_fraction"]) == (0, 0, 0)
-    collected = UpdateMetrics(FLASH_GRPO)
-    change = []
-    for rows in batches(transitions, 4):
-        batch = transitions[rows]
-        replay(policy, batch, advantages[batch.sample], torch.ones(len(rows)), FLASH_GRPO, collected)
-        change.append((collected._rows["log_prob"][-1] - batch.log_prob) * advantages[batch.sample])
+    parts = micro_batches(process, record)
+    change = [(process.replay(part, ())[0].detach() - part.old) * part.advantage for part in parts]
     assert float(torch.cat(change).mean()) > 0
 
 
 @pytest.mark.parametrize("settings", [(1, 1), (2, 1), (1, 2), (2, 3)])
-def test_optimizer_steps_and_average_per_update(make_model, settings):
+def test_optimizer_steps_and_average_per_update(model, settings):
     minibatches, passes = settings
-    model = make_model()
-    policy, _, transitions = draw(model, FLASH_GRPO, groups=2, size=4)
-    config = OptimConfig(micro_batch=2, minibatches=minibatches, passes=passes, ema={"decay": 0.5, "every": 1})
+    process, _, record = draw(model, FLASH_GRPO, groups=2, size=4, uses=minibatches * passes)
+    record = judged(record, torch.linspace(-1, 1, 8))
+    config = OptimConfig(minibatches=minibatches, passes=passes, ema={"decay": 0.5, "every": 1})
     optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
     averages = []
     step = optimizer.step
@@ -215,7 +187,7 @@ def test_optimizer_steps_and_average_per_update(make_model, settings):
 
     optimizer.step = spy
     start = {name: value.clone() for name, value in optimizer.ema.items()}
-    policy_update(policy, optimizer, transitions, torch.linspace(-1, 1, 8), FLASH_GRPO, config, WORLD)
+    policy_update(process, Clipped(), optimizer, record, config, WORLD)
     assert optimizer.steps == len(averages) == minibatches * passes
     if len(averages) == 1:
         for name, weight in optimizer.weights().items():
@@ -225,14 +197,12 @@ def test_optimizer_steps_and_average_per_update(make_model, settings):
 @pytest.mark.parametrize("train", ["{kind: lora, rank: 4}", "{kind: full}"])
 def test_kl_to_the_base_is_zero_at_the_start_and_positive_later(make_model, train):
     model = make_model("algorithm.kl_coef=0.1", f"model.train={train}")
-    algorithm = dataclasses.replace(FLASH_GRPO, kl_coef=0.1)
-    policy, _, transitions = draw(model, algorithm, groups=2, size=2)
-    config = OptimConfig(micro_batch=2, lr=1e-3)
+    process, _, record = draw(model, FLASH_GRPO, groups=2, size=2)
+    record, objective, config = judged(record, torch.tensor([1.0, -1.0] * 2)), Clipped(kl_coef=0.1), OptimConfig(lr=1e-3)
     names = set(trained_parameters(model.network))
     optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
-    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    first = policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
-    second = policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
+    first = policy_update(process, objective, optimizer, record, config, WORLD)
+    second = policy_update(process, objective, optimizer, record, config, WORLD)
     assert first["kl"] == 0
     assert second["kl"] > 0
     assert set(trained_parameters(model.network)) == names  # switching adapters off and on froze nothing
@@ -254,76 +224,75 @@ def test_the_saved_lora_gives_the_pipeline_the_tuned_velocity(make_model, tmp_pa
     torch.testing.assert_close(loaded, tuned, rtol=1e-5, atol=1e-5)
 
 
-GUARD = dataclasses.replace(FLOW_GRPO, weighting=StepLength(), ratio=NormalizedRatio())
-
-
-def updated(model, algorithm: Algorithm, drawn, advantages: Tensor, **settings) -> dict:
-    policy, _, transitions = drawn
-    config = OptimConfig(micro_batch=2, **settings)
-    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
-    return policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
-
-
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_draws_and_updates_without_drift(make_model, name):
-    model = make_model()
-    drawn = draw(model, PRESETS[name], groups=2, size=2)
-    metrics = updated(model, PRESETS[name], drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]), lr=1e-4)
+def test_every_preset_draws_and_updates_without_drift(model, name):
+    algorithm = PRESETS[name]
+    process, _, record = draw(model, algorithm, groups=2, size=2)
+    record = judged(record, torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    metrics = updated(process, record, algorithm.objective, lr=1e-4)
     assert (metrics["drift"], metrics["clip_fraction"]) == (0, 0)
     assert metrics["grad_norm"] > 0
-    candidates = PRESETS[name].steps.candidates(6)
+    candidates = algorithm.explore.steps.candidates(6)
     assert {int(step) for step in metrics["transitions_by_step"]} <= set(candidates)
 
 
 @pytest.mark.parametrize("settings", [{}, {"passes": 2}, {"minibatches": 2}])
-def test_the_normalized_ratio_starts_at_one_and_moves(make_model, settings):
-    model = make_model()
+def test_the_normalized_ratio_starts_at_one_and_moves(model, settings):
     perturb(model)
-    drawn = draw(model, GUARD, groups=2, size=2, steps=4)
-    metrics = updated(model, GUARD, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]), lr=1e-3, **settings)
+    process, _, record = draw(model, GUARD, groups=2, size=2, steps=4, uses=len(settings) + 1)
+    record = judged(record, torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    metrics = updated(process, record, lr=1e-3, **settings)
     assert metrics["drift"] == 0
     assert (metrics["ratio_max_dev"] > 0) == bool(settings)
 
 
-@pytest.mark.parametrize("change", [{"ratio": NormalizedRatio()}, {"weighting": NoiseLevel()}])
-def test_the_options_do_not_depend_on_the_micro_batch(make_model, change):
-    model = make_model()
+@pytest.mark.parametrize("score", [Recorded(ratio=NormalizedRatio()), Recorded(NoiseLevel())], ids=["ratio", "weight"])
+def test_the_options_do_not_depend_on_the_micro_batch(model, score):
     perturb(model)
-    algorithm = dataclasses.replace(FLOW_GRPO, **change)
-    policy, _, transitions = draw(model, algorithm, groups=2, size=3, steps=4)
-    advantages = torch.linspace(-1, 1, 6)
-    whole = gradient(model, policy, transitions, advantages, algorithm, 6)
+    process, _, record = draw(model, dataclasses.replace(FLOW_GRPO, score=score), groups=2, size=3, steps=4)
+    record = judged(record, torch.linspace(-1, 1, 6))
+    whole = gradient(process, record, 6)
     for size in (1, 4):
-        cut = gradient(model, policy, transitions, advantages, algorithm, size)
+        cut = gradient(process, record, size)
         for name, expected in whole.items():
             torch.testing.assert_close(cut[name], expected, rtol=2e-3, atol=1e-3 * float(expected.abs().max()) + 1e-12)
 
 
-def test_the_normalized_ratio_is_of_the_policy_that_drew(make_model, monkeypatch):
+def test_the_normalized_ratio_is_of_the_policy_that_drew(model):
     """At every optimizer step `old_v` is the velocity of the rollout, though the weights have moved since."""
-    model = make_model()
     perturb(model)
-    policy, _, transitions = drawn = draw(model, GUARD, groups=2, size=2, steps=4)
+    process, _, record = draw(model, GUARD, groups=2, size=2, steps=4, uses=4)
+    state, v = record.state, torch.empty_like(record.state.x)
     with torch.no_grad():
-        v = policy.exact_velocity(transitions.k, transitions.x, transitions.condition[transitions.sample])
-    seen = []
+        for k in state.k.unique().tolist():
+            for units in (state.k == k).nonzero().flatten().split(process.micro_batch):
+                v[units] = process.exact.velocity(k, state.x[units], state[units].conditions)
+    seen: list[int] = []
+    replay = process.replay
 
-    def spied(policy, batch, advantage, weight, algorithm, metrics, old_v, v_kept):
-        rows = [
-            int(((transitions.log_prob == value) & (transitions.k == k)).nonzero())
-            for value, k in zip(batch.log_prob, batch.k, strict=True)
+    def spied(part: Record, columns):
+        now = part.state
+        units = [
+            int(((state.log_prob == value) & (state.k == k)).nonzero())
+            for value, k in zip(now.log_prob, now.k, strict=True)
         ]
-        assert torch.equal(old_v, v[rows])
-        seen.extend(rows)
-        return replay(policy, batch, advantage, weight, algorithm, metrics, old_v, v_kept)
+        assert torch.equal(now.old_v, v[units])
+        seen.extend(units)
+        return replay(part, columns)
 
-    monkeypatch.setattr(update, "replay", spied)
-    updated(model, GUARD, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]), lr=1e-2, passes=2, minibatches=2)
-    assert sorted(seen) == sorted(2 * list(range(len(transitions))))
+    process.replay = spied
+    record = judged(record, torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    updated(process, record, lr=1e-2, passes=2, minibatches=2)
+    assert sorted(seen) == sorted(2 * list(range(len(record))))
 
 
-def test_the_plain_ratio_computes_no_velocity_twice(make_model, monkeypatch):
-    model = make_model()
-    drawn = draw(model, FLASH_GRPO, groups=2, size=2)
-    monkeypatch.delattr(update, "drawn_velocities")
-    updated(model, FLASH_GRPO, drawn, torch.tensor([1.0, -1.0, 0.5, -0.5]), passes=2)
+def test_no_velocity_is_computed_twice_for_a_ratio(model, monkeypatch):
+    """Nor kept where the ratio does not need it, or where the weights that replay are those that drew."""
+    process, _, record = draw(model, FLASH_GRPO, groups=2, size=2, uses=2)
+    assert record.state.old_v is None
+    assert draw(model, GUARD, groups=1, steps=3, uses=1)[2].state.old_v is None
+    calls, velocity = [], model.velocity
+    monkeypatch.setattr(model, "velocity", lambda *inputs: calls.append(1) or velocity(*inputs))
+    parts = micro_batches(process, record)
+    updated(process, judged(record, torch.tensor([1.0, -1.0, 0.5, -0.5])), passes=2)
+    assert len(calls) == 2 * len(parts)

@@ -1,43 +1,30 @@
 """The steps that are not trained: where they stop, what they cost, and that they never touch the one that is."""
 
 import dataclasses
-import gc
-import weakref
-from functools import partial
 
 import pytest
 import torch
-from flashgrpo.processes.flow.policy import Policy
+from torch import Tensor
 
-from flashgrpo.assembly import Assembly, experience
+from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.sharding import blocks_of
-from flashgrpo.distributed.world import World, single_process
-from flashgrpo.doctor.estimate import META, weightless
 from flashgrpo.errors import UserError
-from flashgrpo.learning.optim import Optimizer
-from flashgrpo.learning.settings import OptimConfig
-from flashgrpo.learning.update import policy_update
-from flashgrpo.models.lora import trained_parameters
-from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, FLOW_GRPO_FAST_2, Algorithm
-from flashgrpo.processes.flow.cost import update_cost
+from flashgrpo.models.load import META, weightless
+from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO_FAST
 from flashgrpo.processes.flow.float8 import Float8, frozen_layers
-from flashgrpo.processes.flow.retain import Graphs
+from flashgrpo.processes.flow.network import GuidedNetwork, guidance_of
 from flashgrpo.processes.flow.reuse import FirstBlock, TaylorSeer
-from flashgrpo.processes.flow.rollout import denoise, initial_noise, rollout
+from flashgrpo.processes.flow.rollout import MicroBatch, Start, noise_of, walk
 from flashgrpo.processes.flow.schedule import shifted_grid
-from flashgrpo.processes.flow.shortcuts import Environment, leaders, visited, within
+from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders, visited
 from flashgrpo.processes.flow.solvers import Euler, UniPC
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.progress import Clock
-from flashgrpo.types import Prompt, PromptGroup, Sample
-
-WORLD = single_process()
-TEXTS = ["a red circle moving left slowly", "a blue square moving up quickly", "a green triangle moving down slowly"]
-PROMPTS = [Prompt(text, {}) for text in TEXTS]
+from tests.processes.flow.drawing import PROMPTS, WORLD, draw
 
 
-def mask(num_steps: int, *stochastic: int) -> torch.Tensor:
+def mask(num_steps: int, *stochastic: int) -> Tensor:
     row = torch.zeros(1, num_steps, dtype=torch.bool)
     row[0, list(stochastic)] = True
     return row
@@ -60,16 +47,24 @@ def test_where_a_walk_stops(num_steps, stochastic, steps, points):
     assert visited(mask(num_steps, *stochastic), steps)[0].nonzero().flatten().tolist() == points
 
 
-def test_guidance_within_an_interval():
+def test_guidance_within_an_interval(model):
+    """Of deterministic steps only: a stochastic step is computed as it is replayed."""
     grid = shifted_grid(4, 3.0)  # 1, 0.9, 0.75, 0.5
-    guidance = torch.full((4,), 2.0)
-    assert within(guidance, grid, (0.75, 0.9)).tolist() == [1, 2, 2, 1]
-    assert within(guidance, grid, (0.0, 1.0)).tolist() == [2, 2, 2, 2]
+    inside = guidance_of(model, grid, 2.0, interval=(0.75, 0.9))
+    assert inside.deterministic.tolist() == [1, 2, 2, 1]
+    assert inside.stochastic.tolist() == [2, 2, 2, 2]
+    assert guidance_of(model, grid, 2.0, interval=(0.0, 1.0)).deterministic.tolist() == [2, 2, 2, 2]
 
 
-def test_leaders_are_of_the_same_group_and_steps():
-    stochastic = torch.cat([mask(4, 1), mask(4, 1), mask(4, 2), mask(4, 1), mask(4, 2)])
-    assert leaders([(0, 0), (0, 0), (0, 0), (1, 0), (0, 0)], stochastic).tolist() == [0, 0, 2, 3, 2]
+def test_leaders_are_of_the_same_start():
+    """The first row of each key, and the place of each row's among them."""
+    first, of = leaders([(0, 0), (0, 0), (0, 1), (1, 0), (0, 1)])
+    assert first.tolist() == [0, 2, 3]
+    assert of.tolist() == [0, 0, 1, 2, 1]
+    first, of = leaders(list("abac"))
+    assert (first.tolist(), of.tolist()) == ([0, 1, 3], [0, 1, 0, 2])
+    first, of = leaders([])
+    assert len(first) == len(of) == 0
 
 
 def test_a_walk_over_some_points_is_a_walk_of_the_smaller_grid():
@@ -78,67 +73,70 @@ def test_a_walk_over_some_points_is_a_walk_of_the_smaller_grid():
     small = dataclasses.replace(grid, sigmas=grid.sigmas[[*points, 10]], timesteps=grid.timesteps[points])
     x = expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     for solver in (Euler(), UniPC()):
-        walk, plain = solver.walk(grid, points), solver.walk(small, range(4))
+        path, plain = solver.walk(grid, points), solver.walk(small, range(4))
         for number, k in enumerate(points):
             v = torch.sin(x * (k + 1))
-            x, expected = walk.step(k, x, v), plain.step(number, expected, v)
+            x, expected = path.step(k, x, v), plain.step(number, expected, v)
         assert torch.equal(x, expected)
 
 
-def draw(model, algorithm: Algorithm, graphs: Graphs | None = None, micro_batch=64, size=4, steps=6, **cheap):
-    grid = model.grid(steps)
-    guidance = torch.full((steps,), 2.0)
-    policy = Policy(model, grid, algorithm.noise(grid.sigmas), guidance, micro_batch=2)
-    if cheap.pop("eight", False):
-        cheap |= {"dtype": torch.bfloat16, "float8": Float8(blocks_of(model.network))}
-    environment = Environment(model, grid, cheap.pop("guidance", guidance), **cheap)
-    groups = [PromptGroup(0, number, prompt, size) for number, prompt in enumerate(PROMPTS)]
-    samples = [Sample(group, member) for group in groups for member in range(size)]
-    condition = model.encode([sample.group.prompt for sample in samples])
-    latents, transitions = rollout(
-        policy, environment, samples, condition, algorithm, 0, micro_batch, WORLD, graphs=graphs
-    )
-    return policy, latents, transitions
-
-
+UNIPC = {"solver": {"kind": "unipc"}}
 CHEAP = {
-    "fewer": {"steps": 3},
-    "unipc": {"solver": UniPC(), "steps": 3},
-    "unguided": {"guidance": torch.ones(6)},
-    "bfloat16": {"dtype": torch.bfloat16},
-    "float8": {"eight": True},
-    "first-block": {"reuse": FirstBlock(0.3)},
-    "taylorseer": {"reuse": TaylorSeer(interval=2, order=1)},
-    "all": {"solver": UniPC(), "steps": 2, "guidance": torch.ones(6), "eight": True},
+    "fewer": {"deterministic_steps": 3},
+    "unipc": {**UNIPC, "deterministic_steps": 3},
+    "unguided": {"guidance_interval": (0.0, 0.0)},
+    "bfloat16": {"deterministic_dtype": "bfloat16"},
+    "float8": {"deterministic_dtype": "float8"},
+    "first-block": {"reuse": {"kind": "first-block", "threshold": 0.3}},
+    "taylorseer": {"reuse": {"kind": "taylorseer", "interval": 2, "order": 1}},
+    "all": {**UNIPC, "deterministic_steps": 2, "guidance_interval": (0.0, 0.0), "deterministic_dtype": "float8"},
 }
 
 
-@pytest.mark.parametrize("algorithm", [FLASH_GRPO, FLOW_GRPO_FAST], ids=["flash", "shared"])
+@pytest.fixture(scope="module", params=[FLASH_GRPO, FLOW_GRPO_FAST], ids=["flash", "shared"])
+def exactly(loaded, request):
+    """An algorithm, and the latents of its samples without any shortcut."""
+    return request.param, draw(loaded, request.param)[1]
+
+
 @pytest.mark.parametrize("cheap", CHEAP.values(), ids=CHEAP)
-def test_the_trained_step_is_exact_whatever_leads_to_it(make_model, algorithm, cheap):
+def test_the_trained_step_is_exact_whatever_leads_to_it(model, exactly, cheap):
     """Its density is that of a replay with the training network, bit for bit; and the videos remain videos."""
-    model = make_model()
-    _, exact, _ = draw(model, algorithm)
-    policy, latents, transitions = draw(model, algorithm, **cheap)
-    for step in transitions.k.unique().tolist():
-        batch = transitions[transitions.k == step]
-        v = policy.exact_velocity(batch.k, batch.x, batch.condition[batch.sample])
-        assert torch.equal(policy.table.log_prob(batch.k, batch.x_next, batch.x, v), batch.log_prob)
+    algorithm, exact = exactly
+    process, latents, record = draw(model, algorithm, **cheap)
+    for slot in record.slot.unique():
+        units = record[(record.slot == slot).nonzero().flatten()]
+        for part in process.micro_batches(units):
+            assert torch.equal(process.replay(part, ())[0], part.old)
     assert not torch.equal(latents, exact)
     assert torch.corrcoef(torch.stack([latents.flatten(), exact.flatten()]))[0, 1] > 0.8
 
 
-def blocks_computed(model, environment: Environment, steps: int) -> int:
-    """How often the last block runs in a walk of so many steps."""
-    calls = []
+def walk_alone(moves: DeterministicSteps, x: Tensor, condition) -> Tensor:
+    """The end of a walk of one sample along the whole grid."""
+    latents, features = torch.empty_like(x), moves.features()
+    batch = MicroBatch(torch.tensor([0]), range(moves.network.grid.num_steps))
+
+    def start(batch: MicroBatch) -> Start:
+        return Start(x, condition, torch.tensor([0]))
+
+    with torch.no_grad():
+        for _ in walk(moves, features, batch, start, latents, lambda rows, end: None):
+            pass
+    features.forget()
+    return latents
+
+
+def blocks_computed(moves: DeterministicSteps) -> int:
+    """How often the last block runs in a walk along the whole grid."""
+    model, calls = moves.network.model, []
     hook = model.network.blocks[-1].attn1.register_forward_pre_hook(lambda module, inputs: calls.append(1))
-    x = initial_noise(model, 0, [(0, 0, 0)], False)
-    denoise(environment, x, model.encode(PROMPTS[:1]), 1, WORLD)
+    walk_alone(moves, noise_of(model, [(0, "noise", 0, 0, 0)]), model.encode(PROMPTS[:1]))
     hook.remove()
     return len(calls)
 
 
-def test_products_in_float8(make_model):
+def test_products_in_float8(model):
     """Of the frozen layers of the blocks, as near as e4m3 is; nothing of it stays in the network."""
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(48, 32, dtype=torch.bfloat16), torch.randn(2, 5, 48).bfloat16()
@@ -154,7 +152,7 @@ def test_products_in_float8(make_model):
     assert torch.equal(near[0, 1], layer.bias)
     assert torch.equal(layer(x), exact)
 
-    network = make_model().network
+    network = model.network
     layers = frozen_layers(blocks_of(network))
     inside = [part for block in network.blocks for part in block.modules() if type(part) is torch.nn.Linear]
     adapters = [part for part in inside if part.weight.requires_grad]
@@ -196,178 +194,66 @@ def test_float8_is_refused_where_it_cannot_be(make_run):
         Float8([torch.nn.Linear(3, 5)])
 
 
-def test_reused_features_are_not_computed(make_model):
-    model = make_model()
-    grid = model.grid(9)
-    plain = Environment(model, grid, torch.ones(9))
-    assert blocks_computed(model, plain, 9) == 9
+def unguided(model, steps: int) -> DeterministicSteps:
+    """Deterministic steps without guidance or shortcuts."""
+    return DeterministicSteps(GuidedNetwork(model, model.grid(steps), torch.ones(steps)))
+
+
+def test_reused_features_are_not_computed(model):
+    plain = unguided(model, 9)
+    assert blocks_computed(plain) == 9
     every_second = dataclasses.replace(plain, reuse=TaylorSeer(interval=2, order=1))
-    assert blocks_computed(model, every_second, 9) == 2 + 3  # two to begin with, then every second
+    assert blocks_computed(every_second) == 2 + 3  # two to begin with, then every second
     loose = dataclasses.replace(plain, reuse=FirstBlock(0.9))
-    assert 1 <= blocks_computed(model, loose, 9) < 9
+    assert 1 <= blocks_computed(loose) < 9
     assert not model.network.is_cache_enabled  # and nothing stays behind
-    assert blocks_computed(model, plain, 9) == 9
+    assert blocks_computed(plain) == 9
 
 
 def test_which_reuse_waits_for_the_device(make_run):
     """The meta device has no values to wait for."""
     model = weightless(make_run().model)
     noise = torch.zeros(1, *model.latent_shape, device=META)
-    plain = Environment(model, model.grid(9), torch.ones(9))
+    plain = unguided(model, 9)
     by_number = dataclasses.replace(plain, reuse=TaylorSeer(interval=2, order=1))
     by_value = dataclasses.replace(plain, reuse=FirstBlock(0.3))
-    assert denoise(by_number, noise, model.nothing(), 1, World(META)).is_meta
+    assert walk_alone(by_number, noise, model.nothing()).is_meta
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
-        denoise(by_value, noise, model.nothing(), 1, World(META))
+        walk_alone(by_value, noise, model.nothing())
 
 
-def test_a_shared_start_is_computed_once(make_model):
+def test_a_shared_start_is_computed_once(model):
     """And leads every member to the same latents, as it would by itself."""
-    model = make_model()
     calls = []
-    model.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    algorithm = dataclasses.replace(FLASH_GRPO, grouping=dataclasses.replace(FLASH_GRPO.grouping, shared_noise=True))
-    _, together, transitions = draw(model, algorithm)
-    x = transitions.x.unflatten(0, (3, 4))
+    hook = model.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    shared = dataclasses.replace(FLASH_GRPO, explore=dataclasses.replace(FLASH_GRPO.explore, shared_noise=True))
+    _, together, record = draw(model, shared, size=4)
+    hook.remove()
+    x = record.state.x.unflatten(0, (3, 4))
     assert torch.equal(x, x[:, :1].expand_as(x))
-    late = transitions.k.unflatten(0, (3, 4))[:, 0].tolist()
+    late = record.slot.unflatten(0, (3, 4))[:, 0].tolist()
     assert max(late) > 0
     deterministic = sum(late) + sum(4 * (5 - k) for k in late)
     assert sum(calls) == 2 * (deterministic + 12)
-    _, alone_, _ = draw(model, algorithm, micro_batch=1)
-    torch.testing.assert_close(together, alone_, rtol=1e-3, atol=1e-4)
+    _, alone, _ = draw(model, shared, size=4, micro_batch=1)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
 def test_evaluation_takes_no_shortcut(make_run):
     cheap = ["rollout.deterministic_steps=2", "rollout.guidance_interval=[0.5,0.9]", "rollout.solver.kind=unipc"]
     parts, plain = (Assembly(make_run(*settings), WORLD) for settings in (cheap, []))
-    model = plain.policy.model
-    noise = initial_noise(model, 0, [(0, 0, 0)], False)
-    condition = model.encode(plain.heldout[:1])
-    videos = [denoise(one.evaluator.environment, noise, condition, 1, WORLD) for one in (parts, plain)]
-    assert torch.equal(*videos)
-    assert parts.environment.steps == 2
-    low = Assembly(make_run("rollout.deterministic_dtype=float8", "rollout.reuse.kind=taylorseer"), WORLD)
-    for environment, used in ((low.environment, True), (low.evaluator.environment, False)):
-        assert all((part is not None) == used for part in (environment.dtype, environment.float8, environment.reuse))
-    assert set(parts.environment.guidance.tolist()) == {1.0, 1.5}
-
-
-# ---- graphs that are kept --------------------------------------------------------------------------------------------
-
-
-def gradient(model, policy, transitions, algorithm: Algorithm, **settings) -> dict[str, torch.Tensor]:
-    config = OptimConfig(micro_batch=2, max_grad_norm=1e9, **settings)
-    optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
-    seen: dict[str, torch.Tensor] = {}
-
-    def read() -> float:
-        seen.update({n: g.clone() for n, g in zip(optimizer.parameters, optimizer._gradients, strict=True)})
-        return 0.0
-
-    optimizer.step = read
-    advantages = torch.linspace(-1, 1, 12)
-    metrics = policy_update(policy, optimizer, transitions, advantages, algorithm, config, WORLD)
-    assert metrics["drift"] == 0
-    return seen
-
-
-@pytest.mark.parametrize("micro_batch", [64, 5])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    "algorithm",
-    [FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST_2, DANCE_GRPO, dataclasses.replace(FLASH_GRPO, kl_coef=0.1)],
-    ids=["flash", "flow", "fast-2", "dance", "kl"],
-)
-def test_a_kept_graph_gives_the_gradient_of_a_replay(make_model, algorithm, micro_batch, checkpointing):
-    """Bit for bit where a rollout's micro-batch holds all samples: then both compute in the same portions."""
-    model = make_model()
-    if checkpointing:
-        model.network.enable_gradient_checkpointing()
-        model.network.train()
-    for parameter in trained_parameters(model.network).values():
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    policy, latents, replayed = draw(model, algorithm, micro_batch=micro_batch)
-    _, same, kept = draw(model, algorithm, Graphs(1000, None), micro_batch=micro_batch)
-    assert torch.equal(latents, same)
-    assert kept.retained
-    assert not replayed.retained
-    expected = gradient(model, policy, replayed, algorithm)
-    calls = []
-    hook = model.network.register_forward_pre_hook(lambda module, inputs: calls.append(torch.is_grad_enabled()))
-    got = gradient(model, policy, kept, algorithm)
-    hook.remove()
-    assert not any(calls)  # nothing is replayed; a KL's reference is computed without gradient
-    for name, value in expected.items():
-        if micro_batch == 64:
-            assert torch.equal(got[name], value)
-        torch.testing.assert_close(got[name], value, rtol=2e-3, atol=1e-3 * float(value.abs().max()) + 1e-12)
-
-
-def test_weights_that_are_not_those_that_drew_show_with_kept_graphs_too(make_model):
-    model = make_model()
-    policy, _, kept = draw(model, FLASH_GRPO, Graphs(6, None))
-    for parameter in trained_parameters(model.network).values():
-        parameter.data += 0.02
-    optimizer = Optimizer(trained_parameters(model.network), OptimConfig(micro_batch=2), WORLD)
-    metrics = policy_update(policy, optimizer, kept, torch.linspace(-1, 1, 12), FLASH_GRPO, optimizer.config, WORLD)
-    assert metrics["drift"] > 0
-
-
-def test_graphs_that_do_not_fit_are_dropped(make_model):
-    model = make_model()
-    graphs = Graphs(6, 1000)
-    alive = []
-    forward = model.network.register_forward_hook(lambda module, inputs, result: alive.append(result[0].requires_grad))
-    _, _, transitions = draw(model, FLASH_GRPO, graphs)
-    forward.remove()
-    assert not graphs.kept
-    assert graphs.bytes_each > 1000
-    assert not transitions.retained
-    assert sum(alive) == 1  # it is found out with one call of the network, not with all that act at a step
-    enough = Graphs(6, 6 * graphs.bytes_each)
-    _, _, transitions = draw(model, FLASH_GRPO, enough)
-    assert enough.kept
-    assert sum(len(one.rows) for one in transitions.retained) == 12
-    assert not transitions[torch.arange(3)].retained
-    draw(model, FLASH_GRPO, enough)
-    assert enough.kept  # each update anew
-    underrated = Graphs(1, 5 * graphs.bytes_each)  # more calls than were foreseen, as where micro-batches are filled up
-    _, _, transitions = draw(model, FLASH_GRPO, underrated)
-    assert not underrated.kept
-    assert not transitions.retained
-
-
-def test_a_graph_that_was_measured_goes():
-    """What autograd saves is measured, and not held."""
-    layer, held = torch.nn.Linear(64, 64), []
-    for _ in range(3):
-        with Graphs(1, 1000).of(layer):
-            y = layer(torch.ones(8, 64)).exp()  # saves its result, which has the graph
-            lives_with_it = partial(max)
-            y.grad_fn.register_hook(lives_with_it)
-            held.append(weakref.ref(lives_with_it))
-        del y, lives_with_it
-    gc.collect()
-    assert not any(node() for node in held)
-
-
-def test_when_graphs_are_kept(make_run):
-    assert Assembly(make_run(), WORLD).graphs is not None
-    assert Assembly(make_run("rollout.retain=false"), WORLD).graphs is None
-    assert Assembly(make_run("optim.minibatches=2"), WORLD).graphs is None
-    for other, why in (
-        ("optim.minibatches=2", "a rollout that serves several optimizer steps"),
-        ("model.offload=true", "the network leaves the device"),
-        ("parallel.context=2", "replay together"),
-        ("model.compute_dtype=bfloat16", "replay together"),
-    ):
-        with pytest.raises(UserError, match=rf"rollout\.retain: .*{why}"):
-            RunConfig.load("tiny", [other, "rollout.retain=true"])
-    assert Assembly(make_run("rollout.retain=true"), WORLD).graphs._limit is None
-
-
-# ---- settings and cost -----------------------------------------------------------------------------------------------
+    names = [(0, "noise", 0, 0, 0)]
+    ends = [one.process.sample(plain.heldout[:1], names, lambda rows, latents: None) for one in (parts, plain)]
+    assert torch.equal(*ends)
+    assert parts.process.moves.steps == 2
+    assert isinstance(parts.process.moves.solver, UniPC)
+    assert (parts.process.sampler().steps, parts.process.sampler().solver) == (None, Euler())
+    low = Assembly(make_run("rollout.deterministic_dtype=float8", "rollout.reuse.kind=taylorseer"), WORLD).process
+    for moves, used in ((low.moves, True), (low.sampler(), False)):
+        shortcuts = moves.network.dtype, moves.network.float8, moves.reuse
+        assert all((part is not None) == used for part in shortcuts)
+    assert set(parts.process.moves.network.guidance.tolist()) == {1.0, 1.5}
+    assert set(parts.process.sampler().network.guidance.tolist()) == {1.5}
 
 
 @pytest.mark.parametrize(
@@ -404,7 +290,7 @@ def test_the_cost_is_what_the_network_computes(make_run, settings):
     config = make_run("rollout.num_steps=6", "rollout.guidance_scale=2", "optim.micro_batch=1", *settings)
     parts = Assembly(config, WORLD)
     rows = []
-    parts.policy.model.network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    drawn = experience(parts, prompt_groups(parts.prompts, config.seed, 1, 2, 2), Clock())
-    assert sum(rows) == update_cost(config, 1, parts.guided).rollout
-    assert drawn.transitions.retained
+    parts.process.network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    drawn = parts.draw_and_score(prompt_groups(parts.prompts, config.seed, 1, 2, 2), Clock())
+    assert sum(rows) == parts.process.cost(config.seed, 1, 1, parts.objective.columns).rollout
+    assert drawn.record.state.kept

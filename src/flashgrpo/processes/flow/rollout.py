@@ -78,7 +78,7 @@ class Start:
 
     x: Latents
     condition: Condition
-    of: Int64[Tensor, " batch"]
+    of: Int64[Tensor, " members"]
     act: "Act | None" = None
 
 

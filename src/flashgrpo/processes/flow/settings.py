@@ -97,7 +97,8 @@ class RolloutConfig(Part):
         Args:
             held_between: processes hold a network between them.
             frozen: most weights are not trained.
-            offload, compiled: what `model` says.
+            offload: whether parts of the model leave the device.
+            compiled: whether the blocks are compiled.
 
         Raises:
             ValueError: float8 or reuse cannot go with that.

@@ -1,0 +1,89 @@
+"""Samples that were drawn together, as rewards take them."""
+
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flashgrpo.errors import UserError, first_line
+from flashgrpo.prompts import columns_of
+from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels
+from flashgrpo.types import Latents, Prompt, Reward, Videos
+from flashgrpo.video import write_mp4
+
+Columns = Mapping[str, Sequence[float]]
+"""Component -> a value for each sample."""
+
+
+class Batch:
+    """Samples that were drawn together, in each form that a reward takes; a form is made once, when first asked for.
+
+    Args:
+        videos: (B, F, 3, H, W) on the CPU; None where no reward asks for what is decoded.
+        latents: (B, C, F, H, W); None where no reward asks for them.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], fps: float, videos: Videos | None = None, latents: Latents | None = None
+    ) -> None:
+        self.prompts = prompts
+        self._fps, self._videos, self._latents = fps, videos, latents
+        self._forms: dict[Input, Any] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = threading.Lock()
+        self._left = 0
+
+    def wanted_by(self, count: int) -> None:
+        """So many rewards will score it."""
+        self._left = count
+
+    def done(self) -> None:
+        """One of them has; after the last nothing of the batch is kept."""
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._forms.clear()
+                self._videos = self._latents = None
+                if self._folder is not None:
+                    self._folder.cleanup()
+
+    def scored_by(self, name: str, reward: Reward, takes: Input) -> Any:
+        """What the reward returns for this batch.
+
+        Raises:
+            UserError: it refused its input, or changed it.
+        """
+        given = self._form(takes)
+        version = given._version if isinstance(given, Tensor) else 0
+        texts, columns = [prompt.text for prompt in self.prompts], columns_of(self.prompts)
+        try:
+            values = reward(given, texts, **columns)
+        except UserError as error:
+            raise UserError(f"reward {name}: {error}") from error
+        except ValueError as error:  # what a reward raises to refuse its input; any other keeps its trace, being a bug
+            raise UserError(f"reward {name} refused its input: {first_line(error)}") from error
+        if isinstance(given, Tensor) and given._version != version:
+            raise UserError(f"reward {name} changed the videos in place, which others read too; work on a copy")
+        return values
+
+    def _form(self, takes: Input) -> Any:
+        with self._lock:
+            if takes not in self._forms:
+                self._forms[takes] = self._make(takes)
+            return self._forms[takes]
+
+    def _make(self, takes: Input) -> Any:
+        if isinstance(takes, LatentVideos):
+            assert self._latents is not None
+            return self._latents.float().cpu()
+        assert self._videos is not None
+        if isinstance(takes, Pixels):
+            return takes.prepare(self._videos, self._fps)
+        self._folder = tempfile.TemporaryDirectory(prefix="flashgrpo-videos-")
+        paths = [Path(self._folder.name) / f"{row:04d}.mp4" for row in range(len(self.prompts))]
+        for path, video in zip(paths, self._videos, strict=True):
+            write_mp4(path, video, self._fps)
+        return [str(path) for path in paths]
