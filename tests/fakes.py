@@ -27,8 +27,8 @@ class Fake:
     """Hold a network, and do what is the same for every small process.
 
     Args:
-        inputs, outputs: numbers in and out of the network, whose rows do not see each other. A row of `inputs` numbers is
-            a multiple of 16 bytes: of others a product of matrices rounds by their place in the batch.
+        inputs, outputs: numbers in and out of the network, whose rows do not see each other. `inputs` is a multiple of
+            4: a product of matrices rounds rows that are not aligned by their place in the batch.
         micro_batch: units replayed at once, and rows of each call of the network.
         prompts, group_size: samples of an update; `cost` counts by them.
     """
@@ -99,7 +99,7 @@ class Painted:
 
 
 class Colour(Fake):
-    """Draw a colour for a prompt: sigmoid(action), action ~ N(W text + b, STD^2 I). A unit is a sample, with one term."""
+    """Draw a colour for a prompt, sigmoid(action) with action ~ N(W text + b, STD^2 I): a unit of one term a sample."""
 
     def __init__(self, **settings):
         super().__init__(inputs=WIDTH, outputs=3, **settings)
@@ -141,11 +141,11 @@ def _noise(names) -> Tensor:
 
 
 def _energy(distance: Tensor) -> Tensor:
-    """Sum squares over (2 STD^2), (T,), column by column: a reduction may round otherwise for another number of rows."""
+    """Return the sum of squares over 2 STD^2, (T,), column by column: a reduction may round by the number of rows."""
     return sum(distance.square().unbind(1)) / (2 * STD**2)
 
 
-# ---- ragged: several terms for a unit, several units for a sample, keys below the group, two channels ------------------
+# ---- ragged: several terms for a unit, several units for a sample, keys below the group, two channels ----------------
 
 CALLS, LENGTH, TOKENS = 3, 3, 5  # calls of a sample and tokens of a call, at most; token 0 stands before each call
 

@@ -231,7 +231,7 @@ def needed_to_draw(parts: Assembly, groups: list) -> dict[str, int]:
 
 
 def needed_to_learn(parts: Assembly, record: Record, world: World) -> list[dict[str, int]]:
-    """Count the calls that this rank's own units need each time that ranks meet, at an optimizer step or a slot of it."""
+    """Count the calls that this rank's own units need each time that ranks meet: at a step, or at a slot of it."""
     process, optim, needed = parts.process, parts.config.optim, []
     passes = 1 + len(parts.objective.columns)  # a forward of the base model for the KL
     for batch in Work.of(process, record, world).optimizer_steps(optim):

@@ -272,12 +272,24 @@ def test_links_lead_somewhere():
 
 
 def test_tests_that_are_named_exist():
-    for page in PAGES:
+    """A path from the top, or a test's name behind the name of its file."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         text = page.read_text("utf-8")
-        for file in re.findall(r"tests/(\w+\.py)", text):
-            assert (ROOT / "tests" / file).is_file(), f"{page.name}: {file}"
+        for file in re.findall(r"tests/[\w/]+\.(?:py|txt)", text):
+            assert (ROOT / file).is_file(), f"{page.name}: {file}"
         for file, name in re.findall(r"(test_\w+\.py)::(\w+)", text):
-            assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text("utf-8"), f"{page.name}: {file}::{name}"
+            found = [path.read_text("utf-8") for path in (ROOT / "tests").rglob(file)]
+            assert any(f"\ndef {name}(" in tests for tests in found), f"{page.name}: {file}::{name}"
+
+
+def test_readme_lists_every_package_and_every_file_at_the_top():
+    text = (ROOT / "README.md").read_text("utf-8")
+    [tree] = re.findall(r"^    src/flashgrpo/\n(.*?)^    src/", text, re.MULTILINE | re.DOTALL)
+    package = ROOT / "src" / "flashgrpo"
+    packages = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    there = packages | {path.name for path in package.glob("*.py")}
+    listed = re.findall(r"^      ((?:[a-z]+(?:/|\.py) ?)+)", tree, re.MULTILINE)
+    assert sorted(" ".join(listed).split()) == sorted(there - {"__init__.py", "__main__.py"})
 
 
 def test_settings_page_has_every_key_and_every_number():

@@ -8,8 +8,10 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from flashgrpo.config import RunConfig, algorithm_from
+from flashgrpo.config import RunConfig
+from flashgrpo.config.algorithm import algorithm_from, short_name, spelled_out
 from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO, PRESETS, Algorithm
+from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, StepLength
 
 PAGE = (Path(__file__).parent.parent / "docs" / "papers.md").read_text()
@@ -29,18 +31,21 @@ def test_every_preset_has_one_entry_and_every_block_is_one_of_the_two_sorts():
 def test_an_entry_builds_its_preset_from_nothing(name):
     entry = {key: value for key, value in ENTRIES[name].items() if key != "preset"}
     assert entry.keys() >= CHOICES
-    assert ALGORITHM.validate_python(entry) == PRESETS[name]
+    assert ALGORITHM.validate_python(spelled_out(entry)) == PRESETS[name]
 
 
 def differences(a: dict, b: dict, prefix: str = "") -> set[str]:
-    """Keys, with dots, whose values differ; a choice of another kind is one difference."""
+    """Keys, with dots, whose values differ, by the names that a recipe has for them.
+
+    A choice of another kind is one difference.
+    """
     found = set()
     for key in a.keys() | b.keys():
         x, y = a.get(key), b.get(key)
         if isinstance(x, dict) and isinstance(y, dict) and x.get("kind") == y.get("kind"):
             found |= differences(x, y, f"{prefix}{key}.")
         elif x != y:
-            found.add(f"{prefix}{key}")
+            found.add(short_name(f"algorithm.{prefix}{key}").removeprefix("algorithm."))
     return found
 
 
@@ -68,8 +73,9 @@ def test_presets_are_told_apart():
 
 def test_the_options_are_read_as_the_page_writes_them():
     found = [ALGORITHM.validate_python(algorithm_from(example)) for example in EXAMPLES]
-    assert [(a.weighting, a.ratio) for a in found] == [(NoiseLevel(), PlainRatio()), (StepLength(), NormalizedRatio())]
-    assert found[1] == replace(FLOW_GRPO, weighting=StepLength(), ratio=NormalizedRatio(), clip_range=4e-6)
+    scores = [Recorded(NoiseLevel(), PlainRatio()), Recorded(StepLength(), NormalizedRatio())]
+    assert [a.score for a in found] == scores
+    assert found[1] == replace(FLOW_GRPO, score=scores[1], objective=replace(FLOW_GRPO.objective, clip_range=4e-6))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -83,12 +89,18 @@ def test_a_preset_survives_its_yaml(make_run, tmp_path, name):
 @pytest.mark.parametrize("preset", ["one-step", "flow-grpo-fast"])
 def test_options_go_with_any_preset(make_run, tmp_path, preset):
     config = make_run(f"algorithm={{preset: {preset}, weighting: {{kind: noise-level}}, ratio: {{kind: normalized}}}}")
-    assert config.algorithm == replace(PRESETS[preset], weighting=NoiseLevel(), ratio=NormalizedRatio())
+    assert config.algorithm == replace(PRESETS[preset], score=Recorded(NoiseLevel(), NormalizedRatio()))
     (file := tmp_path / "again.yaml").write_text(config.to_yaml())
     assert RunConfig.load(file) == config
 
 
 def test_a_run_that_names_no_ratio_has_the_plain_one():
     """Settings of runs from before there was a choice."""
-    old = {key: value for key, value in asdict(FLASH_GRPO).items() if key != "ratio"}
+    whole = asdict(FLASH_GRPO)
+    old = {**whole, "score": {key: value for key, value in whole["score"].items() if key != "ratio"}}
     assert ALGORITHM.validate_python(old) == FLASH_GRPO
+    explore, credit = whole["explore"], whole["credit"]
+    older = {"steps": explore["steps"], "noise": explore["noise"], "weighting": whole["score"]["weighting"]}
+    older["grouping"] = {"std": credit["std"], "combine": credit["combine"], "shared_noise": explore["shared_noise"]}
+    older |= {"clip_range": 1e-3, "adv_clip": 5.0, "kl_coef": 0.0}
+    assert ALGORITHM.validate_python(spelled_out(older)) == FLASH_GRPO

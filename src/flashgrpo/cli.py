@@ -45,9 +45,9 @@ def demo(
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    ray_workers: Annotated[int, typer.Option(min=0, help="Start so many workers through Ray Train.")] = 0,
+    ray_workers: Annotated[int, typer.Option(min=0, help="Start this number of workers through Ray Train.")] = 0,
 ) -> None:
-    """Train a recipe; a run directory that has a checkpoint goes on from it. Under torchrun, with all its processes."""
+    """Train a recipe; a run directory that has a checkpoint is resumed. Under torchrun, with all its processes."""
     from flashgrpo.train import train as run_training
     from flashgrpo.train import train_on_ray
 
@@ -183,7 +183,7 @@ def compare(
     algorithms: Annotated[
         str, typer.Option(help="Presets, or NAME={preset: ..., ...}, with commas; the first is the baseline.")
     ] = "flash-grpo,flow-grpo",
-    seeds: Annotated[int, typer.Option(help="So many runs of each, from the recipe's seed upwards.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs of each, from the recipe's seed upwards.")] = 3,
     out: Annotated[Path | None, typer.Option(help="The folder; runs/compare-RECIPE when not given.")] = None,
     budget: Annotated[
         int | None, typer.Option(help="Network forwards of a run; what `updates` cost the first algorithm by default.")
@@ -198,7 +198,7 @@ def compare(
         bool, typer.Option("--diagnose", help="Also measure gradients by step, reward variance and consistency.")
     ] = False,
 ) -> None:
-    """Train several algorithms on one problem at equal compute, over seeds; goes on where it was interrupted."""
+    """Train several algorithms on one problem at equal compute, over seeds; resumes where it was interrupted."""
     from flashgrpo.compare import compare as run_comparison
     from flashgrpo.compare.table import as_markdown
 

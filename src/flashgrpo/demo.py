@@ -11,7 +11,7 @@ from flashgrpo.train import train
 
 
 def demo(out: Path | None, seed: int, reporter: Reporter) -> tuple[Path, dict[str, Any]]:
-    """Run `recipes/tiny.yaml`, or go on with it where it was interrupted.
+    """Run `recipes/tiny.yaml`, or resume it where it was interrupted.
 
     Returns:
         The report, and the last evaluation's record.

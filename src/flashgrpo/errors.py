@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one sentence that names the place and the mend.
+    """A mistake of the user's, told in one sentence that names the place and the fix.
 
     The command line prints it without a traceback and exits with code 2; everything else that is raised is a bug.
 
@@ -28,5 +28,5 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's text on one line."""
+    """Return an exception's text on one line."""
     return " ".join(str(error).split("\n")[0].split())

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError
 
 

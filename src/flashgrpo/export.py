@@ -54,7 +54,7 @@ def export(
 
 
 def _how_to_load(files: list[str], format: Format) -> list[str]:
-    """A line for each file; the second of two is the low-noise expert's."""
+    """Write a line for each file; the second of two is the low-noise expert's."""
     if format == "comfyui":
         return [f"LoraLoaderModelOnly on {file}, strength 1" for file in files]
     second = ["", ", load_into_transformer_2=True"]
@@ -65,7 +65,7 @@ def _how_to_load(files: list[str], format: Format) -> list[str]:
 
 
 def _card(config: RunConfig, use: list[str], update: int, evaluations: list[dict[str, Any]]) -> str:
-    """What a reader of the files needs to know: base, data, reward, settings, and the paired result."""
+    """Write what a reader of the files needs to know: base, data, reward, settings, and the paired result."""
     train, algorithm = config.model.train, config.algorithm
     evaluated = next((line for line in evaluations if line["update"] == update and update), None)
     result = "This checkpoint was not evaluated."

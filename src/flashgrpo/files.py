@@ -56,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_room_aside(path: Path) -> Path:
-    """The name to write `path` under until it is whole, with nothing there any more."""
+    """Return the name to write `path` under until it is whole, after removing what was there."""
     aside = path.with_name(f".partial-{path.name}")  # the ending stays: encoders go by it
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

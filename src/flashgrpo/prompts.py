@@ -123,7 +123,7 @@ def _prompt(record: Any, where: str) -> Prompt:
 
 
 def prompt_groups(prompts: Sequence[Prompt], seed: int, update: int, groups: int, group_size: int) -> list[PromptGroup]:
-    """The prompt groups of an update, without any state.
+    """Choose the prompt groups of an update, without any state.
 
     The file is walked in passes, each in an order of its own: group g of update u takes place u * groups + g of the
     walk, so no prompt comes a second time before every one has come once.
@@ -139,5 +139,5 @@ def prompt_groups(prompts: Sequence[Prompt], seed: int, update: int, groups: int
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """Column -> values, one for each prompt, as rewards take them."""
+    """Collect column -> values, one for each prompt, as rewards take them."""
     return {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}

@@ -60,7 +60,7 @@ def side_by_side(*videos: Video, gap: int = 4) -> Float[Tensor, "frames 3 height
 
 
 def open_image(image: Any) -> Any:
-    """A prompt's image, a path or a picture, as an RGB picture.
+    """Open a prompt's image, a path or a picture, as an RGB picture.
 
     Raises:
         UserError: it cannot be read.
@@ -81,7 +81,7 @@ def open_image(image: Any) -> Any:
 
 
 def image_bytes(image: Any) -> bytes:
-    """What tells a prompt's image from others: a file's bytes, or a picture's size and pixels.
+    """Return what tells a prompt's image from others: a file's bytes, or a picture's size and pixels.
 
     Raises:
         UserError: it cannot be read.

@@ -26,6 +26,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
+from flashgrpo.presets import PRESETS
 from flashgrpo.processes.flow.cost import Guided, update_cost
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.report import write_report
@@ -147,6 +148,9 @@ def test_settings_of_all_of_one_and_of_the_recipe():
     assert (a.rollout.guidance_scale, b.rollout.guidance_scale) == (1.5, 1.0)
     assert a.evaluation.guidance_scale == b.evaluation.guidance_scale == 1.5
     assert b.rewards["agreement"].args == {"parts": ["color"]}
+    [kept] = plan(algorithms="dance-grpo", keep="grouping,adv_clip").algorithms.values()
+    assert (kept.algorithm.credit.std, kept.algorithm.explore.shared_noise) == ("batch", False)
+    assert kept.algorithm.explore.steps == PRESETS["dance-grpo"].explore.steps
     assert plan("algorithm.noise={kind: cps, eta: 0.5}").algorithms["flow-grpo"].algorithm.explore.noise.eta == 0.5
 
 

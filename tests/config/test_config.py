@@ -27,28 +27,24 @@ def test_a_preset_by_name_is_that_value(make_run, name, value):
 
 def test_published_presets():
     flash = presets.FLASH_GRPO
-    assert (flash.steps.per, flash.steps.window, flash.noise.kind, flash.noise.eta) == (
-        "group",
-        (0.0, 0.5),
-        "linear",
-        1,
-    )
-    assert (flash.grouping.std, flash.grouping.shared_noise, flash.weighting.kind) == ("batch", False, "rectified")
-    assert (flash.clip_range, flash.adv_clip, flash.kl_coef) == (1e-3, 5.0, 0.0)
-    assert presets.FLOW_GRPO_FAST.grouping.shared_noise
-    assert presets.FLOW_GRPO_FAST.weighting.kind == "uniform"
-    assert presets.DANCE_GRPO.noise.eta == 0.3
+    steps, noise = flash.explore.steps, flash.explore.noise
+    assert (steps.per, steps.window, noise.kind, noise.eta) == ("group", (0.0, 0.5), "linear", 1)
+    assert (flash.credit.std, flash.explore.shared_noise, flash.score.weighting.kind) == ("batch", False, "rectified")
+    assert (flash.objective.clip_range, flash.credit.clip, flash.objective.kl_coef) == (1e-3, 5.0, 0.0)
+    assert presets.FLOW_GRPO_FAST.explore.shared_noise
+    assert presets.FLOW_GRPO_FAST.score.weighting.kind == "uniform"
+    assert presets.DANCE_GRPO.explore.noise.eta == 0.3
 
 
 def test_a_preset_with_changes(make_run):
     config = make_run("algorithm.kl_coef=0.01", "algorithm.noise.kind=flow")
-    assert config.algorithm.kl_coef == 0.01
-    assert config.algorithm.steps.draw == "stratified"  # the recipe's own change stays
-    assert config.algorithm.noise == FlowSde()  # another kind starts from its own defaults
-    assert config.algorithm.weighting == presets.FLASH_GRPO.weighting
+    assert config.algorithm.objective.kl_coef == 0.01
+    assert config.algorithm.explore.steps.draw == "stratified"  # the recipe's own change stays
+    assert config.algorithm.explore.noise == FlowSde()  # another kind starts from its own defaults
+    assert config.algorithm.score == presets.FLASH_GRPO.score
     changed = make_run("algorithm={preset: flow-grpo, steps: {fraction: 0.5}}")
-    assert changed.algorithm.steps == AllSteps(fraction=0.5)
-    assert changed.algorithm.noise == presets.FLOW_GRPO.noise  # another preset drops the recipe's changes
+    assert changed.algorithm.explore.steps == AllSteps(fraction=0.5)
+    assert changed.algorithm.explore.noise == presets.FLOW_GRPO.explore.noise  # another preset drops the recipe's changes
 
 
 def test_overrides_read_numbers_as_yaml(make_run):
@@ -82,17 +78,16 @@ def test_overrides_read_numbers_as_yaml(make_run):
         (["algorithm.noise.eta=0"], "algorithm.noise: eta of the noise 'cps' has to be above 0 and at most 1"),
         (["algorithm.noise.kind=lineal"], "algorithm.noise: input tag 'lineal' found using 'kind' does not match"),
         (["optim.betas=[2,2]"], "optim.betas.0: input should be less than 1, not 2"),
-        (["algorithm.clip_range=.inf"], "algorithm: clip_range must be greater than 0 and finite"),
-        (["algorithm.kl_coef=.inf"], "algorithm: kl_coef must be at least 0 and finite"),
+        (["algorithm.clip_range=.inf"], "algorithm.objective: clip_range must be greater than 0 and finite"),
+        (["algorithm.kl_coef=.inf"], "algorithm.objective: kl_coef must be at least 0 and finite"),
         (["optim.minibatches=5"], "optim.minibatches: 4 samples cannot be cut into 5 parts"),
         (["optim.ema.every=5"], "the run has 4 optimizer steps, so an average that moves every 5 would stay"),
         (["model.dtype=bfloat16", "model.train={kind: full}"], "full training keeps float32 weights"),
-        (["optim.eight_bit=true", "parallel.shard=2"], "optim.eight_bit: moments that FSDP2 shards stay in 32 bits"),
         (["model.offload=true", "model.train={kind: full}"], "model.offload: full training has nothing that could"),
         (["model.offload=true", "model.compute_dtype=bfloat16"], "model.offload: a network that FSDP2 holds stays"),
         (["rollout.solver.kind=unipcc"], "rollout.solver: input tag 'unipcc' found using 'kind' does not match"),
         (["rewards.persistence.weight=3"], "rewards.persistence: weight has no effect on a watched reward"),
-        (["algorithm.clip_range=0"], "algorithm: clip_range must be greater than 0"),
+        (["algorithm.clip_range=0"], "algorithm.objective: clip_range must be greater than 0"),
         (["rewards.agreement.weight=0"], "rewards.agreement: weight must not be 0"),
         (["rewards.agreement.watched=true"], "every reward is watched only"),
         (["seed"], "override 'seed' must have the form key=value"),

@@ -20,9 +20,11 @@ from flashgrpo.doctor.costs import COSTS
 from flashgrpo.errors import UserError
 from flashgrpo.learning import experience
 from flashgrpo.models.lora import trained_parameters
+from flashgrpo.processes.flow import checks
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.solvers import Euler
 from flashgrpo.train import train
+from flashgrpo.types import Finding
 
 
 @pytest.fixture
@@ -59,7 +61,8 @@ def reward(tmp_path, body: str) -> list[str]:
 def test_a_sound_run(diagnose, algorithm):
     diagnosis = diagnose(f"algorithm={algorithm}")
     assert diagnosis.sound
-    assert len(diagnosis.findings) == len({*QUICK, *THOROUGH, *COSTS})
+    assert {"residual noise", "evaluation sampler", "rounding"} <= {found.check for found in diagnosis.findings}
+    assert len(diagnosis.findings) == len({*QUICK, *THOROUGH, *COSTS}) + 3  # those are the process's own
     assert {finding.level for finding in diagnosis.findings} == {"sound"}
     for found in diagnosis.findings:
         assert "\n" not in found.sentence
@@ -179,13 +182,14 @@ def test_noise_that_stays_in_the_videos(diagnose, monkeypatch):
 
 
 def test_a_last_step_that_is_stochastic(diagnose, monkeypatch):
-    real = FlowProcess.checks
+    real = checks.residual_noise
 
-    def late(self, record, *arguments):
-        record.state.k[0] = 3  # of four
-        return real(self, record, *arguments)
+    def late(process, state, *arguments):
+        state.k[0] = 3  # of four
+        return real(process, state, *arguments)
 
-    monkeypatch.setattr(FlowProcess, "checks", late)
+    monkeypatch.setattr(checks, "residual_noise", late)
+    monkeypatch.setattr(checks, "rounding", lambda *_: Finding("rounding", "sound", ""))  # such a step has no density
     found = finding(diagnose(), "residual noise")
     assert found.level == "unsound"
     assert "the last step is stochastic" in found.sentence

@@ -3,14 +3,15 @@
 The judge is autograd, arithmetic or the process itself on other rows; no test here knows what a process computes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flashgrpo.assembly import make_process
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
 from flashgrpo.learning.experience import Compared, Drawn, compare
@@ -18,8 +19,11 @@ from flashgrpo.learning.objective import Clipped
 from flashgrpo.learning.optim import GradientSum, Optimizer
 from flashgrpo.learning.settings import Credit, OptimConfig
 from flashgrpo.learning.update import policy_update
+from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO, MIX_GRPO, Algorithm
+from flashgrpo.processes.flow.model import VideoModel
+from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.weighting import NormalizedRatio, StepLength
 from flashgrpo.types import Cost, Process, Prompt, PromptGroup, Record, RewardTable, Sample
@@ -30,7 +34,9 @@ WORLD = single_process()
 PROMPTS = [Prompt("a red circle moving left slowly", {}), Prompt("a blue square moving up quickly", {})]
 SIZE = 4
 SAMPLES = [Sample(PromptGroup(3, g, prompt, SIZE), m) for g, prompt in enumerate(PROMPTS) for m in range(SIZE)]
+ALL = range(len(SAMPLES))
 SEED, UPDATE = 5, 3
+OBJECTIVE = Clipped(clip_range=0.2)
 
 
 @dataclass(frozen=True)
@@ -38,23 +44,36 @@ class Case:
     """A process with some options.
 
     Args:
-        make: builds it with a micro-batch, for updates of PROMPTS with SIZE samples each; always with the same weights.
+        make: builds it with a micro-batch, for updates of PROMPTS with SIZE samples each, with the weights of the
+            start; one that was made before may share them.
         exact: what I5 holds bit for bit: the others pass through calls of the network whose number of rows depends on
             what is drawn beside them (the deterministic steps of a walk), and may differ by rounding.
     """
 
     make: Callable[[int], Process]
-    objective: Clipped = Clipped(clip_range=0.2)
+    objective: Clipped = OBJECTIVE
     exact: frozenset[str] = frozenset({"old", "outputs", "evaluation"})
 
 
+@cache
+def tiny(*overrides: str) -> tuple[RunConfig, VideoModel, dict[str, Tensor]]:
+    """The bundled model, loaded once, and what its trained weights start from."""
+    update = ["rollout.num_steps=5", f"rollout.prompts={len(PROMPTS)}", f"rollout.group_size={SIZE}"]
+    small = ["model.height=32", "model.width=32", "model.num_frames=5"]
+    config = RunConfig.load("tiny", [*small, *update, *overrides])
+    model = load_model(config.model, WORLD, config.seed, PROMPTS)
+    return config, model, {name: weight.detach().clone() for name, weight in trained_parameters(model.network).items()}
+
+
 def flow(algorithm: Algorithm, *overrides: str, exact: Sequence[str] = ()) -> Case:
-    """The bundled tiny model."""
-    small = ["rollout.num_steps=5", f"rollout.prompts={len(PROMPTS)}", f"rollout.group_size={SIZE}"]
+    """The flow process with the bundled model."""
 
     def make(micro_batch: int) -> Process:
-        config = RunConfig.load("tiny", [*small, *overrides, f"optim.micro_batch={micro_batch}"])
-        return make_process(config.model_copy(update={"algorithm": algorithm}), WORLD, PROMPTS)
+        config, model, start = tiny(*overrides)
+        for name, weight in trained_parameters(model.network).items():
+            weight.data.copy_(start[name])
+        explore, score = algorithm.explore, algorithm.score
+        return FlowProcess(model, explore, score, config.rollout, config.evaluation, micro_batch, WORLD)
 
     return Case(make, algorithm.objective, frozenset(exact))
 
@@ -94,7 +113,7 @@ def trained(case: Case, micro_batch: int = 3) -> Process:
     return process
 
 
-def draw(process: Process, which: Sequence[int] = range(len(SAMPLES)), uses: int = 2) -> tuple[Tensor, Record]:
+def draw(process: Process, which: Sequence[int] = ALL, uses: int = 2) -> tuple[Tensor, Record]:
     """Some of SAMPLES; the advantage of each term is its number, by which the tests tell terms apart."""
     told: dict[int, Tensor] = {}
     outputs, record = process.draw(
@@ -165,7 +184,7 @@ def rewards(process: Process, values: Callable[[int], Tensor], count: int) -> Re
     return RewardTable(names, columns, torch.ones(len(names), dtype=torch.float64), channels=names)
 
 
-def compared(process: Process, values: Callable[[int], Tensor], credit: Credit, which=range(len(SAMPLES))) -> Compared:
+def compared(process: Process, values: Callable[[int], Tensor], credit: Credit, which=ALL) -> Compared:
     outputs, record = draw(process, which)
     return compare(
         Drawn(UPDATE, 0, outputs, record, rewards(process, values, len(which))), process.channels, credit, WORLD
@@ -211,7 +230,8 @@ def test_a_rank_without_samples_takes_part(case):
 
 
 def test_the_reference_is_the_network_before_training(case):
-    for process, moved in ((case.make(3), False), (trained(case), True)):
+    for make, moved in ((case.make, False), (lambda size: trained(case, size), True)):
+        process = make(3)
         _, record = draw(process)
         part = process.micro_batches(by_slot(record)[0])[0]
         kl = process.replay(part, ("kl",))[1]["kl"]
@@ -331,11 +351,13 @@ def test_i5_evaluation_draws_by_name(case):
 
     def sampled(which) -> Tensor:
         told: list[int] = []
-        drawn = process.sample([prompts[n] for n in which], [names[n] for n in which], lambda r, _: told.extend(r.tolist()))
+        drawn = process.sample(
+            [prompts[n] for n in which], [names[n] for n in which], lambda r, _: told.extend(r.tolist())
+        )
         assert sorted(told) == list(range(len(which)))
         return drawn
 
-    whole = sampled(range(len(SAMPLES)))
+    whole = sampled(ALL)
     assert_same(case, "evaluation", sampled(OTHERS), whole[OTHERS])
     assert len(sampled([])) == 0
     assert not torch.isclose(whole[0], whole[1]).all()
@@ -405,15 +427,16 @@ def test_i7_the_micro_batch_changes_scores_and_gradients_by_rounding_only(case):
 def test_i8_cost_is_what_the_network_computes(case, passes):
     """Rows that go through the network, a backward pass counted twice; with a micro-batch of 1 nothing is filled up."""
     process = trained(case, micro_batch=1)
-    rows = count_rows(process.network)
-    record = judged(draw(process)[1])
-    drawn, rows[0] = rows[0], 0
-    optimizer = Gradients(trained_parameters(process.network), WORLD)
-    policy_update(process, case.objective, optimizer, record, OptimConfig(passes=passes), WORLD)
+    with rows_counted(process.network) as rows:
+        record = judged(draw(process)[1])
+        drawn, rows[0] = rows[0], 0
+        optimizer = Gradients(trained_parameters(process.network), WORLD)
+        policy_update(process, case.objective, optimizer, record, OptimConfig(passes=passes), WORLD)
     assert process.cost(SEED, UPDATE, passes, case.objective.columns) == Cost(drawn, rows[0])
 
 
-def count_rows(network: nn.Module) -> list[int]:
+@contextmanager
+def rows_counted(network: nn.Module) -> Iterator[list[int]]:
     """A counter of rows; of all experts where the network is several."""
     rows = [0]
 
@@ -423,6 +446,8 @@ def count_rows(network: nn.Module) -> list[int]:
         if result.requires_grad:
             result.register_hook(lambda gradient: rows.__setitem__(0, rows[0] + 2 * len(gradient)))
 
-    for part in network.values() if isinstance(network, nn.ModuleDict) else [network]:
-        part.register_forward_hook(count)
-    return rows
+    parts = network.values() if isinstance(network, nn.ModuleDict) else [network]
+    hooks = [part.register_forward_hook(count) for part in parts]
+    yield rows
+    for hook in hooks:
+        hook.remove()

@@ -3,7 +3,7 @@
     compare("tiny", ["updates=50"], "flash-grpo,flow-grpo", seeds=3)  ->  runs/compare-tiny/report.html
 
     plan.py        what runs: settings of each algorithm, the updates that the budget buys it
-    folder.py      where it lies, and whether it may be gone on with
+    folder.py      where it lies, and whether it may be resumed
     processes.py   each run in a process of its own
     results.py     the run directories -> comparison.json; statistics.py: what they say together
     table.py       comparison.md; measured.py: its end, where a diagnosis was asked for
@@ -57,7 +57,7 @@ def compare(
 ) -> dict[str, Any]:
     """Train every algorithm with every seed until the budget is spent, and write down how they compare.
 
-    The same call goes on where it was interrupted: runs that are complete are left alone, the others resume, and those
+    The same call resumes where it was interrupted: runs that are complete are left alone, the others resume, and those
     that failed are tried again. A run that fails is reported and does not end the others.
 
     Args:
@@ -66,7 +66,7 @@ def compare(
             preset; `NAME:optim.lr=1e-3` for the algorithm called NAME alone (its algorithm, rollout, optim, model.train
             and model.gradient_checkpointing).
         algorithms: presets, or `NAME={preset: flow-grpo, kl_coef: 0.1}`; the first is what the others are held against.
-        seeds: so many, from the recipe's `seed` upwards.
+        seeds: number of seeds, from the recipe's `seed` upwards.
         out: the folder; runs/compare-RECIPE when not given.
         budget: of each run, in network forwards (`processes/flow/cost.py`); what the recipe's `updates` cost the first
             algorithm when not given. A run gets as many whole updates as it pays for.
@@ -101,7 +101,7 @@ def _check_start(jobs: int) -> None:
 
 
 def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console) -> bool:
-    """Whatever of the plan is not done yet; comparison.json is written after each run.
+    """Run whatever of the plan is not done yet; comparison.json is written after each run.
 
     Returns whether an interrupt came before all had ended.
     """
@@ -138,7 +138,7 @@ def _diagnose(plan: Plan, folder: ComparisonFolder, console: Console) -> None:
 
 
 def read_diagnosis(folder: ComparisonFolder) -> dict[str, Any]:
-    """What diagnosis.json holds."""
+    """Read diagnosis.json."""
     measured: dict[str, Any] = json.loads(folder.diagnosis.read_text(encoding="utf-8"))
     return measured
 

@@ -1,4 +1,4 @@
-"""The folder of a comparison: where its runs lie, whose it is, and whether it may be gone on with."""
+"""The folder of a comparison: where its runs lie, whose it is, and whether it may be resumed."""
 
 import errno
 import json
@@ -60,7 +60,7 @@ class ComparisonFolder:
         self.figures = self.path / "figures"
 
     def runs(self, plan: Mapping[str, Any]) -> list[RunFiles]:
-        """All runs of a plan.json, seed by seed, so that what is interrupted has come equally far everywhere."""
+        """Return all runs of a plan.json, seed by seed, so that what is interrupted has come equally far everywhere."""
         return [
             RunFiles(name, seed, self.path / name / f"seed-{seed}")
             for seed in plan["seeds"]
@@ -68,7 +68,7 @@ class ComparisonFolder:
         ]
 
     def plan(self) -> dict[str, Any]:
-        """What plan.json says.
+        """Read plan.json.
 
         Raises:
             UserError: there is none, or one that this version cannot read.

@@ -1,15 +1,11 @@
 """diagnosis.json in tables: where grouping and rectification have something to do on this problem."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from flashgrpo.compare.table import grid
-
-Row = Mapping[str, Any]
+from flashgrpo.report.record import Row
 
 
 def diagnosis_as_markdown(diagnosis: Row) -> str:
-    """What `diagnostics.diagnose` measured at the base weights, as the end of comparison.md."""
+    """Write what `diagnostics.diagnose` measured at the base weights, as the end of comparison.md."""
     variance, level = [], []
     for noise, by_start in diagnosis["noises"].items():
         for start, measured in by_start.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from flashgrpo.assembly import planned_cost
 from flashgrpo.config import RunConfig
-from flashgrpo.config.algorithm import SHORT, read_tree
+from flashgrpo.config.algorithm import GROUPING, SHORT, read_tree
 from flashgrpo.config.recipe import merge_choices, parse_override
 from flashgrpo.errors import UserError, suggest
 from flashgrpo.presets import PRESETS, Algorithm
@@ -35,7 +35,7 @@ class Plan:
     algorithms: Mapping[str, RunConfig]
 
     def as_json(self) -> dict[str, Any]:
-        """plan.json: what a later start may not change."""
+        """Return plan.json: what a later start may not change."""
         return {
             "format": FORMAT,
             "recipe": self.recipe,
@@ -117,7 +117,7 @@ def read_algorithms(algorithms: str | Sequence[str]) -> dict[str, Any]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
+    """Split at the commas outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "{[(") - (letter in "}])")
@@ -162,7 +162,7 @@ def _sorted_overrides(
 
 
 def _kept(algorithm: Algorithm, parts: Sequence[str]) -> list[dict[Any, Any]]:
-    """The parts of the recipe's own algorithm that take the place of every preset's."""
+    """Return the parts of the recipe's own algorithm that take the place of every preset's."""
     known, whole = [field.name for field in fields(algorithm)], asdict(algorithm)
     kept: list[dict[Any, Any]] = []
     for part in filter(None, parts):
@@ -171,13 +171,16 @@ def _kept(algorithm: Algorithm, parts: Sequence[str]) -> list[dict[Any, Any]]:
         elif part in SHORT:
             owner, key = SHORT[part]
             kept.append({"algorithm": {owner: {key: whole[owner][key]}}})
+        elif part == "grouping":
+            settings = {short: whole[owner][key] for short, (owner, key) in GROUPING.items()}
+            kept.append({"algorithm": {"grouping": settings}})
         else:
-            raise UserError(f"--keep: an algorithm has no {part!r}; {suggest(part, [*SHORT, *known])}")
+            raise UserError(f"--keep: an algorithm has no {part!r}; {suggest(part, [*SHORT, 'grouping', *known])}")
     return kept
 
 
 def _settings(base: RunConfig, spec: Any, changes: Sequence[Mapping[Any, Any]], source: str) -> RunConfig:
-    """One algorithm on the problem; every algorithm is evaluated with the guidance that the problem has."""
+    """Put one algorithm on the problem; every algorithm is evaluated with the guidance that the problem has."""
     tree = read_tree({**base.model_dump(mode="json"), "algorithm": spec}, source)
     for change in changes:
         tree = merge_choices(tree, read_tree(change, source))
@@ -191,7 +194,7 @@ def _settings(base: RunConfig, spec: Any, changes: Sequence[Mapping[Any, Any]], 
 
 
 def _at_its_length(config: RunConfig, source: str, updates: int, points: int) -> RunConfig:
-    """The run of so many updates, evaluated `points` times at equal shares of it."""
+    """Return the run with a number of updates, evaluated `points` times at equal shares of it."""
     tree = config.model_dump(mode="json")
     tree["updates"] = updates
     tree["evaluation"]["every"] = math.ceil(updates / points)
@@ -199,7 +202,7 @@ def _at_its_length(config: RunConfig, source: str, updates: int, points: int) ->
 
 
 def _updates_within(config: RunConfig, budget: int, name: str) -> int:
-    """The largest number of updates that cost no more than the budget."""
+    """Return the largest number of updates that cost no more than the budget."""
     first = planned_cost(config, 0)
     if first.total > budget:
         raise UserError(

@@ -22,11 +22,11 @@ Process = subprocess.Popen[bytes]
 
 
 def run_all(runs: Mapping[RunFiles, RunConfig], jobs: int, console: Console, ended: Callable[[RunFiles], None]) -> bool:
-    """Train them, `jobs` at a time; `ended` is called with each. Returns whether an interrupt came before all had ended.
+    """Train runs, `jobs` at a time, and return whether an interrupt came before all had ended.
 
-    The first SIGINT or SIGTERM is passed on to the runs, each of which ends after the update that it is in, with a
-    checkpoint; a second one ends all at once. A run that another process still trains, for instance because the
-    comparison that started it was killed, is waited for.
+    `ended` is called with each that has. The first SIGINT or SIGTERM is passed on to the runs, each of which ends after
+    the update that it is in, with a checkpoint; a second one ends all at once. A run that another process still trains,
+    for instance because the comparison that started it was killed, is waited for.
     """
     pool, passed_on = Pool(runs, jobs), False
     with Interrupt() as interrupt, Board(console, runs) as board, pool:
@@ -83,7 +83,7 @@ class Pool:
 
 
 def start(run: RunFiles, config: RunConfig, slot: int, jobs: int) -> Process:
-    """Begin a run, or go on with it; its output goes to its log."""
+    """Start or resume a run; its output goes to its log."""
     parallel = config.parallel
     if jobs > 1 and parallel.threads is None:
         parallel = parallel.model_copy(update={"threads": max(1, (os.cpu_count() or 1) // jobs)})
@@ -105,7 +105,7 @@ def start(run: RunFiles, config: RunConfig, slot: int, jobs: int) -> Process:
 
 
 def _gpu_of(slot: int, jobs: int) -> dict[str, str]:
-    """One GPU for each run of several at a time, where there are several."""
+    """Choose one GPU for each run of several at a time, where there are several."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = named.split(",") if named is not None else [str(number) for number in range(torch.cuda.device_count())]
     return {"CUDA_VISIBLE_DEVICES": visible[slot % len(visible)]} if jobs > 1 and len(visible) > 1 else {}
@@ -143,11 +143,11 @@ class Board:
         self._live.stop()
 
     def say(self, sentence: str) -> None:
-        """A sentence that stays."""
+        """Print a sentence that stays."""
         self._console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, running: list[RunFiles], waiting: list[RunFiles]) -> None:
-        """These runs are in progress."""
+        """Show the runs that are in progress."""
         for run in self._rows.keys() - running:
             self._live.remove_task(self._rows.pop(run))
         for run in running:

@@ -9,7 +9,8 @@ import numpy as np
 
 from flashgrpo.compare import statistics
 from flashgrpo.compare.folder import ComparisonFolder, RunFiles
-from flashgrpo.compare.statistics import Row, interval_over_seeds_and_prompts
+from flashgrpo.compare.statistics import interval_over_seeds_and_prompts
+from flashgrpo.report.record import Row
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import read_lines
 
@@ -70,7 +71,7 @@ def collect(folder: ComparisonFolder, levels: Sequence[float] = ()) -> dict[str,
 
 
 def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One run: how it ended, every evaluation, every update; both by the compute and the seconds spent until then."""
+    """Read one run: how it ended, and every evaluation and update, by the compute and the seconds spent until then."""
     metrics, evaluations = (read_lines(files.path / f"{name}.jsonl") for name in ("metrics", "evaluations"))
     settings = entry["settings"]
     compute, seconds, updates = [0], [0.0], []
@@ -116,7 +117,7 @@ def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_prompt(samples: Sequence[Row], each: int) -> list[float]:
-    """The difference to the base model on every prompt, the mean over its samples."""
+    """Return the difference to the base model on every prompt, the mean over its samples."""
     differences = [sample["reward"] - sample["base_reward"] for sample in samples]
     return np.reshape(differences, (-1, each)).mean(axis=1).tolist()
 
@@ -139,7 +140,7 @@ def _status(files: RunFiles, points: Sequence[Row], entry: Mapping[str, Any]) ->
 
 
 def is_done(files: RunFiles, entry: Mapping[str, Any]) -> bool:
-    """Whether there is nothing left to do for a run, not even to save its last checkpoint."""
+    """Return whether there is nothing left to do for a run, not even to save its last checkpoint."""
     run = read_run(files, entry)
     saved = checkpoint.updates(files.path / "checkpoints")[-1:]
     return run["status"] in ENDED and saved == [run["points"][-1]["update"]] and not files.busy
@@ -157,7 +158,7 @@ def _best(run: Row) -> Row:
 
 
 def _score(runs: Sequence[Row], choose: Any) -> dict[str, Any] | None:
-    """Mean held-out reward at one evaluation of each run, and its difference to the base model with its interval."""
+    """Average the held-out reward at one evaluation of each run, and its difference to the base with its interval."""
     if not runs:
         return None
     points = [choose(run) for run in runs]
@@ -175,7 +176,7 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _paired(runs: Sequence[Row], first: Sequence[Row]) -> dict[str, Any] | None:
-    """How far the final held-out reward lies above the first algorithm's, the same seeds and prompts held together."""
+    """Measure how far the final held-out reward lies above the first algorithm's, paired by seed and prompt."""
     others = {run["seed"]: run for run in first}
     pairs = [(run, others[run["seed"]]) for run in runs if run["seed"] in others]
     if not pairs:
@@ -189,7 +190,7 @@ def _paired(runs: Sequence[Row], first: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _default_levels(first: Sequence[Row]) -> list[float]:
-    """A quarter, half, three quarters and all of the first algorithm's final gain; none where it gained nothing."""
+    """Take quarters of the first algorithm's final gain, up to all of it; none where it gained nothing."""
     score = _score(first, _final)
     if score is None or score["difference"] <= 0:
         return []
@@ -198,7 +199,7 @@ def _default_levels(first: Sequence[Row]) -> list[float]:
 
 
 def _levels(runs: Sequence[Row], levels: Sequence[float]) -> list[dict[str, float | None]]:
-    """Compute and seconds at which the mean over the seeds first reaches each level."""
+    """Return compute and seconds at which the mean over the seeds first reaches each level."""
     reached = []
     for level in levels:
         row: dict[str, float | None] = {"level": level}
@@ -210,20 +211,20 @@ def _levels(runs: Sequence[Row], levels: Sequence[float]) -> list[dict[str, floa
 
 
 def _band(runs: Sequence[Row], axis: str) -> dict[str, list[float]]:
-    """The held-out reward as it went: the mean over the seeds, and the lowest and the highest of them."""
+    """Return the held-out reward as it went: the mean over the seeds, and the lowest and the highest of them."""
     x, rewards = statistics.curve(runs, axis)
     parts = {"mean": rewards.mean(axis=0), "low": rewards.min(axis=0), "high": rewards.max(axis=0)} if runs else {}
     return {"x": x.tolist() if runs else [], **{name: values.tolist() for name, values in parts.items()}}
 
 
 def _common_seconds(ended: Mapping[str, Sequence[Row]]) -> float | None:
-    """The training time that every algorithm has come to, of those that have runs that ended."""
+    """Return the training time that all algorithms have come to, of those with runs that ended."""
     ends = [float(statistics.curve(runs, "seconds")[0][-1]) for runs in ended.values() if runs]
     return min(ends) if ends else None
 
 
 def _at(runs: Sequence[Row], seconds: float | None) -> float | None:
-    """The mean difference to the base model after so many seconds of training."""
+    """Return the mean difference to the base model after a number of seconds of training."""
     if seconds is None or not runs:
         return None
     x, rewards = statistics.curve(runs, "seconds")
@@ -231,7 +232,7 @@ def _at(runs: Sequence[Row], seconds: float | None) -> float | None:
 
 
 def _training(runs: Sequence[Row]) -> dict[str, Any]:
-    """Where the compute and the seconds went, and how even the gradients were; means over all runs, failed ones too."""
+    """Say where compute and seconds went, and how even the gradients were: means over all runs, failed ones too."""
     updates = [update for run in runs for update in run["updates"]]
     rollout, update = (sum(line[f"{part}_compute"] for line in updates) for part in ("rollout", "update"))
     samples = sum(line["samples"] for line in updates)

@@ -4,15 +4,15 @@ Numbers only: nothing here knows of files.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-Row = Mapping[str, Any]
-Values = np.ndarray[Any, np.dtype[np.float64]]
+from flashgrpo.report.record import Row, Values
+
 RESAMPLES = 10_000
-SMOOTHED = 10  # a run's training reward is looked at in so many stretches
+SMOOTHED = 10  # a run's training reward is looked at in this number of stretches
 
 
 def interval_over_seeds_and_prompts(values: Sequence[Sequence[float]]) -> list[float] | None:
@@ -20,7 +20,7 @@ def interval_over_seeds_and_prompts(values: Sequence[Sequence[float]]) -> list[f
 
     Seeds are drawn with replacement, and prompts with replacement; since every seed has the same prompts, a draw takes
     the same prompts from all of its seeds (a crossed design: drawing them anew for each seed would count a prompt that
-    is easy for every seed as so many independent ones). With one seed the interval is over prompts alone.
+    is easy for every seed as several independent ones). With one seed the interval is over prompts alone.
 
     Args:
         values: a row for each seed, a column for each prompt.
@@ -56,7 +56,7 @@ def curve(runs: Sequence[Row], axis: str) -> tuple[Values, Values]:
 
 
 def first_reached(x: Values, y: Values, level: float) -> float | None:
-    """The x at which the line through the points first comes to `level`, None where it never does.
+    """Return the x at which the line through the points first comes to `level`, None where it never does.
 
     Example: x = 0, 10, 20 and y = 0, 1, 3 reach 2 at 15.
     """
@@ -72,7 +72,7 @@ def first_reached(x: Values, y: Values, level: float) -> float | None:
 
 
 def gradient_spread(updates: Sequence[Row]) -> dict[str, Any]:
-    """How uneven a run's gradient norms are, as coefficients of variation (std / mean).
+    """Measure how uneven a run's gradient norms are, as coefficients of variation (std / mean).
 
     `over_updates` is over the updates; `over_steps` over the denoising steps, of each step's mean norm, which is
     `by_step`: where it is large, some steps dominate the update and others vanish in it.
@@ -97,7 +97,7 @@ def _variation(values: Sequence[float]) -> float | None:
 
 
 def collapse(run: Row) -> str | None:
-    """Why a run counts as collapsed, None where it does not. It does when
+    """Say why a run counts as collapsed, None where it does not. It does when
 
     - a gradient norm or a training reward was not finite, or the run failed over one;
     - a watched reward had fallen too far at its last evaluation (`max_fall`);

@@ -1,15 +1,13 @@
 """comparison.md: what a comparison found, in tables."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from flashgrpo.report.findings import duration
-
-Row = Mapping[str, Any]
+from flashgrpo.report.record import Row
 
 
 def as_markdown(comparison: Row) -> str:
-    """The comparison as text that is read as it stands, and as Markdown."""
+    """Write the comparison as text that is read as it stands, and as Markdown."""
     summary, runs = comparison["summary"], comparison["runs"]
     first, base = summary[0]["algorithm"], comparison["base_reward"]
     began = f"; the base model's held-out reward is {base:.3f}" if base is not None else ""
@@ -87,7 +85,7 @@ def _stability(comparison: Row) -> str:
 
 
 def _per_sample(cost: Row) -> str:
-    """`40 + 114 (0.12 s)`."""
+    """Format a sample's forwards: `40 + 114 (0.12 s)`."""
     if cost["rollout"] is None:
         return "-"
     seconds = "" if cost["update_seconds"] is None else f" ({cost['update_seconds']:.3g} s)"
@@ -104,7 +102,7 @@ def _troubled(runs: Sequence[Row]) -> str:
 
 
 def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it is one as plain text, too."""
+    """Format a Markdown table, padded so that it is one as plain text, too."""
     table = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
     lines = [
@@ -115,12 +113,12 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def score(of: Row | None) -> str:
-    """`0.712, +0.140 (+0.101 to +0.180)`."""
+    """Format a reward with its change: `0.712, +0.140 (+0.101 to +0.180)`."""
     return "-" if of is None else f"{of['reward']:.3f}, {change(of)}"
 
 
 def change(of: Row | None) -> str:
-    """`+0.140 (+0.101 to +0.180)`."""
+    """Format a change with its interval: `+0.140 (+0.101 to +0.180)`."""
     if of is None:
         return "-"
     between = "" if of["interval"] is None else " ({:+.3f} to {:+.3f})".format(*of["interval"])
@@ -128,7 +126,7 @@ def change(of: Row | None) -> str:
 
 
 def cost(reached: Row) -> str:
-    """`12,300 (41.0 s)`; three digits are all that an interpolation supports."""
+    """Format what a level cost, `12,300 (41.0 s)`; three digits are all that an interpolation supports."""
     if reached["compute"] is None:
         return "-"
     seconds = "" if reached["seconds"] is None else f" ({duration(reached['seconds'])})"
@@ -136,5 +134,5 @@ def cost(reached: Row) -> str:
 
 
 def percent(share: float | None) -> str:
-    """`14 %`."""
+    """Format a share: `14 %`."""
     return "-" if share is None else f"{100 * share:.0f} %"

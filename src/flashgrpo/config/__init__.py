@@ -28,12 +28,12 @@ from flashgrpo.settings import Part
 
 
 def without_null(value: Any) -> Any:
-    """A mapping without the entries that are null."""
+    """Return a mapping without the entries that are null."""
     return {key: entry for key, entry in value.items() if entry is not None} if isinstance(value, Mapping) else value
 
 
 class RunConfig(Part):
-    """A run, whole."""
+    """All settings of a run."""
 
     out: str
     """The run directory."""
@@ -71,7 +71,7 @@ class RunConfig(Part):
         return self.parallel.shard > 1 or self.model.compute_dtype is not None
 
     def with_absolute_paths(self) -> "RunConfig":
-        """The same run, whatever folder it is started from."""
+        """Return the same run, whatever folder it is started from."""
 
         def absolute(path: str) -> str:
             kind, colon, name = path.rpartition("datasets:")  # the name of a data set may be a folder
@@ -118,5 +118,5 @@ class RunConfig(Part):
             raise UserError(f"{source}: {explain(error, cls.model_json_schema())}") from error
 
     def to_yaml(self) -> str:
-        """The resolved settings; loading the text again gives an equal RunConfig."""
+        """Return the resolved settings; loading the text again gives an equal RunConfig."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

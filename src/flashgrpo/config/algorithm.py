@@ -41,9 +41,12 @@ class ShortGrouping(Part):
 
 
 class AlgorithmRecipe(Part):
-    """Changes to a preset. `steps`, `noise`, `weighting`, `ratio`, `grouping`, `clip_range`, `kl_coef` and `adv_clip` are
-    short for what they set below `explore`, `score`, `credit` and `objective`. Of a mapping that has a `kind` only what
-    differs from the preset's has to be said."""
+    """Changes to a preset.
+
+    `steps`, `noise`, `weighting`, `ratio`, `grouping`, `clip_range`, `kl_coef` and `adv_clip` are short for what they
+    set below `explore`, `score`, `credit` and `objective`. Of a mapping that has a `kind` only what differs from the
+    preset's has to be said.
+    """
 
     preset: str = Field(default="flash-grpo", json_schema_extra={"enum": list(PRESETS)})
     explore: Stochastic
@@ -103,39 +106,44 @@ def algorithm_from(value: Any) -> Any:
 
 
 def spelled_out(changes: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Replace short names by what they stand for: {"kl_coef": 1} is {"objective": {"kl_coef": 1}}."""
+    """Replace short names by what they stand for: {"kl_coef": 1} is {"objective": {"kl_coef": 1}}.
+
+    Raises:
+        ValueError: a setting is given twice, or a key below `grouping` is unknown.
+    """
     long = {key: value for key, value in changes.items() if key not in SHORT and key != "grouping"}
     short = [(key, SHORT[key], value) for key, value in changes.items() if key in SHORT]
     grouping = changes.get("grouping", {})
-    if isinstance(grouping, Mapping):
-        short += [(f"grouping.{key}", GROUPING[key], grouping[key]) for key in grouping if key in GROUPING]
-        unknown = {key: grouping[key] for key in grouping if key not in GROUPING}
-    else:
-        unknown = grouping
+    if not isinstance(grouping, Mapping):
+        raise ValueError(f"algorithm.grouping is a mapping of {', '.join(GROUPING)}, not {grouping!r}")
+    for key, value in grouping.items():
+        if key not in GROUPING:
+            raise ValueError(f"unknown key algorithm.grouping.{key}; {suggest(str(key), GROUPING)}")
+        short.append((f"grouping.{key}", GROUPING[key], value))
     for name, (part, key), value in short:
         into = long.setdefault(part, {})
         if not isinstance(into, Mapping) or key in into:
-            raise ValueError(f"{name} and {part}.{key} are one setting: give it once")
+            raise ValueError(f"algorithm.{name} and algorithm.{part}.{key} are one setting: give it once")
         long[part] = {**into, key: value}
-    return {**long, "grouping": unknown} if unknown else long
+    return long
 
 
 def read_tree(tree: Mapping[Any, Any], source: str) -> dict[Any, Any]:
-    """A recipe, or a part of one, with every setting by its long name and without those that are gone.
+    """Read a recipe, or a part of one, with every setting by its long name and without those that are gone.
 
     Raises:
-        UserError: a setting is given twice, or is gone and has a value of its own.
+        UserError: a setting is given twice, or is gone and has a value of its own; it names `source` and the key.
     """
     algorithm = tree.get("algorithm")
     try:
         long = {**tree, "algorithm": spelled_out(algorithm)} if isinstance(algorithm, Mapping) else dict(tree)
+        return without_gone(long, short_name)
     except ValueError as error:
-        raise UserError(f"{source}: algorithm: {error}") from error
-    return without_gone(long)
+        raise UserError(f"{source}: {error}") from error
 
 
 def short_name(key: str) -> str:
-    """The short name of a setting where it has one: `algorithm.explore.noise.eta` is `algorithm.noise.eta`."""
+    """Return the short name of a setting where it has one: `algorithm.explore.noise.eta` is `algorithm.noise.eta`."""
     head, *parts = key.split(".")
     if head != "algorithm" or len(parts) < 2:
         return key

@@ -9,17 +9,21 @@ from flashgrpo.config.algorithm import short_name
 from flashgrpo.errors import suggest
 
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's words, for models and for dataclasses
+MISSING = ("missing", "missing_argument")
 
 
 def explain(error: ValidationError, schema: Mapping[str, Any]) -> str:
-    """The most telling problem of a validation error in one sentence; a misspelt key comes before what it causes."""
-    problem = min(error.errors(include_url=False), key=lambda p: p["type"] not in UNKNOWN)
+    """Tell the most telling problem of a validation error in one sentence.
+
+    A misspelt key comes before what it causes, and so does a wrong kind, which leaves the preset's settings missing.
+    """
+    problem = min(error.errors(include_url=False), key=lambda p: (p["type"] not in UNKNOWN, p["type"] in MISSING))
     if problem["type"] in UNKNOWN:
-        place, known = _walk(problem["loc"][:-1], schema)
+        place, known = _follow(problem["loc"][:-1], schema)
         name = str(problem["loc"][-1])
         return f"unknown key {short_name('.'.join([*place, name]))}; {suggest(name, known)}"
-    key = short_name(".".join(_walk(problem["loc"], schema)[0]))
-    if problem["type"] in ("missing", "missing_argument"):
+    key = short_name(".".join(_follow(problem["loc"], schema)[0]))
+    if problem["type"] in MISSING:
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
@@ -27,7 +31,7 @@ def explain(error: ValidationError, schema: Mapping[str, Any]) -> str:
     return (f"{key}: " if key else "") + message[0].lower() + message[1:] + (f", not {given!r}" if shown else "")
 
 
-def _walk(location: Sequence[Any], schema: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _follow(location: Sequence[Any], schema: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Follow an error's location through the JSON schema: the key as the user writes it, and the keys known there.
 
     In a union, pydantic's location also names the kind it chose; the user's file has no such level.

@@ -1,6 +1,6 @@
 """Where recipes lie, and how settings merge."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent.parent / "recipes")  # ins
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file itself, or `recipes/NAME.yaml` of the package."""
+    """Find the file itself, or `recipes/NAME.yaml` of the package."""
     path = Path(recipe)
     if path.is_file():
         return path
@@ -78,11 +78,14 @@ GONE: Mapping[str, tuple[Any, str]] = {
 """Settings that older recipes and runs may hold: the value that is now the only one, and why."""
 
 
-def without_gone(tree: Mapping[Any, Any]) -> dict[Any, Any]:
+def without_gone(tree: Mapping[Any, Any], name: Callable[[str], str] = str) -> dict[Any, Any]:
     """Leave out settings that are gone.
 
+    Args:
+        name: turns the key of a setting into what the user calls it.
+
     Raises:
-        UserError: one has another value than the only one left.
+        ValueError: one has another value than the only one left.
     """
     kept = dict(tree)
     for path, (only, why) in GONE.items():
@@ -93,13 +96,13 @@ def without_gone(tree: Mapping[Any, Any]) -> dict[Any, Any]:
         if not isinstance(node, Mapping) or key not in node:
             continue
         if node[key] != only:
-            raise UserError(f"{path}: {node[key]!r} is gone, since {why}; leave the setting out")
+            raise ValueError(f"{name(path)}: {node[key]!r} is gone, since {why}; leave the setting out")
         kept = _without(kept, path.split("."))
     return kept
 
 
 def _without(tree: Mapping[Any, Any], path: Sequence[str]) -> dict[Any, Any]:
-    """The tree without one of its leaves."""
+    """Return the tree without one of its leaves."""
     first, *rest = path
     if not rest:
         return {key: value for key, value in tree.items() if key != first}

@@ -25,20 +25,20 @@ class CheckpointConfig(Part):
 
     every: int = Field(default=10, ge=1)
     keep: int = Field(default=2, ge=1)
-    """The newest so many are kept, and the best."""
+    """Number of the newest checkpoints that are kept, beside the best."""
 
 
 class TrackingConfig(Part):
-    """What is shown while a run goes on, and to whom."""
+    """What is shown of a run in progress, and to whom."""
 
     progress: bool = True
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow"], ...] = ()
-    """Get what metrics.jsonl and evaluations.jsonl get; each needs its package."""
+    """Trackers that get what metrics.jsonl and evaluations.jsonl get; each needs its package."""
     project: str = "flash-grpo"
     """The runs' common name there."""
     offline: bool = True
     """Nothing leaves this machine; a tracker with an account sends only where this is false."""
     profile: int = Field(default=0, ge=0)
-    """So many updates, after the first, are traced by torch.profiler into profile/, for Perfetto or chrome://tracing."""
+    """Number of updates, after the first, that are traced by torch.profiler into profile/, for Perfetto or chrome://tracing."""
     preflight: Literal["refuse", "warn", "skip"] = "refuse"
     """What `train` does where the doctor's quick checks, before the first update, find the run unsound."""

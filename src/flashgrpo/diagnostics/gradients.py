@@ -40,7 +40,7 @@ class Estimate:
 
 
 def jackknife(statistics: Callable[[list[int]], Float64[Tensor, " values"]], units: int) -> list[Estimate]:
-    """Statistics of n independent units, each `value +- t se`, from what it is without each of them.
+    """Estimate statistics of n independent units, each `value +- t se`, from what it is without each of them.
 
     se^2 = (n - 1)/n sum_i (s_i - mean s)^2 with s_i the statistic of all units but i; t has n - 1 degrees of freedom.
     For a mean that is the usual standard error: 1, 2 and 3 give 2 +- 2.48.
@@ -105,7 +105,7 @@ class GradientByStep:
 
 
 def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> GradientByStep:
-    """One group for every prompt and step, replayed by itself; intervals are jackknifes over prompts.
+    """Replay one group for every prompt and step by itself; intervals are jackknifes over prompts.
 
     A step's weight is a constant factor of its gradient, so the rectified norm is the uniform one times the weight.
     """
@@ -147,7 +147,7 @@ def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> G
 
 
 def groups_at_every_step(parts: Assembly, shared_noise: bool, prompts: int) -> tuple[Assembly, Record]:
-    """A group of each prompt at each step of the grid but the last, compared, and the parts that drew them."""
+    """Draw a group of each prompt at each step but the last, compared; returns the assembly that drew them, too."""
     every_step = OneStep(per="group", window=(0.0, 1.0), draw="stratified")  # deals each step once to K groups in turn
     algorithm = parts.config.algorithm
     explore = replace(algorithm.explore, steps=every_step, shared_noise=shared_noise)
@@ -159,7 +159,7 @@ def groups_at_every_step(parts: Assembly, shared_noise: bool, prompts: int) -> t
 
 
 def score_norm(process: Process, gradients: GradientSum, unit: Record) -> float:
-    """Norm of the gradient of one unit's log-density, lambda |J^T xi| / D with J = dv/dtheta."""
+    """Return the norm of the gradient of one unit's log-density, lambda |J^T xi| / D with J = dv/dtheta."""
     score, _ = process.replay(unit, ())
     score.sum().backward()
     norm = float(gradients.collect())
@@ -215,7 +215,7 @@ class GradientConsistency:
 
 
 def gradient_consistency(parts: Assembly, algorithm: Algorithm, updates: int = 8) -> GradientConsistency:
-    """The gradients of several updates of an algorithm at fixed weights; each has its own prompts, steps and noise."""
+    """Compare the gradients of several updates at fixed weights; each has its own prompts, steps and noise."""
     own, rollout = named(parts, algorithm, "consistency"), parts.config.rollout
     kept, drifts = Kept(own.optimizer.parameters, own.world), []
     for update in range(updates):
@@ -228,7 +228,7 @@ def gradient_consistency(parts: Assembly, algorithm: Algorithm, updates: int = 8
 def consistency_of(
     products: Float64[Tensor, "updates updates"], samples: int, drift: float = 0.0
 ) -> GradientConsistency:
-    """From the products of the estimates; intervals are jackknifes over them.
+    """Measure the consistency from the products of the estimates; intervals are jackknifes over them.
 
     Two estimates (3, 4) and (4, 3) from 10 samples each: cosine 24 / 25, |G|^2 = 24, noise scale 10 (25 - 24) / 24.
     """
@@ -256,11 +256,11 @@ class Kept(GradientSum):
 
     @property
     def lr(self) -> float:
-        """None is used."""
+        """A learning rate of 0: no step is taken."""
         return 0.0
 
     def step(self) -> float:
-        """Keep what was collected."""
+        """Keep the gradient that was collected; returns its norm."""
         flat = torch.cat([local(gradient).flatten().float().cpu() for gradient in self.take()])
         self.gradients.append(flat)
         return float(flat.norm())
@@ -273,23 +273,23 @@ class Kept(GradientSum):
 
 
 def gram(gradients: Sequence[Float[Tensor, " parameters"]]) -> Float64[Tensor, "gradients gradients"]:
-    """All products of the gradients, in float64."""
+    """Return all products of the gradients, in float64."""
     return torch.stack([torch.stack([torch.dot(a.double(), b.double()) for b in gradients]) for a in gradients])
 
 
 def _off_diagonal(products: Float64[Tensor, "n n"], units: list[int]) -> Float64[Tensor, ""]:
-    """Mean over the pairs of different units."""
+    """Return the mean over the pairs of different units."""
     block = products[units][:, units]
     return (block.sum() - block.diagonal().sum()) / (len(units) * (len(units) - 1))
 
 
 def windows(parts: Assembly) -> dict[str, list[int]]:
-    """The steps of each window."""
+    """Return the steps of each window."""
     return {name: OneStep(window=w).candidates(parts.process.grid.num_steps) for name, w in WINDOWS.items()}
 
 
 def named(parts: Assembly, algorithm: Algorithm, purpose: str) -> Assembly:
-    """Draws as `algorithm` does, with noise and steps that no run and no other measurement has."""
+    """Return parts that draw as `algorithm` does, with noise and steps that no run and no other measurement has."""
     if parts.world.size > 1:
         raise UserError(f"diagnostics run in one process, not in {parts.world.size}; start them without torchrun")
     own = parts.with_algorithm(algorithm)

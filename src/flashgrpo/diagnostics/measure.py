@@ -62,7 +62,7 @@ def diagnose(
     effort: Effort | None = None,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """All measurements as JSON: for each noise (with the std of the first algorithm that has it) and algorithm.
+    """Measure all, as JSON: for each noise (with the std of the first algorithm that has it) and algorithm.
 
     Args:
         weights: a run directory; its best checkpoint's averaged weights are measured instead of the base model's.
@@ -91,7 +91,7 @@ def diagnose(
 
 
 def _averaged(parts: Assembly, run: Path | None, say: Say) -> tuple[int | None, dict[str, Tensor]]:
-    """The weights to measure, and the update that they are of; without a run those that are there."""
+    """Return the weights to measure, and the update that they are of; without a run those that are there."""
     tensors = {name: parameter.detach().clone() for name, parameter in parts.optimizer.parameters.items()}
     if run is None:
         return None, tensors
@@ -156,7 +156,7 @@ class RewardVariance:
 
 
 def reward_variance(parts: Assembly, shared_noise: bool, prompts: int = 6, members: int = 4) -> RewardVariance:
-    """Draw so many `members` of each prompt at each step of the grid, and split the variance of their rewards.
+    """Draw `members` samples of each prompt at each step of the grid, and split the variance of their rewards.
 
     Args:
         shared_noise: all samples of a prompt start from one initial noise, at whatever step they are stochastic.
@@ -181,7 +181,7 @@ def reward_variance(parts: Assembly, shared_noise: bool, prompts: int = 6, membe
 def variance_parts(
     rewards: Float64[Tensor, "prompts steps members"], unbiased: bool = True
 ) -> tuple[Float64[Tensor, " prompts"], Float64[Tensor, " prompts"]]:
-    """Within-step and between-step variance of each prompt's rewards R (P, K, M), whose cells are independent draws.
+    """Split each prompt's rewards R (P, K, M), of independent cells, into within-step and between-step variance.
 
     Plain parts, `mean_k var_m R` and `var_k mean_m R`, add up to the variance of a prompt's K M rewards exactly. The
     unbiased `within` divides by M - 1, and unbiased `between` leaves out `within (K - 1) / (K M)`, which is what the
@@ -194,7 +194,7 @@ def variance_parts(
 
 
 def split_variance(rewards: Float64[Tensor, "prompts steps members"], steps: Sequence[int]) -> VarianceSplit:
-    """The unbiased parts over some of the steps, with bootstrap intervals over prompts."""
+    """Split the variance over some of the steps, without bias, with bootstrap intervals over prompts."""
     within, between = (part.numpy() for part in variance_parts(rewards[:, list(steps)]))
     return VarianceSplit(
         list(steps),
@@ -228,7 +228,7 @@ def figures(diagnosis: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def gradient_figure(diagnosis: Mapping[str, Any]) -> Figure:
-    """Norms by step, each curve relative to its mean, beside lambda; a panel for each noise and initial noise."""
+    """Draw norms by step, each curve relative to its mean, beside lambda; a panel for each noise and initial noise."""
     noises = diagnosis["noises"]
     figure = Figure(figsize=(6.5, 0.4 + 2.2 * len(noises)), layout="constrained")
     curves = (("norm", ORANGE, "surrogate"), ("rectified", BLUE, "rectified"), ("score", GREEN, "score of one sample"))
@@ -249,7 +249,7 @@ def gradient_figure(diagnosis: Mapping[str, Any]) -> Figure:
 
 
 def variance_figure(diagnosis: Mapping[str, Any]) -> Figure:
-    """Within-step and between-step variance, and the share of the latter, for each noise, initial noise and window."""
+    """Draw within-step and between-step variance, and the latter's share, for each noise, initial noise and window."""
     splits = {
         f"{noise}\n{kind} $x_0$, {window}": split
         for noise, by_kind in diagnosis["noises"].items()
@@ -271,7 +271,7 @@ def variance_figure(diagnosis: Mapping[str, Any]) -> Figure:
 
 
 def consistency_figure(diagnosis: Mapping[str, Any]) -> Figure:
-    """Mean cosine between independent gradient estimates, by algorithm, with its 95 % interval."""
+    """Draw the mean cosine between independent gradient estimates, by algorithm, with its 95 % interval."""
     value, low, high = _columns([one["cosine"] for one in diagnosis["consistency"].values()])
     figure = Figure(figsize=(6.5, 0.8 + 0.35 * len(value)), layout="constrained")
     axes = figure.subplots()

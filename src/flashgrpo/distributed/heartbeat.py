@@ -52,7 +52,7 @@ class Heartbeat:
         self._thread.join(timeout=GRACE)
 
     def explain(self, error: BaseException) -> BaseException:
-        """What this rank is to raise in place of `error`, which may be but the consequence of another rank's end.
+        """Return what to raise in place of `error`, which may be but the consequence of another rank's end.
 
         The first rank that posts a reason tells it; the errors of the others are marked as told.
         """
@@ -153,7 +153,7 @@ class Heartbeat:
 
 
 def connect(rank: int, size: int, dead_after: float) -> Heartbeat:
-    """A heartbeat through the store that the process group met at (MASTER_ADDR, MASTER_PORT)."""
+    """Connect a heartbeat to the store that the process group met at (MASTER_ADDR, MASTER_PORT)."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts anew
@@ -165,5 +165,5 @@ def _death(ranks: Sequence[int], seconds: float) -> str:
     named = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
     return (
         f"{named} not been heard from for {seconds:.0f} s, so all ranks end; "
-        "the last checkpoint is whole, and the same command goes on from it"
+        "the last checkpoint is whole, and the same command resumes from it"
     )

@@ -9,7 +9,7 @@ import torch
 
 
 def peak(device: torch.device, reset: bool = False) -> int:
-    """Bytes at the highest since the last reset: allocated on a GPU, resident in this process on the CPU."""
+    """Return the bytes at the highest since the last reset: allocated on a GPU, resident in this process on the CPU."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -26,18 +26,18 @@ def peak(device: torch.device, reset: bool = False) -> int:
 
 
 def wait_for_device() -> None:
-    """Until the GPU has done what it was asked for, where one is in use."""
+    """Wait until the GPU has done what it was asked for, where one is in use."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def free(device: torch.device) -> int:
-    """Bytes of a GPU that this process has not taken; of the CPU, whose memory others give back, all that it has."""
+    """Count the bytes of a GPU that this process has not taken; of the CPU, whose memory others give back, all."""
     return total(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else total(device)
 
 
 def total(device: torch.device) -> int:
-    """Bytes that the device has; of the CPU's this process's share, and no more than its container may take."""
+    """Count the bytes of a device; of the CPU's this process's share, and no more than its container may take."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,7 +13,7 @@ from flashgrpo.errors import UserError
 def run_on_ray(
     work: Callable[[dict[str, Any]], None], arguments: dict[str, Any], workers: int, storage: Path, timeout: float
 ) -> None:
-    """Call `work(arguments)` in so many Ray workers, which find each other as processes of torchrun do.
+    """Call `work(arguments)` in `workers` Ray workers, which find each other as processes of torchrun do.
 
     The workers take a GPU each where this machine has one.
 

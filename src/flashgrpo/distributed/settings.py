@@ -15,7 +15,7 @@ class ParallelConfig(Part):
     shard: int = Field(default=1, ge=1)
     """Processes that hold one copy of the network between them (FSDP2); the rest of the processes are copies."""
     context: int = Field(default=1, ge=1)
-    """Processes that compute one sample together, each a part of its tokens (Ulysses: heads and tokens have to divide by it)."""
+    """Processes that compute one sample together, each a part of its tokens (Ulysses); it divides heads and tokens."""
     shares: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """How much of an update's samples each data rank takes, in any unit; equal parts when not given."""
     reward_ranks: tuple[Annotated[int, Field(ge=0)], ...] = ()

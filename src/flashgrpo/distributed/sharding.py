@@ -38,7 +38,7 @@ def place(network: nn.Module, world: World, compute_dtype: torch.dtype | None) -
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, of two experts too, by the class names that diffusers lists for this purpose."""
+    """Return the transformer blocks, of two experts too, by the class names that diffusers lists for this purpose."""
     if isinstance(network, nn.ModuleDict):
         return [block for expert in network.values() for block in blocks_of(expert)]
     names = getattr(network, "_no_split_modules", None) or getattr(network, "_repeated_blocks", None) or []

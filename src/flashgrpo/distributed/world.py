@@ -58,7 +58,7 @@ class World:
 
     @property
     def device_name(self) -> str:
-        """What computes, in words."""
+        """The name of what computes."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or "cpu"
 
     @property
@@ -72,17 +72,17 @@ class World:
         return self.rank // self.context
 
     def slice(self, total: int) -> slice:
-        """`share` as a slice."""
+        """Return `share` of this rank as a slice."""
         own = self.share(total)
         return slice(own.start, own.stop)
 
     def share(self, total: int, rank: int | None = None) -> range:
-        """The numbers of `total` samples that a rank draws, this one by default; all data ranks have each once."""
+        """Return which of `total` samples a rank, this one by default, draws; all data ranks have each once."""
         place = (self.rank if rank is None else rank) // self.context
         return cut(total, self.shares or [1.0] * self.data_size, place)
 
     def scored_by(self, total: int, rank: int) -> range:
-        """The numbers of `total` samples whose rewards a rank computes: its own, unless some ranks do so for all."""
+        """Return the numbers of `total` samples that a rank scores: its own, unless some ranks score for all."""
         if self.reward_ranks:
             weights = [float(other in self.reward_ranks) for other in range(self.size)]
             return cut(total, weights, rank)
@@ -96,7 +96,7 @@ class World:
         return self.rank in self.reward_ranks if self.reward_ranks else self.rank % self.context == 0
 
     def gather(self, value: T) -> list[T]:
-        """The JSON values of all data ranks, in the order of their samples."""
+        """Gather the JSON values of all data ranks, in the order of their samples."""
         return self.all_gather_json(value)[:: self.context]
 
     def on_all(self, compute: Callable[[], T]) -> list[T]:
@@ -125,7 +125,7 @@ class World:
         return [cast(T, one["value"]) for one in outcomes]
 
     def all_gather_json(self, value: T) -> list[T]:
-        """The JSON values of all ranks. Nothing is ever unpickled, and Python writes and reads floats without loss."""
+        """Gather JSON values of all ranks. Nothing is unpickled, and Python writes and reads floats without loss."""
         if self.size == 1:
             return [value]
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -138,11 +138,11 @@ class World:
         return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(messages, lengths, strict=True)]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Tell whether the flag is set on any rank."""
         return any(self.all_gather_json(flag))
 
     def max_over_ranks(self, calls: Tensor) -> Tensor:
-        """How many network calls every rank has to make, given how many each needs: (...) integers, the most of any.
+        """Return how many network calls every rank has to make, given how many each needs, (...): the most of any.
 
         Ranks that hold the network between them gather its weights in every call, so they have to call together.
         """
@@ -166,7 +166,7 @@ class World:
             gradient.copy_(summed.view_as(gradient))
 
     def check_replicas(self, tensors: Mapping[str, Tensor]) -> None:
-        """Whether all copies of the tensors have the same checksum, the sum of their bits as integers.
+        """Check whether all copies of the tensors have the same checksum, the sum of their bits as integers.
 
         Raises:
             SharedError: names the ranks that differ from the first copy and a tensor in which they do.
@@ -190,7 +190,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank; all ranks have to call this together."""
+    """Gather the whole tensor on every rank; all ranks have to call this together."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -207,7 +207,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def current_device() -> torch.device:
-    """The GPU that this thread computes on, or the CPU."""
+    """Return the GPU that this thread computes on, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -220,7 +220,7 @@ def use_in_thread(threads: int, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def process_group(parallel: ParallelConfig, compute_dtype: str | None = None, strict: bool = True) -> Iterator[World]:
-    """The world that the launcher's environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+    """Join the world that the launcher's environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     The processes are cut into the mesh that `parallel` asks for. Inside, a process that dies ends all of them
     within `parallel.dead_after` seconds and a few; see `heartbeat.py`.

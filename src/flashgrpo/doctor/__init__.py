@@ -31,12 +31,12 @@ class Diagnosis:
         return all(finding.level != "unsound" for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the findings as plain data, for machines."""
         return {"sound": self.sound, "checks": [asdict(finding) for finding in self.findings]}
 
 
 def examine(recipe: str, overrides: Sequence[str] = ()) -> Diagnosis:
-    """Every check, on four prompt groups (or as many as an update has).
+    """Run every check on four prompt groups (or as many as an update has).
 
     Raises:
         UserError: the recipe is bad, or a reward or the model refuses its input.
@@ -50,7 +50,7 @@ def examine(recipe: str, overrides: Sequence[str] = ()) -> Diagnosis:
 
 
 def refuse_unsound(parts: Assembly, warn: Callable[[str], None]) -> None:
-    """The quick checks, on one prompt group.
+    """Run the quick checks on one prompt group.
 
     Raises:
         UserError: a run would be unsound; `tracking.preflight` says whether that only warns.
@@ -70,13 +70,13 @@ def refuse_unsound(parts: Assembly, warn: Callable[[str], None]) -> None:
 
 
 def _findings(parts: Assembly, trial: Trial, checks: Sequence[Check]) -> list[Finding]:
-    """Of the checks, and of the process itself."""
+    """Run the checks, and add what the process itself found."""
     first, *others = [check(parts, trial) for check in checks]
     return [first, *trial.of_process, *others]
 
 
 def _shared(parts: Assembly, findings: Sequence[Finding]) -> list[Finding]:
-    """For each check the worst that any rank has found."""
+    """Keep, for each check, the worst that any rank has found."""
     order = ("sound", "warning", "unsound")
     everyone = parts.world.gather([asdict(finding) for finding in findings])
     return [

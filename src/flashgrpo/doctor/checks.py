@@ -12,7 +12,7 @@ from flashgrpo.models.settings import Lora
 from flashgrpo.types import Finding
 
 ROUNDING = 1e-4  # of a reward's size: what two calls on the same video may differ by
-CLIP_MARGIN = 10  # clip_range has to be so many times the numeric drift, or rounding decides what is clipped
+CLIP_MARGIN = 10  # clip_range has to be this multiple of the numeric drift, or rounding decides what is clipped
 
 
 def first_ratio(parts: Assembly, trial: Trial) -> Finding:

@@ -19,7 +19,7 @@ MP4_BITS = 1.0  # bits per pixel and frame of the videos that evaluations keep; 
 
 
 def memory_needed(parts: Assembly, trial: Trial) -> Finding:
-    """The highest use of each phase, with what all samples of an update hold, against what the device has."""
+    """Hold the highest use of each phase, with what all samples of an update keep, against what the device has."""
     settings = parts.config.rollout
     tried = max(1, len(trial.drawn.outputs))
     own = math.ceil(settings.prompts * settings.group_size / parts.world.data_size)
@@ -42,7 +42,7 @@ def memory_needed(parts: Assembly, trial: Trial) -> Finding:
 
 
 def hours_needed(parts: Assembly, trial: Trial) -> Finding:
-    """The wall clock to the last update, from the measured seconds of each phase."""
+    """Estimate the wall clock to the last update, from the measured seconds of each phase."""
     config, settings = parts.config, parts.config.rollout
     larger = settings.prompts * settings.group_size / (trial.groups * trial.group_size)
     seconds = {name: spent * larger for name, spent in trial.seconds.items() if name in PHASES}
@@ -58,7 +58,7 @@ def hours_needed(parts: Assembly, trial: Trial) -> Finding:
 
 
 def disk_needed(parts: Assembly, trial: Trial) -> Finding:
-    """Checkpoints that are kept, one that is being written, and the videos of evaluations."""
+    """Add up the checkpoints that are kept, one that is being written, and the videos of evaluations."""
     config, model = parts.config, parts.config.model
     state = parts.optimizer.state()
     checkpoint = sum(tensor.numel() * tensor.element_size() for named in state.values() for tensor in named.values())
@@ -82,13 +82,13 @@ COSTS: tuple[Callable[[Assembly, Trial], Finding], ...] = (memory_needed, hours_
 
 
 def in_words(size: int) -> str:
-    """Bytes as a person says them: '1.3 GiB'."""
+    """Write bytes as a person says them: '1.3 GiB'."""
     unit = 2**30 if size >= 2**30 else 2**20
     return f"{size / unit:.3g} {'GiB' if unit == 2**30 else 'MiB'}"
 
 
 def _bytes_per_sample(trial: Trial, model: ModelConfig) -> int:
-    """What a sample keeps from its rollout to the end of its update."""
+    """Count what a sample keeps from its rollout to the end of its update."""
     drawn, samples = trial.drawn, max(1, len(trial.drawn.outputs))
     kept = [drawn.outputs, *tensors_of(drawn.record.state)]
     video = 0
@@ -98,7 +98,7 @@ def _bytes_per_sample(trial: Trial, model: ModelConfig) -> int:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors inside of a record's state, whatever the process keeps there."""
+    """Find all tensors inside of a record's state, whatever the process keeps there."""
     if isinstance(value, Tensor):
         return [value]
     if is_dataclass(value):

@@ -46,7 +46,7 @@ class MemoryEstimate:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Phase -> bytes."""
+        """Bytes of each phase, by name."""
         return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
 
     @property
@@ -56,7 +56,7 @@ class MemoryEstimate:
 
 
 def estimate(config: RunConfig, processes: int = 1) -> MemoryEstimate:
-    """Count the memory of a run, spread over so many processes; of the samples kept and of one micro-batch.
+    """Count the memory of a run on one of its processes: the samples kept and one micro-batch.
 
     Attention is taken not to keep its matrix of scores, as no back end for long sequences does. The text encoder is not
     part of it, since it leaves before the network comes, and neither is what cuDNN takes for convolutions.
@@ -116,7 +116,7 @@ def _copies(config: RunConfig) -> int:
 
 
 def records_per_sample(config: RunConfig) -> float:
-    """Trained steps of a sample, mean over the groups of the first update."""
+    """Count the trained steps of a sample, mean over the groups of the first update."""
     settings = config.rollout
     groups = torch.arange(settings.prompts)
     members = torch.zeros_like(groups)
@@ -125,12 +125,12 @@ def records_per_sample(config: RunConfig) -> float:
 
 
 def _bytes_per_sample(model: Any, records: float) -> float:
-    """Its latents, its recorded steps and its condition."""
+    """Count the bytes of a sample: its latents, its recorded steps and its condition."""
     return math.prod(model.latent_shape) * 4 * (1 + 2 * records) + _bytes(model.nothing().tensors.values())
 
 
 def _call(model: Any, rows: int, context: int, learn: bool) -> int:
-    """Bytes at the highest of one call of the network on so many rows, with its input."""
+    """Count the bytes at the highest of one call of the network on `rows` rows, with its input."""
     network = model.experts[model.expert_names[0]]
     row = model.nothing().tensors
     condition = Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in row.items()})
@@ -145,7 +145,7 @@ def _call(model: Any, rows: int, context: int, learn: bool) -> int:
 
 
 def _decode(model: Any, rows: int) -> int:
-    """Bytes at the highest of decoding so many rows at once."""
+    """Count the bytes at the highest of decoding `rows` rows at once."""
     vae = model.pipeline.vae
     latents = torch.zeros(rows, *model.latent_shape, device=META)
     live = LiveBytes(vae.parameters())

@@ -89,9 +89,9 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
     first = prompt_groups(parts.prompts, config.seed, 0, groups, group_size)
     drawn = parts.draw_and_score(first, meter, uses=2)  # the replay is what is examined, also where it could be spared
     again = _scored_again(parts, first, drawn)
-    compared, recorder = parts.compare(drawn), _Recorder(parts, steps=thorough)
+    compared, probe = parts.compare(drawn), _GradientProbe(parts, steps=thorough)
     with meter("update"):
-        metrics = parts.learn(compared.record, recorder)
+        metrics = parts.learn(compared.record, probe)
     evaluated = 0
     if thorough:
         with meter("evaluate"):
@@ -102,9 +102,9 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
         drawn,
         compared,
         again,
-        _on_any_rank(parts, recorder.received),
+        _on_any_rank(parts, probe.received),
         metrics,
-        recorder.difference,
+        probe.difference,
         parts.process.checks(drawn.record, drawn.outputs, config.seed, thorough),
         evaluated,
         meter.clock.lap(),
@@ -114,14 +114,14 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
 
 
 def _scored_again(parts: Assembly, groups: Sequence[PromptGroup], drawn: Drawn) -> Tensor:
-    """The rewards of what was drawn, asked for once more; (B, R)."""
+    """Score what was drawn once more; (B, R)."""
     scoring = parts.scoring([group.prompt for group in groups for _ in range(group.size)])
     for rows in torch.arange(len(drawn.outputs)).split(parts.config.rollout.micro_batch):  # as they were drawn
         scoring.add(rows, drawn.outputs[rows])
     return scoring.table().values
 
 
-class _Recorder(GradientSum):
+class _GradientProbe(GradientSum):
     """Stands in for the optimizer: notes what gradient each parameter receives, and leaves the weights as they are."""
 
     def __init__(self, parts: Assembly, steps: bool) -> None:
@@ -158,6 +158,6 @@ class _Recorder(GradientSum):
 
 
 def _on_any_rank(parts: Assembly, received: dict[str, float]) -> dict[str, float]:
-    """The largest norm of each gradient over the ranks: a small parameter may lie on one rank whole."""
+    """Return the largest norm of each gradient over the ranks: a small parameter may lie on one rank whole."""
     everyone = parts.world.gather(dict(received))
     return {name: max(theirs[name] for theirs in everyone) for name in received}

@@ -34,11 +34,11 @@ class Architecture:
     """Of the pipeline itself: where its two experts meet, for instance."""
 
     def of(self, component: str) -> Mapping[str, Any]:
-        """The settings of a component."""
+        """Return the settings of a component."""
         return self.components[component][1]
 
     def has(self, component: str) -> bool:
-        """Whether there is such a component."""
+        """Return whether there is such a component."""
         return component in self.components
 
     @classmethod
@@ -76,7 +76,7 @@ class Architecture:
         return cls(family, components, settings)
 
     def build(self, names: Sequence[str], dtypes: Mapping[str, torch.dtype], empty: bool = False) -> dict[str, Any]:
-        """Components with random weights, the same at every call; `empty` ones have none, on the meta device."""
+        """Build components with random weights, the same at every call; `empty` ones have none, on the meta device."""
         import diffusers
         from accelerate import init_empty_weights
 
@@ -94,7 +94,7 @@ class Architecture:
 
 
 def checked_size(config: ModelConfig, multiple: int, stride: int) -> int:
-    """The frames of latents that a video of the configured size has.
+    """Return the frames of latents that a video of the configured size has.
 
     Args:
         multiple: pixels of a side that one token stands for.
@@ -146,7 +146,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _is_part(value: Any) -> bool:
-    """Whether an entry of model_index.json names a component: [library, class]."""
+    """Return whether an entry of model_index.json names a component: [library, class]."""
     return isinstance(value, list) and len(value) == 2
 
 

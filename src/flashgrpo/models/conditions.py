@@ -63,7 +63,7 @@ class Conditions:
         folder: of this model's entries; None keeps nothing on disk.
         compute: the row of one prompt: name -> tensor (1, ...). It loads the encoders where they are not loaded yet.
         images: whether a prompt's image counts.
-        keep: so many bytes of rows stay in memory, those used last.
+        keep: bytes of rows that stay in memory, those used last.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Conditions:
         self._compute = compute
         self._images = images
         self._keep = keep
-        self._rows: OrderedDict[str, _Short] = OrderedDict()
+        self._rows: OrderedDict[str, _Unpadded] = OrderedDict()
         self._held = 0
 
     def __call__(self, prompts: Sequence[Prompt], device: torch.device | None = None) -> Condition:
-        """The rows of the prompts, on the CPU or a device, to which a prompt of many samples travels once.
+        """Return the rows of the prompts, on the CPU or a device, to which a prompt of many samples travels once.
 
         Prompts are encoded one at a time: a prompt's row must not depend on which others were new with it, or a resumed
         run would differ in the last bits.
@@ -91,7 +91,7 @@ class Conditions:
         return rows if len(distinct) == len(keys) else rows[torch.tensor([places[key] for key in keys])]
 
     def missing(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Those that are not on disk yet, each once."""
+        """Return the prompts that are not on disk yet, each once."""
         if self._folder is None:
             return []
         by_key = {self._key(prompt): prompt for prompt in prompts}
@@ -122,8 +122,8 @@ class Conditions:
             self._held -= self._rows.popitem(last=False)[1].size
         return self._rows[key].row()
 
-    def _store(self, prompt: Prompt) -> "_Short":
-        row = _Short.of(self._compute(prompt))
+    def _store(self, prompt: Prompt) -> "_Unpadded":
+        row = _Unpadded.of(self._compute(prompt))
         if self._folder is None:
             return row
         key = self._key(prompt)
@@ -139,13 +139,13 @@ class Conditions:
                     aside.unlink(missing_ok=True)
         return row
 
-    def _read(self, key: str) -> "_Short | None":
+    def _read(self, key: str) -> "_Unpadded | None":
         if self._folder is None:
             return None
         try:
             with safe_open(self._file(key), framework="pt") as file:
                 lengths = {name: int(length) for name, length in file.metadata().items()}
-                return _Short({name: file.get_tensor(name) for name in lengths}, lengths)
+                return _Unpadded({name: file.get_tensor(name) for name in lengths}, lengths)
         except (OSError, SafetensorError, AttributeError, ValueError):  # not there, or damaged: made anew
             return None
 
@@ -169,29 +169,29 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class _Short:
+class _Unpadded:
     """A row without the zeros at the end of L in (1, L, ...), which most of a text's places are."""
 
     tensors: Mapping[str, Tensor]
     lengths: Mapping[str, int]
 
     @classmethod
-    def of(cls, row: Row) -> "_Short":
+    def of(cls, row: Row) -> "_Unpadded":
         tensors = {name: _without_padding(tensor.detach().cpu()).contiguous() for name, tensor in row.items()}
         return cls(tensors, {name: tensor.shape[1] for name, tensor in row.items()})
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of the tensors as they are held."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def row(self) -> Row:
-        """With the zeros."""
+        """Return the row with its zeros."""
         return {name: _padded(tensor, self.lengths[name]) for name, tensor in self.tensors.items()}
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether an entry is there; the header of a safetensors file tells how long it has to be."""
+    """Return whether an entry is there; the header of a safetensors file tells how long it has to be."""
     try:
         with safe_open(file, framework="pt"):
             return True
@@ -200,7 +200,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _without_padding(tensor: Tensor) -> Tensor:
-    """A row (1, L, ...) without the zeros at the end of L, which most of a text's places are."""
+    """Return a row (1, L, ...) without the zeros at the end of L, which most of a text's places are."""
     used = tensor[0].flatten(1).any(dim=1) if tensor.ndim > 2 else tensor[0] != 0
     places = used.nonzero().flatten()
     return tensor[:, : int(places[-1]) + 1 if len(places) else 0]

@@ -69,7 +69,7 @@ def fast_dtype(device: torch.device) -> str:
 
 
 def find_architecture(config: ModelConfig) -> tuple[Architecture, Path]:
-    """Class and sizes of the pipeline at `config.path`, and its folder, which random weights do without.
+    """Find class and sizes of the pipeline at `config.path`, and its folder, which random weights do without.
 
     Raises:
         UserError: no such folder, no pipeline, or an unsupported family.
@@ -88,7 +88,7 @@ def find_architecture(config: ModelConfig) -> tuple[Architecture, Path]:
 
 
 def _download(repository: str) -> Path:
-    """The folder of a hub's pipeline on this machine; what is there already is not fetched again."""
+    """Download a hub's pipeline and return its folder; what is on this machine already is not fetched again."""
     import diffusers
     from diffusers import DiffusionPipeline
 
@@ -102,5 +102,5 @@ def _download(repository: str) -> Path:
 
 
 def weightless(model: ModelConfig) -> Any:
-    """The model in its full size on the meta device."""
+    """Build the model in its full size on the meta device."""
     return load_model(model.plain().model_copy(update={"random_init": True}), World(META), seed=0)

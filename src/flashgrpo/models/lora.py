@@ -48,7 +48,7 @@ def prepare(network: nn.Module, train: Lora | Full, seed: int, prefix: str = "")
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of all that has a gradient."""
+    """Return what has a gradient, name -> parameter."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 

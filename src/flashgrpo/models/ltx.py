@@ -22,7 +22,7 @@ class LtxModel(PipelineModel):
     """An `LTXPipeline` as a `VideoModel`. The network takes tokens; here latents are (B, C, F, H, W) as everywhere."""
 
     def grid(self, num_steps: int) -> SigmaGrid:
-        """The scheduler's grid, shifted by the number of tokens as the pipeline does, or by `config.shift`."""
+        """Return the scheduler's grid, shifted by the number of tokens as the pipeline does, or by `config.shift`."""
         scheduler = self.pipeline.scheduler
         if self.config.shift is not None:
             return grid_from_scheduler(scheduler, num_steps, self.config.shift)
@@ -30,7 +30,7 @@ class LtxModel(PipelineModel):
         return grid_from_scheduler(scheduler, num_steps, mu=mu)
 
     def encode_text(self, text: str) -> Row:
-        """{"text": (1, max_sequence_length, D), "mask": (1, max_sequence_length)}, the mask 1 where a token is."""
+        """Return {"text": (1, L, D), "mask": (1, L)} with L = `max_sequence_length`; the mask is 1 where a token is."""
         embedding, mask, _, _ = self.pipeline.encode_prompt(
             [text],
             do_classifier_free_guidance=False,
@@ -40,13 +40,13 @@ class LtxModel(PipelineModel):
         return {"text": embedding, "mask": mask.to(torch.int64)}
 
     def random_text(self, text: str) -> Row:
-        """As `encode_text`, of a text that fills all places."""
+        """Return rows as `encode_text` does, of a text that fills all places."""
         length, network = self.config.max_sequence_length, self.source.architecture.of("transformer")
         mask = torch.ones(1, length, dtype=torch.int64)
         return {"text": normal((1, length, network["caption_channels"]), self.seed, f"text:{text}"), "mask": mask}
 
     def forward(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
-        """As the pipeline calls its transformer, on tokens."""
+        """Call the transformer as the pipeline does, on tokens."""
         pipeline, patch = self.pipeline, self._patch()
         _, _, frames, height, width = x.shape
         ratios = pipeline.vae.temporal_compression_ratio, pipeline.vae.spatial_compression_ratio
@@ -72,23 +72,23 @@ class LtxModel(PipelineModel):
         return vae.decode(latents, timestep, return_dict=False)[0]
 
     def shape_of_latents(self) -> Size:
-        """(C, F, H, W)."""
+        """Return (C, F, H, W) for the configured size."""
         vae = self.pipeline.vae
         scale, patch = vae.spatial_compression_ratio, self._patch()
         frames = checked_size(self.config, scale * patch[0], vae.temporal_compression_ratio)
         return vae.config.latent_channels, frames, self.config.height // scale, self.config.width // scale
 
     def tokens(self) -> int:
-        """Of all patches."""
+        """Count the tokens of all patches."""
         _, frames, height, width = self.latent_shape
         patch, patch_frames = self._patch()
         return (frames // patch_frames) * (height // patch) * (width // patch)
 
     def _patch(self) -> tuple[int, int]:
-        """Latents in a token: along a side, along time."""
+        """Return the latents in a token: along a side, along time."""
         network = self.source.architecture.of("transformer")
         return network.get("patch_size", 1), network.get("patch_size_t", 1)
 
     def original_name(self, name: str) -> str | None:
-        """The blocks' linear layers are called alike; names outside of the blocks differ."""
+        """Keep the name: the blocks' linear layers are called alike; names outside of the blocks differ."""
         return name if name.startswith("transformer_blocks.") else None

@@ -28,7 +28,7 @@ def prepare_network(network: Any, config: ModelConfig, world: World, seed: int, 
         network.enable_gradient_checkpointing()
     if config.compile:
         network.compile_repeated_blocks()
-        # What is trained is computed by the blocks as they are, in the backward pass too: compiled ones round otherwise.
+        # What is trained is computed by the blocks as they are, in backward too: compiled ones round otherwise.
         torch.compiler.set_stance("force_eager")
     place(network, world, getattr(torch, config.compute_dtype) if config.compute_dtype else None)
     if config.attention:

@@ -86,26 +86,26 @@ class PipelineModel(ABC):
 
     @abstractmethod
     def encode_text(self, text: str) -> Row:
-        """The embedding of a text by the pipeline's own encoder, rows (1, L, ...)."""
+        """Return the embedding of a text by the pipeline's own encoder, rows (1, L, ...)."""
 
     @abstractmethod
     def random_text(self, text: str) -> Row:
-        """Rows of the same shapes, drawn by the text, for networks with random weights, which have no encoder."""
+        """Draw rows of the same shapes by the text, for networks with random weights, which have no encoder."""
 
     def encode_image(self, image: Any) -> Row:
-        """What a prompt's image adds to its row: nothing, but in a family that `takes_image`."""
+        """Return what a prompt's image adds to its row: nothing, but in a family that `takes_image`."""
         return {}
 
     @abstractmethod
     def forward(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
-        """The network's velocity for each row, without guidance, in float32."""
+        """Compute the network's velocity for each row, without guidance, in float32."""
 
     @abstractmethod
     def decode_latents(self, vae: Any, latents: Latents) -> Tensor:
-        """The pipeline's video (B, 3, F, H, W) in [-1, 1]."""
+        """Decode to the pipeline's video (B, 3, F, H, W) in [-1, 1]."""
 
     def latents_for(self, frames: int) -> int | None:
-        """Latent frames from which the first so many frames are decoded: fewer than all if the decoder is causal."""
+        """Count the latent frames from which the first `frames` are decoded: fewer than all if it is causal."""
         return None
 
     @abstractmethod
@@ -117,24 +117,24 @@ class PipelineModel(ABC):
 
     @abstractmethod
     def tokens(self) -> int:
-        """Tokens of a sample inside of the network."""
+        """Count the tokens of a sample inside of the network."""
 
     @abstractmethod
     def original_name(self, name: str) -> str | None:
-        """The name of a layer in the family's released checkpoints, which ComfyUI reads; None where it has none."""
+        """Return a layer's name in the family's released checkpoints, which ComfyUI reads; None where it has none."""
 
     def expert_at(self, timestep: float) -> str:
-        """Which component computes at a timestep."""
+        """Tell which component computes at a timestep."""
         return self.expert_names[0]
 
     def grid(self, num_steps: int) -> SigmaGrid:
-        """The grid of the checkpoint's scheduler, with `config.shift` in place of its own where given."""
+        """Return the grid of the checkpoint's scheduler, with `config.shift` in place of its own where given."""
         return grid_from_scheduler(self.pipeline.scheduler, num_steps, self.config.shift)
 
     # Prompts
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """The rows of the prompts' texts, and of their images where the family takes them."""
+        """Return the rows of the prompts' texts, and of their images where the family takes them."""
         self._check_images(prompts)
         rows = self._conditions(prompts, self.device)
         if self._residence is not None:  # a prompt that was not known before, or whose entry was lost
@@ -142,7 +142,7 @@ class PipelineModel(ABC):
         return rows
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, with the pipeline's own cleaning left out; 0 where there is no tokenizer."""
+        """Count the tokens of each text, with the pipeline's own cleaning left out; 0 where there is no tokenizer."""
         if self.source.random:
             return [0] * len(texts)
         return [len(ids) for ids in self.pipeline.tokenizer(list(texts)).input_ids]
@@ -164,7 +164,7 @@ class PipelineModel(ABC):
 
     @torch.no_grad()
     def _row(self, prompt: Prompt) -> Row:
-        """The row of a prompt; without an image that of its text alone, as the negative prompt has it."""
+        """Return the row of a prompt; without an image that of its text alone, as the negative prompt has it."""
         if self.source.random:
             text = self.random_text(prompt.text)
         else:
@@ -219,11 +219,11 @@ class PipelineModel(ABC):
         return self.config.gradient_checkpointing
 
     def expert(self, timestep: float) -> nn.Module:
-        """The component that computes at a timestep, which is all of `network` where there is one only."""
+        """Return the component that computes at a timestep, which is all of `network` where there is one only."""
         return self.experts[self.expert_at(timestep)]
 
     def velocity(self, x: Latents, point: GridPoint, condition: Condition) -> Latents:
-        """v_negative + scale (v_text - v_negative); rows of different experts one expert after the other."""
+        """Compute v_negative + scale (v_text - v_negative); rows of different experts one expert after the other."""
         owners = [self.expert_at(float(timestep)) for timestep in point.timestep]
         parts, order = [], []
         for name in dict.fromkeys(owners):
@@ -236,7 +236,7 @@ class PipelineModel(ABC):
         return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort()]
 
     def _guided(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
-        """Both branches in one forward; where all scales are 1, the text's alone."""
+        """Compute both branches in one forward; where all scales are 1, the text's alone."""
         scale = point.guidance_scale
         if bool((scale == 1).all()):
             return self.forward(network, x, point, condition)
@@ -246,17 +246,17 @@ class PipelineModel(ABC):
         return v_negative + scale.view(-1, 1, 1, 1, 1).to(x.device, non_blocking=True) * (v_text - v_negative)
 
     def idle(self, point: GridPoint) -> Tensor:
-        """One forward of one row of zeros through the expert of that point."""
+        """Call the expert of that point once, on one row of zeros."""
         network = self.part(self.expert_at(float(point.timestep)))
         x = torch.zeros(1, *self.latent_shape, device=self.device)
         return self.forward(network, x, point, self.nothing())
 
     def nothing(self) -> Condition:
-        """A condition of one row for calls whose result is not used."""
+        """Return a condition of one row for calls whose result is not used."""
         return self._negative
 
     def part(self, name: str) -> nn.Module:
-        """An expert, or the "vae", on the device."""
+        """Return an expert, or the "vae", on the device."""
         if self._residence is None:  # while prompts are encoded
             module: nn.Module = getattr(self.pipeline, name)
             return module.to(self.device)
@@ -264,13 +264,13 @@ class PipelineModel(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Latents, frames: int | None = None) -> Videos:
-        """Videos (B, F, 3, H, W) in [0, 1]; with `frames` the first so many, from no more latents than they need."""
+        """Decode videos (B, F, 3, H, W) in [0, 1]; with `frames` only the first, from the latents that these need."""
         needed = None if frames is None else self.latents_for(frames)
         video = self.decode_latents(self.part("vae"), latents[:, :, :needed])[:, :, :frames]
         return (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).contiguous()
 
     def reference(self) -> AbstractContextManager[None]:
-        """Adapters off, or the kept base weights."""
+        """Switch adapters off, or the kept base weights on, inside this context."""
         if isinstance(self.config.train, Lora):
             return adapters_off(list(self.experts.values()))
         assert self._base, "load with keep_reference to compare a fully trained model with its base"

@@ -36,7 +36,7 @@ class Residence:
             self._kept[name] = [(parameter, parameter.data) for parameter in frozen]
 
     def bring(self, name: str) -> nn.Module:
-        """The part, on the device."""
+        """Return the part, brought to the device."""
         part = self._parts[name]
         if name not in self.present:
             for other in self.present if self._offload else ():

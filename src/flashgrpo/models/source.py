@@ -38,7 +38,7 @@ class Source:
         self._lacking: set[str] = set()  # components that the checkpoint turned out not to have
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-            library.utils.logging.set_verbosity_error()  # what they warn of here is not the user's to mend
+            library.utils.logging.set_verbosity_error()  # what they warn of here is not the user's to fix
         self._class: Any = getattr(diffusers, architecture.family)
         settings = {k: v for k, v in architecture.settings.items() if k in self._signature()}
         if folder is None:

@@ -48,7 +48,7 @@ class WanModel(PipelineModel):
     # Prompts
 
     def encode_text(self, text: str) -> Row:
-        """{"text": (1, max_sequence_length, D)}, zero after the text's tokens."""
+        """Return {"text": (1, max_sequence_length, D)}, zero after the text's tokens."""
         embedding, _ = self.pipeline.encode_prompt(
             [text],
             do_classifier_free_guidance=False,
@@ -58,12 +58,12 @@ class WanModel(PipelineModel):
         return {"text": embedding}
 
     def random_text(self, text: str) -> Row:
-        """As `encode_text`, without zeros."""
+        """Return a row as `encode_text` does, without zeros."""
         shape = (1, self.config.max_sequence_length, self.source.architecture.of("transformer")["text_dim"])
         return {"text": normal(shape, self.seed, f"text:{text}")}
 
     def encode_image(self, image: Any) -> Row:
-        """What the first frame adds to a row.
+        """Return what the first frame adds to a row.
 
         "latents" (1, C', F, H, W) are the further channels of I2V: 4 of a mask and those of the encoded frame, or with
         `expand_timesteps` the encoded frame alone, F = 1. Wan 2.1 also looks at the frame through CLIP: "image".
@@ -94,7 +94,7 @@ class WanModel(PipelineModel):
         return torch.cat([given, encoded], dim=1).to(self.dtype)  # as the network takes it; half as much to keep
 
     def nothing(self) -> Condition:
-        """The negative prompt, and zeros for an image."""
+        """Return the negative prompt, and zeros for an image."""
         row = dict(super().nothing().tensors)
         if self.takes_image:
             channels, frames, height, width = self.latent_shape
@@ -110,13 +110,13 @@ class WanModel(PipelineModel):
     # The network
 
     def expert_at(self, timestep: float) -> str:
-        """The second expert below the boundary."""
+        """Return the second expert below the boundary."""
         boundary = self.pipeline.config.boundary_ratio
         training_steps = self.pipeline.scheduler.config.num_train_timesteps
         return self.expert_names[int(boundary is not None and timestep < boundary * training_steps)]
 
     def forward(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
-        """As the pipeline calls its transformer.
+        """Call the transformer as the pipeline does.
 
         With `expand_timesteps` each token has a timestep of its own. A frame that is given is fed at timestep 0 in
         place of x, and its velocity is the one that leads to it, `(x - frame) / sigma`: known, so nothing is learnt
@@ -152,7 +152,7 @@ class WanModel(PipelineModel):
         return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
 
     def latents_for(self, frames: int) -> int:
-        """The first latent frame stands for one frame, each further one for four."""
+        """Count the latent frames: the first stands for one frame, each further one for four."""
         return 1 + -(-(frames - 1) // self.pipeline.vae.config.scale_factor_temporal)
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ class WanModel(PipelineModel):
         )
 
     def shape_of_latents(self) -> Size:
-        """(C, F, H, W); a side is a multiple of what the autoencoder and the network's patches need."""
+        """Return (C, F, H, W); a side is a multiple of what the autoencoder and the network's patches need."""
         vae, network = self.pipeline.vae.config, self.source.architecture.of("transformer")
         if network.get("image_dim") is not None and self.config.max_sequence_length != CLIP_LENGTH:
             raise UserError(
@@ -175,13 +175,13 @@ class WanModel(PipelineModel):
         return vae.z_dim, frames, self.config.height // scale, self.config.width // scale
 
     def tokens(self) -> int:
-        """Of all patches."""
+        """Count the tokens of all patches."""
         patch_frames, patch_height, patch_width = self.source.architecture.of("transformer")["patch_size"]
         _, frames, height, width = self.latent_shape
         return (frames // patch_frames) * (height // patch_height) * (width // patch_width)
 
     def original_name(self, name: str) -> str | None:
-        """`blocks.0.attn2.to_q.lora_A.weight` -> `blocks.0.cross_attn.q.lora_A.weight`."""
+        """Map `blocks.0.attn2.to_q.lora_A.weight` to `blocks.0.cross_attn.q.lora_A.weight`."""
         original = name
         for ours, theirs in _ORIGINAL:
             original = original.replace(ours, theirs)

@@ -3,7 +3,7 @@
     write_report(Path("runs/demo"))  ->  runs/demo/report.html
 
 The page opens from disk without a network: videos are data URIs, charts inline SVG, style and script inline. It is made
-from the files of the run alone, so it can be written while the run goes on, after it was killed, or on another machine;
+from the files of the run alone, so it can be written while the run trains, after it was killed, or on another machine;
 whatever is missing is named on the page. The same files give the same page, byte for byte.
 
     record.py         reads the run directory
@@ -98,7 +98,7 @@ def plain_text(value: object) -> str:
 
 
 def reward_charts(run: Run, shown: Row | None) -> dict[str, Any]:
-    """The large chart in two shapes, for wide and narrow screens; the difference; a panel for each component."""
+    """Draw the large chart in two shapes, for wide and narrow screens; the difference; a panel for each component."""
     best = shown["update"] if shown and shown.get("best") is True else None
     panels = []
     watched = names(run.evaluations, "watched")
@@ -124,7 +124,7 @@ def reward_charts(run: Run, shown: Row | None) -> dict[str, Any]:
 
 
 def watch_note(evaluations: Sequence[Row]) -> str:
-    """Which watched reward has fallen too far at the last evaluation, and so ended the run."""
+    """Say which watched reward has fallen too far at the last evaluation, and so ended the run."""
     why = evaluations[-1].get("watch") if evaluations else None
     return f"At the last evaluation, after update {evaluations[-1]['update']}, {why}." if isinstance(why, str) else ""
 
@@ -197,7 +197,7 @@ def is_pair(sample: Row) -> bool:
 
 
 def embedded(run: Run, samples: Sequence[Row], left: int) -> tuple[list[dict[str, Any]], int]:
-    """The pairs that fit into so many bytes, and the bytes that are left."""
+    """Return the pairs that fit into `left` bytes, and the bytes that are left over."""
     pairs = []
     for sample in samples:
         base, tuned = (video_bytes(run.path, sample[key]) for key in ("base_video", "video"))
@@ -219,7 +219,7 @@ def video_pair(sample: Row, base: bytes, tuned: bytes) -> dict[str, Any]:
 
 
 def video_bytes(run: Path, name: object) -> bytes:
-    """The file, where it is one inside the run directory and small enough to embed; otherwise nothing."""
+    """Return the file, where it is one inside the run directory and small enough to embed; otherwise nothing."""
     path = (run / str(name)).resolve()
     inside = path.is_relative_to(run.resolve()) and path.is_file() and path.stat().st_size <= MOST_VIDEO_BYTES
     return path.read_bytes() if inside else b""

@@ -14,21 +14,21 @@ from flashgrpo.report import charts
 from flashgrpo.report import comparison_charts as drawings
 from flashgrpo.report.findings import Numbers, decimals, duration
 from flashgrpo.report.page import both_shapes, template
+from flashgrpo.report.record import Row
 
-Row = Mapping[str, Any]
 Draw = Callable[[Axes, Row, drawings.Palette], bool]
 
 
 def is_one(folder: Path) -> bool:
-    """Whether it is the folder of a comparison that has results."""
+    """Return whether it is the folder of a comparison that has results."""
     return (folder / "comparison.json").is_file()
 
 
 def render(folder: Path) -> str:
-    """The page.
+    """Render the page.
 
     Raises:
-        UserError: comparison.json is none.
+        UserError: comparison.json is not that of a comparison.
     """
     file = folder / "comparison.json"
     try:
@@ -64,7 +64,7 @@ def render(folder: Path) -> str:
 
 
 def headline(summary: Sequence[Row], form: Numbers) -> str:
-    """Which algorithm ended highest."""
+    """Say which algorithm ended highest."""
     scored = [row for row in summary if row["final"]]
     if not scored:
         return "No run has ended yet"
@@ -75,7 +75,7 @@ def headline(summary: Sequence[Row], form: Numbers) -> str:
 
 
 def difference(row: Row, first: str, form: Numbers) -> str:
-    """`flow-grpo ended 0.08 [0.03, 0.13] below flash-grpo, paired over 3 seeds.`"""
+    """Say how an algorithm ended: `flow-grpo ended 0.08 [0.03, 0.13] below flash-grpo, paired over 3 seeds.`"""
     change, interval, seeds = (row["over_first"][key] for key in ("difference", "interval", "seeds"))
     paired = f"paired over {len(seeds)} seed" + ("s" if len(seeds) > 1 else "")
     if not interval:
@@ -92,7 +92,7 @@ def difference(row: Row, first: str, form: Numbers) -> str:
 
 
 def notes(comparison: Row) -> list[str]:
-    """What a reader has to know before the figures."""
+    """Say what a reader has to know before the figures."""
     found = []
     for run in comparison["runs"]:
         who = f"{run['algorithm']}, seed {run['seed']}"
@@ -106,7 +106,7 @@ def notes(comparison: Row) -> list[str]:
 
 
 def unlike(algorithms: Mapping[str, Row]) -> list[tuple[str, list[str]]]:
-    """The settings in which the algorithms differ: key, and a value for each."""
+    """Return the settings in which the algorithms differ: key, and a value for each."""
     flat = [_flat(entry["settings"]) for entry in algorithms.values()]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [(key, [json.dumps(settings[key]) if key in settings else "" for settings in flat]) for key in keys]
@@ -121,7 +121,7 @@ def _flat(tree: Row, prefix: str = "") -> dict[str, Any]:
 
 
 def chart(comparison: Row, name: str, draw: Draw, wide: tuple[int, int]) -> dict[str, Any] | None:
-    """A chart in both shapes, None where there is nothing to draw."""
+    """Draw a chart in both shapes, None where there is nothing to draw."""
 
     def drawn(size: tuple[int, int]) -> str:
         with matplotlib.rc_context(charts.STYLE):
@@ -134,7 +134,7 @@ def chart(comparison: Row, name: str, draw: Draw, wide: tuple[int, int]) -> dict
 
 
 def spoken(comparison: Row, name: str) -> str:
-    """What a chart shows, for those who do not see it."""
+    """Say what a chart shows, for those who do not see it."""
     if name == "costs":
         costs = {name: entry["compute_per_update"] for name, entry in comparison["algorithms"].items()}
         parts = [f"{name}: rollout {cost['rollout']}, update {cost['update']}" for name, cost in costs.items()]

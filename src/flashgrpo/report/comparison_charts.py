@@ -1,6 +1,6 @@
 """The charts of a comparison, drawn on given axes in given colours: for its page, and as figures for a paper."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from matplotlib.ticker import AutoLocator, FuncFormatter, MaxNLocator
 
 from flashgrpo.files import write_aside
 from flashgrpo.report.charts import GRID, INK, MUTED, NICE, PHASES
+from flashgrpo.report.record import Row
 
-Row = Mapping[str, Any]
 MARKERS = "os^Dvp*X"
 DASHES: Sequence[Any] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 ORDER = (0, 5, 3, 4, 2, 1, 7, 6)  # Okabe and Ito's colours, those that differ most first

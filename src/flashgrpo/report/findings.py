@@ -30,7 +30,7 @@ class Numbers:
         return ("+" if round(number(value), self.decimals) > 0 else "") + self.plain(value)
 
     def direction(self, value: object) -> str:
-        """The class of a table cell; what rounds to zero has no direction."""
+        """Return the class of a table cell; what rounds to zero has no direction."""
         rounded = round(number(value), self.decimals)
         return "up" if rounded > 0 else "down" if rounded < 0 else ""
 
@@ -69,7 +69,7 @@ def result(shown: Row, evaluations: Sequence[Row], form: Numbers) -> Result:
 
 
 def choice(shown: Row, evaluations: Sequence[Row], form: Numbers) -> str:
-    """Which evaluation the result is from. The best of several is chosen by the reward it reports, so say so."""
+    """Say which evaluation the result is from. The best of several is chosen by the reward it reports, so say so."""
     last, tuned = evaluations[-1], [row for row in evaluations if row["update"] > 0]
     when = f"Measured after update {shown['update']}"
     if len(tuned) == 1:
@@ -87,7 +87,7 @@ def choice(shown: Row, evaluations: Sequence[Row], form: Numbers) -> str:
 
 
 def tiles(run: Run, shown: Row | None, form: Numbers) -> list[tuple[str, str, str]]:
-    """The key figures: label, figure, remark."""
+    """Return the key figures: label, figure, remark."""
     figures = []
     if shown:
         (low,), (high,) = bounds([shown])
@@ -129,7 +129,7 @@ def duration(seconds: float) -> str:
 
 
 def by_prompt(samples: Sequence[Row]) -> list[dict[str, Any]]:
-    """One row a prompt, means over its samples, the largest fall first; `most` is the component that moved furthest."""
+    """Return a row for each prompt, means over its samples, the largest fall first; `most` is what moved furthest."""
     groups: dict[str, list[Row]] = {}
     for sample in samples:
         groups.setdefault(str(sample.get("prompt", "")), []).append(sample)
@@ -154,12 +154,12 @@ def mean(values: Values) -> float:
 
 
 def pair(rows: Sequence[Row], kind: str, name: str) -> tuple[Values, Values]:
-    """A component's values under the base and under the tuned model; `kind` is `rewards` or `watched`."""
+    """Return a component's values under the base and under the tuned model; `kind` is `rewards` or `watched`."""
     return column(rows, f"base_{kind}", name), column(rows, kind, name)
 
 
 def components(row: Row | None) -> list[dict[str, Any]]:
-    """Every component of one evaluation, or of one of its samples, and after them what is only watched."""
+    """Return every component of one evaluation, or of one of its samples, and after them what is only watched."""
     parts = []
     for kind in ("rewards", "watched"):
         for name in names([row or {}], kind):
@@ -202,7 +202,7 @@ def correlations(shown: Row | None, of_changes: bool) -> Correlations | None:
 
 
 def phases(metrics: Sequence[Row]) -> dict[str, Values]:
-    """Seconds by phase, a value an update; `other` is what the phases leave of the total."""
+    """Return seconds by phase, a value an update; `other` is what the phases leave of the total."""
     seconds = {name: column(metrics, "seconds", name) for name in names(metrics, "seconds") if name != "total"}
     known = sum(map(np.nan_to_num, seconds.values()), np.zeros(len(metrics)))
     rest = np.maximum(column(metrics, "seconds", "total") - known, 0)

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 
 def template(name: str) -> Template:
-    """A template of this folder; what is put into it is escaped, and what it lacks is an error."""
+    """Read a template of this folder; what is put into it is escaped, and what it lacks is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -20,5 +20,5 @@ def template(name: str) -> Template:
 
 
 def both_shapes(draw: Callable[[tuple[int, int]], str], wide: tuple[int, int]) -> dict[str, Markup]:
-    """A broad chart is drawn twice, for wide screens and for phones, so that its text shrinks on neither."""
+    """Draw a broad chart twice, for wide screens and for phones, so that its text shrinks on neither."""
     return {"wide": Markup(draw(wide)), "narrow": Markup(draw((380, 260)))}

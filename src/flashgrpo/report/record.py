@@ -52,7 +52,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The rows of a JSONL file by update. A resumed run repeats updates; the later row is the one that counts."""
+    """Read the rows of a JSONL file by update. A resumed run repeats updates; the later row is the one that counts."""
     rows: dict[int, dict[str, Any]] = {}
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     unreadable = 0
@@ -68,7 +68,7 @@ def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def headline_evaluation(evaluations: Sequence[Row]) -> Row | None:
-    """The evaluation that the page leads with: the best checkpoint's, or the last where none beat the base."""
+    """Return the evaluation that the page leads with: the best checkpoint's, or the last where none beat the base."""
     best = [row for row in evaluations if row.get("best") is True]
     if best and best[-1]["update"] > 0:
         return best[-1]
@@ -88,7 +88,7 @@ def number(value: object) -> float:
 
 
 def column(rows: Sequence[Row], *keys: str) -> Values:
-    """One value a row, found along nested `keys`; nan where a row lacks it."""
+    """Return one value for each row, found along nested `keys`; nan where a row lacks it."""
 
     def cell(row: Any) -> float:
         for key in keys:
@@ -99,12 +99,12 @@ def column(rows: Sequence[Row], *keys: str) -> Values:
 
 
 def names(rows: Sequence[Row], key: str) -> list[str]:
-    """The keys of the mappings `row[key]`, in the order of their first appearance."""
+    """Return the keys of the mappings `row[key]`, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in rows if isinstance(row.get(key), Mapping) for name in row[key]))
 
 
 def bounds(evaluations: Sequence[Row]) -> tuple[Values, Values]:
-    """The lower and the upper ends of the intervals; nan where an evaluation has none."""
+    """Return the lower and the upper ends of the intervals; nan where an evaluation has none."""
     intervals = (row.get("interval") for row in evaluations)
     pairs = [pair if isinstance(pair, list) and len(pair) == 2 else [None, None] for pair in intervals]
     return np.array([number(low) for low, _ in pairs]), np.array([number(high) for _, high in pairs])

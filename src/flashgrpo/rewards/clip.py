@@ -127,7 +127,7 @@ class Clip:
 
     @torch.no_grad()
     def cosines(self, videos: Tensor, prompts: list[str]) -> Float[Tensor, "batch frames"]:
-        """Of each frame looked at with its video's prompt, on the CPU."""
+        """Return the cosine of each frame looked at with its video's prompt, on the CPU."""
         tokens = self._prepare(text=prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         texts = _unit(self.model.get_text_features(**tokens.to(self.model.device)))
         return (self.images(videos) * texts[:, None]).sum(dim=-1).cpu()

@@ -47,7 +47,7 @@ def exposure(videos: Tensor, prompts: list[str], frames: int = 8, **columns: Any
 
 
 def pick(video: Float[Tensor, "frames 3 height width"], count: int) -> Float[Tensor, "picked 3 height width"]:
-    """So many frames, spread evenly, the first and the last among them; all where there are no more."""
+    """Pick `count` frames, spread evenly, the first and the last among them; all where there are no more."""
     return video[torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()].float()
 
 
@@ -61,7 +61,7 @@ def reduced(
 
 
 def luma(frames: Float[Tensor, "frames 3 height width"]) -> Float[Tensor, "frames height width"]:
-    """Brightness as seen."""
+    """Return the brightness as seen (BT.601)."""
     return (frames * torch.tensor(LUMA).view(3, 1, 1)).sum(dim=1)
 
 

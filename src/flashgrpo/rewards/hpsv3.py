@@ -64,9 +64,9 @@ class HPSv3:
         path: folder with HPSv3.safetensors, or hub id; 16 GB in bfloat16.
         base: folder or hub id of Qwen2-VL-7B-Instruct; its config.json and tokenizer are read, not its weights.
         best: share of the frames, best first, that counts: rounded down, at least one frame. Published: 0.3.
-        stride: every so many frames are scored. Published: 1.
+        stride: every `stride`-th frame is scored. Published: 1.
         batch: frames in one forward pass.
-        pixels: every frame is resized to about so many. Published: 256 * 28 * 28.
+        pixels: size to which every frame is resized, about. Published: 256 * 28 * 28.
         dtype: of the backbone: bfloat16 as published, float16 or float32.
 
     Returns:
@@ -102,7 +102,7 @@ class HPSv3:
             self.model = QwenReward(base, tensors, ["<|Reward|>"], outputs=[2], dtype=dtype)
 
     def __call__(self, videos: Videos, prompts: list[str], **columns: Any) -> Float[Tensor, " batch"]:
-        """`mu` of the best frames, mean; (B,)."""
+        """Score the videos: mean `mu` of the best frames, (B,)."""
         if len(videos) != len(prompts):
             raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts: HPSv3 needs one for each")
         count = videos.shape[1]

@@ -17,7 +17,7 @@ from flashgrpo.video import to_pictures
 
 
 def compressibility(videos: Tensor, prompts: list[str], quality: int = 90, frames: int = 8, **columns: Any) -> Tensor:
-    """Minus the kilobytes that a frame takes as a JPEG, mean over so many frames spread evenly over the video.
+    """Minus the kilobytes that a frame takes as a JPEG, mean over `frames` frames spread evenly over the video.
 
     Args:
         videos: (B, F, 3, H, W) in [0, 1].

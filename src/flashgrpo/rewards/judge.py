@@ -102,7 +102,7 @@ class Judge:
         self.failures = 0  # attempts that failed or could not be read, and were repeated
 
     def __call__(self, videos: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-        """The scores of videos (B, F, 3, H, W) in [0, 1].
+        """Score videos (B, F, 3, H, W) in [0, 1].
 
         Raises:
             UserError: the server refuses or stays away, or the judge gives no answer of the form asked for.
@@ -162,7 +162,7 @@ class Judge:
         return content if isinstance(content, str) else ""
 
     def read(self, answer: str) -> float | None:
-        """The score that an answer says, or None where it says none, several, or one out of range."""
+        """Return the score that an answer says, or None where it says none, several, or one out of range."""
         if self._pattern is not None:
             said = set(self._pattern.findall(answer))
             values = [_number(text) for text in said]
@@ -187,7 +187,7 @@ class Judge:
         return re.sub(r"\{(\w+)\}", filled, self._template)  # once, so that no prompt is taken for a template
 
     def _pictures(self, video: Float[Tensor, "frames 3 height width"]) -> list[str]:
-        """The frames shown, as data URLs."""
+        """Return the frames shown, as data URLs."""
         pixels = self.takes.prepare(pick(video, self._frames)[None], fps=1.0)[0]
         urls = []
         for frame in to_pictures(pixels):
@@ -210,7 +210,7 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def _number(value: Any) -> float | None:
-    """A number, or its decimal digits in a text."""
+    """Return a number, or its decimal digits in a text."""
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+(\.\d*)?\s*", value, re.ASCII):
         return float(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

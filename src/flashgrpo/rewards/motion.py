@@ -64,7 +64,7 @@ def flicker(videos: Tensor, prompts: list[str], **columns: Any) -> Tensor:
 
 
 def _flows(video: Tensor, size: int) -> Iterator[Flow]:
-    """The flow between consecutive frames, in percent of the diagonal."""
+    """Yield the flow between consecutive frames, in percent of the diagonal."""
     try:
         import cv2
     except ImportError as error:
@@ -83,8 +83,8 @@ def _lengths(flow: Flow) -> Float[np.ndarray, "height width"]:
     return np.linalg.norm(flow, axis=-1)
 
 
-def _walk(places: list[int], light: list[float] | None = None) -> Tensor:
-    """A bright square on a textured ground, at these places, under this light."""
+def _moving_square(places: list[int], light: list[float] | None = None) -> Tensor:
+    """Draw a bright square on a textured ground, at these places, under this light."""
     ground = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 0.3
     frames = []
     for place, brightness in zip(places, light or [1.0] * len(places), strict=True):
@@ -99,8 +99,8 @@ def _pair(worse: Tensor, better: Tensor) -> PlantedPair:
 
 
 STEADY = [4, 8, 12, 16, 20, 24]
-amount.planted_pair = lambda: _pair(_walk([4] * 6), _walk(STEADY))  # type: ignore[attr-defined]
-smoothness.planted_pair = lambda: _pair(_walk([4, 12, 8, 18, 12, 24]), _walk(STEADY))  # type: ignore[attr-defined]
+amount.planted_pair = lambda: _pair(_moving_square([4] * 6), _moving_square(STEADY))  # type: ignore[attr-defined]
+smoothness.planted_pair = lambda: _pair(_moving_square([4, 12, 8, 18, 12, 24]), _moving_square(STEADY))  # type: ignore[attr-defined]
 flicker.planted_pair = lambda: _pair(  # type: ignore[attr-defined]
-    _walk(STEADY, [1.0, 0.7, 1.0, 0.7, 1.0, 0.7]), _walk(STEADY)
+    _moving_square(STEADY, [1.0, 0.7, 1.0, 0.7, 1.0, 0.7]), _moving_square(STEADY)
 )

@@ -75,7 +75,7 @@ class QwenReward:
     def __call__(
         self, template: str, prompts: Sequence[str], pictures: Sequence[Frames], kind: Literal["image", "video"]
     ) -> Float[Tensor, "rows tokens outputs"]:
-        """What the head says at each reward token, in the order of the text, on the CPU.
+        """Return what the head says at each reward token, in the order of the text, on the CPU.
 
         Args:
             template: the text after the picture, with the reward tokens in it and `{text_prompt}` for the prompt.
@@ -152,7 +152,7 @@ class QwenReward:
 
 
 def checkpoint_folder(path: str, files: list[str]) -> Path:
-    """A folder as it is, or these files of a hub repository."""
+    """Find a folder as it is, or these files of a hub repository."""
     from huggingface_hub import snapshot_download
 
     return Path(path if Path(path).is_dir() else snapshot_download(path, allow_patterns=files))
@@ -160,7 +160,7 @@ def checkpoint_folder(path: str, files: list[str]) -> Path:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Whatever a missing or foreign file raises in here, as one sentence."""
+    """Turn whatever a missing or foreign file raises in here into one sentence."""
     try:
         yield
     except UserError as error:
@@ -170,7 +170,7 @@ def loading(what: str) -> Iterator[None]:
 
 
 def _name(name: str) -> str:
-    """Of a weight in `Qwen2VLModel`. Up to transformers 4.51 `model` was the language model; since then it has both."""
+    """Return a weight's name in `Qwen2VLModel`: up to transformers 4.51 `model` was the language model, now both."""
     name = name if name.startswith("visual.") else name.removeprefix("model.")
     return name if name.startswith(("visual.", "language_model.")) else f"language_model.{name}"
 

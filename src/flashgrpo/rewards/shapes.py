@@ -239,7 +239,7 @@ def background(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str])
 
 
 def _planted_pair() -> PlantedPair:
-    """A red circle that moves left slowly, against a blue one that moves right."""
+    """Draw a red circle that moves left slowly, and a blue one that moves right."""
     words = dict(zip(ATTRIBUTES, ("red", "circle", "left", "slowly"), strict=True))
     prompt = Prompt("a red circle moving left slowly", words)
 

@@ -96,8 +96,8 @@ class VideoAlign:
         base: folder or hub id of Qwen2-VL-2B-Instruct; its config.json and tokenizer are read, not its weights.
         parts: which of `visual`, `motion`, `text` are returned.
         fps: frames a second that are looked at, published: 2. An odd number of frames ends in its last one twice.
-        frames: in place of fps, so many spread evenly over the video, as the authors sample: for 81 frames at 16 a
-            second they take 10, twice the seconds rounded to an even number, and at least 4.
+        frames: in place of fps, a number of frames spread evenly over the video, as the authors sample: for 81 frames
+            at 16 a second they take 10, twice the seconds rounded to an even number, and at least 4.
         batch: videos in one forward pass.
         constants: normalisation, keys VQ_mean, VQ_std, MQ_mean, ..., TA_std; before those of model_config.json, which
             come before the published ones.
@@ -151,7 +151,7 @@ class VideoAlign:
             self.model = QwenReward(base, tensors, TOKENS, outputs=[1, 3], dtype=dtype)
 
     def __call__(self, videos: Videos, prompts: list[str], **columns: Any) -> dict[str, Float[Tensor, " batch"]]:
-        """Part -> (B,)."""
+        """Score the videos: part -> (B,)."""
         if len(videos) != len(prompts):
             raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts: VideoAlign needs one for each")
         scores = []

@@ -50,7 +50,7 @@ class Progress:
 
 
 class Writer:
-    """Writes checkpoints into `folder` while training goes on: one at a time, in a thread.
+    """Writes checkpoints into `folder` while training continues: one at a time, in a thread.
 
     `save` copies the tensors to CPU memory and returns; what the disk says comes out of the next `save`, or `wait`.
     """
@@ -97,7 +97,7 @@ class Writer:
 
 
 def newest_whole(folder: Path, warn: Callable[[str], None]) -> int | None:
-    """The update of the newest checkpoint that is whole; None where there is none. `warn` hears of those passed over.
+    """Return the update of the newest whole checkpoint, or None; `warn` is called for each that is passed over.
 
     Raises:
         UserError: there are checkpoints and none is whole.
@@ -134,7 +134,7 @@ def choose(folder: Path, update: int | None, warn: Callable[[str], None]) -> int
 
 
 def read_progress(folder: Path, update: int) -> Progress:
-    """The progress in `folder/UPDATE`, after all its files have been checked against their digests.
+    """Read the progress in `folder/UPDATE`, after all its files have been checked against their digests.
 
     Raises:
         UserError: it is missing, cut short, changed, or of another format.
@@ -177,7 +177,7 @@ def read_into(folder: Path, update: int, tensors: Tensors, world: World) -> None
 def load(
     folder: Path, update: int, kinds: Sequence[str] = ("policy", "ema", "optimizer")
 ) -> dict[str, dict[str, Tensor]]:
-    """The whole tensors of `folder/UPDATE` on the CPU, by kind and name, whatever number of ranks wrote them."""
+    """Load the whole tensors of `folder/UPDATE` on the CPU, by kind and name, whatever number of ranks wrote them."""
     metadata = _Reader(_path(folder, update)).read_metadata()
     state: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for full_name, there in metadata.state_dict_metadata.items():
@@ -189,7 +189,7 @@ def load(
 
 
 def updates(folder: Path) -> list[int]:
-    """The updates that have a checkpoint, rising."""
+    """List the updates that have a checkpoint, rising."""
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
 
 

@@ -42,10 +42,10 @@ class RunDirectory:
 
     @classmethod
     def existing(cls, path: Path) -> tuple["RunDirectory", RunConfig]:
-        """A directory that `train` made, with its settings.
+        """Open a directory that `train` made, with its settings.
 
         Raises:
-            UserError: it is none.
+            UserError: there is no such run.
         """
         run = cls(path)
         if not run.config_file.is_file():
@@ -53,7 +53,7 @@ class RunDirectory:
         return run, RunConfig.load(run.config_file).model_copy(update={"out": str(path)})
 
     def check(self, config: RunConfig) -> None:
-        """Whether this is a new or empty folder, or a run that has the same settings and goes on.
+        """Check whether this is a new or empty folder, or a run that has the same settings and is resumed.
 
         Raises:
             UserError: the folder holds something else, or a run with other settings.
@@ -120,7 +120,7 @@ class RunDirectory:
                 raise UserError(f"{key}: the file has changed since {self.path} began; choose another out")
 
     def check_model(self, model: str) -> None:
-        """Whether the base weights are those that the run was trained on.
+        """Check whether the base weights are those that the run was trained on.
 
         Raises:
             UserError: they are others.
@@ -130,7 +130,7 @@ class RunDirectory:
             raise UserError(f"model.path holds other weights than those that {self.path} was trained on")
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock, if it is held."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -151,7 +151,7 @@ class RunDirectory:
                 write_text(file, "".join(f"{line}\n" for line in kept))
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """All evaluations, the base model's first (update 0)."""
+        """Read all evaluations, the base model's first (update 0)."""
         return read_lines(self.evaluations_file)
 
     def choose_checkpoint(self, update: int | None, warn: Callable[[str], None]) -> int:
@@ -172,7 +172,7 @@ class RunDirectory:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file; what a kill left of a last line is passed over."""
+    """Read the whole lines of a .jsonl file; what a kill left of a last line is passed over."""
     if not file.exists():
         return []
     whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
@@ -191,7 +191,7 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
 
 def _content(name: str, value: Any) -> Any:
-    """A column's value; of an image what is in it, not where it lies."""
+    """Return a column's value; of an image what is in it, not where it lies."""
     return hashlib.sha256(image_bytes(value)).hexdigest() if name == "image" else value
 
 

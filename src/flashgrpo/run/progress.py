@@ -1,4 +1,4 @@
-"""What a person sees of a run that goes on, the clock by phase, and the interrupt that ends it cleanly."""
+"""What a person sees of a run in progress, the clock by phase, and the interrupt that ends it cleanly."""
 
 import signal
 import threading
@@ -30,7 +30,7 @@ class Reporter:
         self._held_out = ""
 
     def start(self, done: int, total: int) -> None:
-        """The run is at update `done` of `total`."""
+        """Begin to show a run that is at update `done` of `total`."""
         self._total = total
         if not self._quiet and self.console.is_terminal:
             self._live = Progress(
@@ -47,16 +47,16 @@ class Reporter:
             self._live.start()
 
     def say(self, sentence: str) -> None:
-        """A sentence that stays."""
+        """Print a sentence that stays."""
         if not self._quiet:
             self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
-        """A warning, also when quiet."""
+        """Print a warning, also when quiet."""
         self.console.print(Text("warning: ", "yellow") + Text(sentence), soft_wrap=True)
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """An update is done."""
+        """Show that an update is done."""
         reward = f"reward {metrics['reward']:.3f}"
         if self._live:
             self._live.update(self._task, completed=metrics["update"], description=f"{reward}  {self._held_out}")
@@ -64,7 +64,7 @@ class Reporter:
             self.say(f"update {metrics['update']}/{self._total}  {reward}  {metrics['seconds']['total']:.1f} s")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """A held-out evaluation is done; update 0 is the base model's."""
+        """Show a held-out evaluation; update 0 is the base model's."""
         if not record["update"]:
             self.say(f"base model: held-out reward {record['reward']:.3f}")
             return
@@ -80,7 +80,7 @@ class Reporter:
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """An evaluation in words: 'held-out reward 0.71, 0.16 above the base (95 % interval +0.12 to +0.20)'."""
+    """Say an evaluation in words: 'held-out reward 0.71, 0.16 above the base (95 % interval +0.12 to +0.20)'."""
     difference, interval = record["difference"], record["interval"]
     side = "above" if difference >= 0 else "below"
     between = f" (95 % interval {interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
@@ -116,7 +116,7 @@ class Clock:
                 self._inside[-1] += spent
 
     def lap(self) -> dict[str, float]:
-        """The seconds of each phase and their `total`; starts over."""
+        """Return the seconds of each phase and their `total`; starts over."""
         now = time.perf_counter()
         seconds = {
             **{phase: round(spent, 4) for phase, spent in self._phases.items()},
@@ -129,7 +129,7 @@ class Clock:
 
 @contextmanager
 def traced(updates: int, path: Path) -> Iterator[Callable[[], None]]:
-    """Trace so many updates after the first into the file `path`; what it yields is to be called after each update."""
+    """Trace `updates` updates after the first into the file `path`; what it yields is called after each update."""
     if not updates:
         yield lambda: None
         return

@@ -19,7 +19,7 @@ PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # any of them; othe
 
 
 def check_installed(config: TrackingConfig) -> None:
-    """Whether the packages of the trackers are there.
+    """Check whether the packages of the trackers are there.
 
     Raises:
         UserError: one is not.
@@ -35,7 +35,7 @@ class Trackers:
     Args:
         run: the run directory; its name is the run's.
         settings: the resolved recipe, as it is shown beside the curves.
-        warn: hears of a tracker that fails.
+        warn: called with a sentence on each tracker that fails.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Trackers:
                 self._do(name, lambda send=send, tracker=tracker: send(tracker, update, files))  # type: ignore[misc]
 
     def close(self) -> None:
-        """The run has ended."""
+        """Tell the trackers that the run has ended."""
         for name, tracker in list(self._open.items()):
             self._do(name, tracker.finish)
         self._open.clear()
@@ -109,7 +109,7 @@ class Trackers:
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    """The numbers in nested mappings, named by the path to them."""
+    """Yield the numbers in nested mappings, named by the path to them."""
     if isinstance(value, Mapping):
         for key, below in value.items():
             if key != "update":

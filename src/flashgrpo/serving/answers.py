@@ -39,12 +39,12 @@ class Info(BaseModel):
 
     @property
     def reward(self) -> str:
-        """What tells rewards apart."""
+        """Name and version, which tell rewards apart."""
         return f"{self.name} {self.version}"
 
     @staticmethod
     def read(answer: bytes, url: str) -> "Info":
-        """What the server at `url` answered.
+        """Read what the server at `url` answered.
 
         Raises:
             UserError: it is no reward server, or one of another format.
@@ -65,12 +65,12 @@ class Info(BaseModel):
 
 
 def pack_answer(id: str, reward: str, components: Mapping[str, Sequence[float]]) -> bytes:
-    """An answer's bytes; `reward` tells rewards apart (name and version)."""
+    """Pack an answer into bytes; `reward` tells rewards apart (name and version)."""
     return json.dumps({"id": id, "reward": reward, "components": components}, allow_nan=False).encode()
 
 
 def unpack_answer(body: bytes, id: str, reward: str, count: int) -> dict[str, list[float]]:
-    """The components of the answer to request `id`, `count` finite numbers each.
+    """Return the components of the answer to request `id`, `count` finite numbers each.
 
     Raises:
         ValueError: one sentence on whatever is not as it has to be.
@@ -88,7 +88,7 @@ def unpack_answer(body: bytes, id: str, reward: str, count: int) -> dict[str, li
 
 
 def load_json(text: bytes, what: str) -> Any:
-    """Strict JSON in UTF-8: no NaN, no nesting without end.
+    """Read strict JSON in UTF-8: no NaN, no nesting without end.
 
     Raises:
         ValueError: it is something else.

@@ -80,7 +80,7 @@ class Batcher:
                 job.answer.set_exception(Closing())
 
     def join(self, seconds: float) -> None:
-        """Wait so long for the thread to end: one that frees tensors while the interpreter ends aborts the process."""
+        """Wait for the thread to end: one that frees tensors while the interpreter ends aborts the process."""
         self._thread.join(seconds)
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class Batcher:
                 self._alone(job)
 
     def _take(self) -> list[Job]:
-        """The oldest job, and with it those like it that fill up the batch."""
+        """Take the oldest job, and with it those like it that fill up the batch."""
         first = self._waiting.popleft()
         taken, count = [first], first.request.count
         for job in list(self._waiting):
@@ -150,7 +150,7 @@ class Batcher:
 
     @contextlib.contextmanager
     def _inputs(self, requests: Sequence[Request]) -> Iterator[Any]:
-        """What the reward is called with: a tensor, or paths of files that exist as long as the call lasts."""
+        """Yield what the reward is called with: a tensor, or paths of files that exist as long as the call lasts."""
         if requests[0].kind != "files":
             yield read(requests, self._limit)
             return

@@ -157,7 +157,7 @@ class Remote:
             )
 
     async def _attempt(self, call: Call, id: str, body: bytes, count: int) -> dict[str, list[float]]:
-        """One way through the servers, the least busy first; ends at the first that answers."""
+        """Ask the servers in turn, the least busy first, until one answers."""
         left = list(self._servers)
         while True:
             now = time.monotonic()

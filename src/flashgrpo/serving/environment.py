@@ -63,7 +63,7 @@ class Environment:
 
     @staticmethod
     def of(reward: str, requirements: Path | None = None, constraint: Path | None = None) -> "Environment":
-        """The environment of a reward.
+        """Find the environment of a reward.
 
         Args:
             requirements: a file with what it needs, in place of what it says itself.
@@ -84,7 +84,7 @@ class Environment:
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """The path of its interpreter."""
         return self.folder / "bin/python"
 
     @property
@@ -93,7 +93,7 @@ class Environment:
         return (self.folder / "whole.txt").is_file()
 
     def hold(self, rebuild: bool = False) -> int:
-        """Make it where it is not there yet.
+        """Make the environment where it is not there yet.
 
         Returns:
             The descriptor of a lock: while it is open, in this process or one that inherits it, nobody rebuilds.
@@ -123,7 +123,7 @@ class Environment:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
 
     def _make(self) -> None:
-        """Under the exclusive lock; whatever a start that was killed has left is thrown away first."""
+        """Make it, under the exclusive lock; whatever a start that was killed has left is thrown away first."""
         if self.folder.exists():
             remove(self.folder)
         log = Path(f"{self.folder}.log")
@@ -172,7 +172,7 @@ def start(environment: Environment, args: Sequence[str], options: Mapping[str, A
 
 
 def requirements_of(call: str) -> list[str]:
-    """What a reward's file says that it needs.
+    """Read what a reward's file says that it needs.
 
     Raises:
         UserError: it cannot say, or what it says cannot be read.
@@ -188,7 +188,7 @@ def requirements_of(call: str) -> list[str]:
 
 
 def script_requirements(text: str, name: str) -> list[str]:
-    """The dependencies of a script's inline metadata (PEP 723); none where it has no such block.
+    """Read the dependencies of a script's inline metadata (PEP 723); none where it has no such block.
 
     Raises:
         UserError: the block cannot be read, or wants another Python.
@@ -222,7 +222,7 @@ def script_requirements(text: str, name: str) -> list[str]:
 
 
 def server_requirements(own: Sequence[str]) -> list[str]:
-    """What the server needs beside a reward's own requirements, which come first where both name a package."""
+    """List what the server needs beside a reward's own requirements, which come first where both name a package."""
     bounds: dict[str, str] = {}
     for line in importlib.metadata.requires("flash-grpo") or []:
         requirement = Requirement(line)
@@ -233,7 +233,7 @@ def server_requirements(own: Sequence[str]) -> list[str]:
 
 
 def _names(lines: Sequence[str]) -> set[str]:
-    """The packages that requirements name; options of pip's name none."""
+    """Return the packages that requirements name; options of pip's name none."""
     matches = (re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line.strip()) for line in lines)
     return {str(canonicalize_name(match[0])) for match in matches if match}
 

@@ -80,7 +80,7 @@ class Endpoint:
             raise UserError(f"the token in ${token_env} must be of visible ASCII characters without blanks")
 
     def client(self) -> httpx.AsyncClient:
-        """Connections for requests of one event loop; to be closed."""
+        """Open connections for requests of one event loop; to be closed."""
         # The environment's proxies are for the world outside: asked for 127.0.0.1, they would take it for their own.
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         return httpx.AsyncClient(
@@ -94,7 +94,7 @@ class Endpoint:
     async def ask(
         self, client: httpx.AsyncClient, method: str, path: str, body: bytes = b"", kind: str = "application/json"
     ) -> bytes:
-        """The body of the answer to one request.
+        """Send one request, and return the body of its answer.
 
         Raises:
             Transient: a failure that may be over soon.
@@ -128,7 +128,7 @@ class Endpoint:
             raise UserError(f"{self.url} refuses the request ({said})" + (f"; {advice}" if advice else ""))
 
     def _said(self, answer: bytearray) -> str:
-        """What a server says of a failure, in few words and without the token, which it might repeat."""
+        """Return what a server says of a failure, in few words and without the token, which it might repeat."""
         try:
             said = json.loads(answer)
         except (ValueError, RecursionError):
@@ -140,7 +140,7 @@ class Endpoint:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its name alone."""
+    """Return whether a host is this machine by its name alone."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -206,7 +206,7 @@ def _failure(state: RetryCallState) -> BaseException | None:
 
 
 async def all_of(tasks: list[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, or the first failure, after the others were stopped."""
+    """Return the results of all, or the first failure, after the others were stopped."""
     running = [asyncio.ensure_future(task) for task in tasks]
     try:
         return list(await asyncio.gather(*running))
@@ -217,7 +217,7 @@ async def all_of(tasks: list[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run to its end, also where the calling thread has an event loop already, as in a notebook."""
+    """Run a coroutine to its end, also where the calling thread has an event loop already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -232,7 +232,7 @@ async def _chunks(body: bytes) -> AsyncIterator[bytes]:
 
 
 def _after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a `Retry-After`, which is a number or a date."""
+    """Return the seconds of a `Retry-After`, which is a number or a date."""
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,9}", value):
         return float(value)

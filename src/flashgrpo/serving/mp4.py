@@ -18,19 +18,19 @@ FPS = 16.0  # nominal: frames are counted, never timed
 
 
 def to_mp4(video: Float[Tensor, "frames 3 height width"]) -> bytes:
-    """One video in [0, 1] as the bytes of an H.264 mp4."""
+    """Encode one video in [0, 1] as the bytes of an H.264 mp4."""
     with tempfile.TemporaryDirectory() as folder:
         write_mp4(Path(folder) / "video.mp4", video, FPS)
         return (Path(folder) / "video.mp4").read_bytes()
 
 
 def is_mp4(data: bytes | memoryview) -> bool:
-    """Whether it begins as an mp4 does. Other things (a playlist, say) could make ffmpeg open further files."""
+    """Tell whether data begins as an mp4 does. Others (a playlist, say) could make ffmpeg open further files."""
     return bytes(data[4:8]) == b"ftyp"
 
 
 def from_mp4(data: bytes, shape: tuple[int, ...], limit: int) -> Float[Tensor, "frames 3 height width"]:
-    """The video (F, 3, H, W) in [0, 1] that `to_mp4` wrote, at its own size, where that was enlarged.
+    """Decode the video (F, 3, H, W) in [0, 1] that `to_mp4` wrote, at its own size, where that was enlarged.
 
     Args:
         limit: bytes, as uint8, that it may have as it is in the file.
@@ -62,7 +62,7 @@ def from_mp4(data: bytes, shape: tuple[int, ...], limit: int) -> Float[Tensor, "
 
 
 def _read(path: str) -> Generator[Any, None, None]:
-    """What ffmpeg says of a file, then its frames as bytes."""
+    """Yield what ffmpeg says of a file, then its frames as bytes."""
     strict = ["-f", "mp4", "-protocol_whitelist", "file"]
     stream = imageio_ffmpeg.read_frames(path, input_params=strict)
     try:

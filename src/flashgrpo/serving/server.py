@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
         try:
             await super().startup(sockets)
         except OSError as error:  # two may bind one port before the first of them listens
-            raise _taken(self.config.host, self.config.port, error) from error
+            raise _cannot_listen(self.config.host, self.config.port, error) from error
         if self.announcement:
             print(self.announcement, flush=True)
 
@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(reward: Any, name: str, version: str, options: Options) -> Server:
-    """A server of a reward, to be run with a bound socket."""
+    """Make a server of a reward, to be run with a bound socket."""
     token = os.environ.get(options.token_env, "").strip()
     limit = int(options.max_mib * 2**20)
     bounds = declared(reward, "score_range")
@@ -118,10 +118,10 @@ def version_of(call: str, settings: Mapping[str, Any]) -> str:
 
 
 def bound(options: Options) -> socket.socket:
-    """A socket that has the address and does not listen yet: clients see that there is no server so far.
+    """Bind a socket to the address; it does not listen yet: clients see that there is no server so far.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: the address is taken, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     # Asyncio sends at once (TCP_NODELAY) only where the protocol is named; else each answer waits 40 ms for an ACK.
@@ -131,10 +131,10 @@ def bound(options: Options) -> socket.socket:
         listener.bind((options.host, options.port))
     except OSError as error:
         listener.close()
-        raise _taken(options.host, options.port, error) from error
+        raise _cannot_listen(options.host, options.port, error) from error
     return listener
 
 
-def _taken(host: str, port: int, error: OSError) -> UserError:
+def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
     reason = (error.strerror or str(error)).lower()
     return UserError(f"cannot listen on {host}:{port}: {reason}; choose another --port")

@@ -61,10 +61,10 @@ class Refusal(Exception):
 
 
 class Service:
-    """What the three addresses do.
+    """Implements what the three addresses do.
 
     Args:
-        token: that clients have to know; empty asks for none.
+        token: what clients have to know; empty asks for none.
     """
 
     def __init__(self, batcher: Batcher, info: Info, options: Options, token: str) -> None:
@@ -73,7 +73,7 @@ class Service:
         self._held = 0  # requests that arrive, wait or are computed
 
     async def score(self, request: Request) -> Response:
-        """The answer to a request, or none where its client does not wait for it."""
+        """Answer a request, unless its client does not wait any more."""
         if request.headers.get("content-type") != MEDIA_TYPE:
             raise Refusal(415, f"the content type of a request is {MEDIA_TYPE}")
         if self._held >= self.options.queue:
@@ -87,7 +87,7 @@ class Service:
     async def _score(self, request: Request) -> Response:
         try:
             body = await asyncio.wait_for(self._body(request), self.options.body_seconds)
-            # Its checksum is of the whole body; the event loop goes on meanwhile.
+            # Its checksum is of the whole body; the event loop continues meanwhile.
             wanted = await run_in_threadpool(unpack, body)
         except asyncio.TimeoutError as error:
             raise Refusal(408, f"the request had not arrived after {self.options.body_seconds:g} s") from error
@@ -126,7 +126,7 @@ class Service:
         return body
 
     def check_token(self, request: Request) -> None:
-        """Whether the request knows the token; compared in a time that does not tell how much of it is right.
+        """Check whether the request knows the token, in a time that does not tell how much of it is right.
 
         Raises:
             Refusal: it does not.
@@ -137,7 +137,7 @@ class Service:
 
 
 def application(service: Service) -> FastAPI:
-    """The addresses."""
+    """Return the application that answers at the three addresses."""
     app = FastAPI(title="Flash-GRPO reward", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/health")

@@ -62,7 +62,7 @@ class Request:
 
     @property
     def count(self) -> int:
-        """B."""
+        """The number of videos, B."""
         return len(self.prompts)
 
     @property
@@ -71,7 +71,7 @@ class Request:
         return self.kind, self.shape, tuple(sorted(self.columns))
 
     def files(self) -> list[memoryview]:
-        """The mp4 files."""
+        """Return the mp4 files, B views into the payload."""
         ends = accumulate(self.sizes)
         return [self.payload[end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
 
@@ -92,7 +92,7 @@ class Request:
 
 
 def read(requests: Sequence[Request], limit: int) -> Tensor:
-    """The videos (B, F, 3, H, W) in [0, 1], or the latents (B, C, F, H, W), of requests that are `alike`, as float32.
+    """Decode videos (B, F, 3, H, W) in [0, 1], or latents (B, C, F, H, W), of requests that are `alike`, in float32.
 
     Args:
         limit: bytes, as uint8, that the videos of a request may have when their mp4 files are decoded.
@@ -119,7 +119,7 @@ def pack(
     columns: Mapping[str, Sequence[Any]],
     encoding: Encoding = "uint8",
 ) -> bytes:
-    """A request's bytes.
+    """Pack a request into bytes.
 
     Args:
         inputs: (B, F, 3, H, W) in [0, 1], latents (B, C, F, H, W), or the bytes of B mp4 files.

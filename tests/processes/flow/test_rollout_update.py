@@ -198,7 +198,8 @@ def test_optimizer_steps_and_average_per_update(model, settings):
 def test_kl_to_the_base_is_zero_at_the_start_and_positive_later(make_model, train):
     model = make_model("algorithm.kl_coef=0.1", f"model.train={train}")
     process, _, record = draw(model, FLASH_GRPO, groups=2, size=2)
-    record, objective, config = judged(record, torch.tensor([1.0, -1.0] * 2)), Clipped(kl_coef=0.1), OptimConfig(lr=1e-3)
+    record = judged(record, torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    objective, config = Clipped(kl_coef=0.1), OptimConfig(lr=1e-3)
     names = set(trained_parameters(model.network))
     optimizer = Optimizer(trained_parameters(model.network), config, WORLD)
     first = policy_update(process, objective, optimizer, record, config, WORLD)
