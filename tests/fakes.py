@@ -7,7 +7,7 @@ the others. Both make videos of a single colour, so every reward for videos can 
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashgrpo.models.lora import weights_replaced
+from flashgrpo.process import Cost, Record
 from flashgrpo.processes.calls import fixed_batches
 from flashgrpo.seeds import generator, keyed_bits, normal
-from flashgrpo.types import REWARD, Condition, Cost, Record
+from flashgrpo.types import REWARD, Condition
 
 WIDTH = 8  # numbers that stand for a text
 STD = 0.5  # of a colour around the policy's mean
@@ -34,6 +35,7 @@ class Fake:
     """
 
     channels: Sequence[str] = (REWARD,)
+    addends = 1
     device = torch.device("cpu")
     identity = "fake"
     takes_image = False
@@ -120,10 +122,10 @@ class Colour(Fake):
         mean = self.exact(record.state.x)
         score = -_energy(record.state.action - mean)
         if "kl" not in columns:
-            return score, {}
+            return [(score, {})]
         with torch.no_grad(), self.reference():
             base = self.exact(record.state.x)
-        return score, {"kl": _energy(mean - base)}
+        return [(score, {"kl": _energy(mean - base)})]
 
     @torch.no_grad()
     def sample(self, prompts, names, on_drawn, num_steps=None):
@@ -134,6 +136,39 @@ class Colour(Fake):
     def cost(self, seed, update, passes, columns):
         samples = self.prompts * self.group_size
         return Cost(samples, samples * passes * (3 + ("kl" in columns)))
+
+
+class InTwo(Colour):
+    """The same colours, whose score is the sum of two addends: of the first number, and of the other two."""
+
+    addends = 2
+
+    @torch.no_grad()
+    def draw(self, samples, seed, on_drawn, uses=1):
+        outputs, record = super().draw(samples, seed, on_drawn, uses)
+        parts = [record[rows] for rows in torch.arange(len(record)).split(self.micro_batch) if len(record)]
+        old = torch.cat([torch.empty(0), *(whole_score(self, part) for part in parts)])
+        return outputs, replace(record, old=old)
+
+    def replay(self, record, columns):
+        for numbers in (slice(0, 1), slice(1, 3)):
+            mean, action = (rows[:, numbers] for rows in (self.exact(record.state.x), record.state.action))
+            kl = {}
+            if "kl" in columns:
+                with torch.no_grad(), self.reference():
+                    base = self.exact(record.state.x)[:, numbers]
+                kl = {"kl": _energy(mean - base)}
+            yield -_energy(action - mean), kl
+
+    def cost(self, seed, update, passes, columns):
+        """Two forwards a replay, which draws `old`, too; an update replays once without gradient and once with it."""
+        samples = self.prompts * self.group_size
+        return Cost(3 * samples, 2 * samples * passes * (4 + 2 * ("kl" in columns)))
+
+
+def whole_score(process, record, columns=()) -> Tensor:
+    """Return the scores of a micro-batch as the sum of their addends."""
+    return sum(score for score, _ in process.replay(record, columns))
 
 
 def _noise(names) -> Tensor:
@@ -211,10 +246,10 @@ class Program(Fake):
         log_p = self.exact(x)
         score = log_p.gather(1, token[:, None])[:, 0]
         if "kl" not in columns:
-            return score, {}
+            return [(score, {})]
         with torch.no_grad(), self.reference():
             base = self.exact(x)
-        return score, {"kl": sum((log_p.exp() * (log_p - base)).unbind(1))}
+        return [(score, {"kl": sum((log_p.exp() * (log_p - base)).unbind(1))})]
 
     @torch.no_grad()
     def sample(self, prompts, names, on_drawn, num_steps=None):

@@ -26,11 +26,12 @@ from flashgrpo.distributed.world import World, full_tensor, local, process_group
 from flashgrpo.errors import UserError
 from flashgrpo.learning.update import Work
 from flashgrpo.models.lora import trained_parameters
+from flashgrpo.process import Record
 from flashgrpo.processes.calls import number_of_calls
 from flashgrpo.processes.flow.rollout import calls_of
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.progress import Clock
-from flashgrpo.types import Record, Sample
+from flashgrpo.types import Sample
 
 torch.set_num_threads(1)
 

@@ -15,6 +15,7 @@ from flashgrpo.models.load import load_model, weightless
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.presets import Algorithm
+from flashgrpo.process import Cost, Process
 from flashgrpo.processes.flow.cost import Guided, guided_steps, update_cost
 from flashgrpo.processes.flow.float8 import check_float8
 from flashgrpo.processes.flow.process import FlowProcess
@@ -23,7 +24,7 @@ from flashgrpo.prompts import prompt_groups, read_prompts
 from flashgrpo.scoring.heldout import Evaluator
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, untimed
-from flashgrpo.types import Cost, Process, Prompt, PromptGroup
+from flashgrpo.types import Prompt, PromptGroup
 
 Say = Callable[[str], None]
 
@@ -141,7 +142,7 @@ def make_evaluator(
 
 
 def planned_cost(config: RunConfig, update: int) -> Cost:
-    """What an update will cost, before any weights are loaded; guidance is counted where the model's own grid has it."""
+    """Return what an update will cost, before weights are loaded; guidance counts where the model's own grid has it."""
     settings = config.rollout
     plain = settings.guidance_scale_2 is None and tuple(settings.guidance_interval) == (0, 1)
     return update_cost(

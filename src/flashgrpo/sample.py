@@ -10,10 +10,11 @@ from flashgrpo.distributed.world import process_group, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.models.settings import ModelConfig
+from flashgrpo.process import Process
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
-from flashgrpo.types import Process, Prompt
+from flashgrpo.types import Prompt
 from flashgrpo.video import Video, side_by_side, write_mp4
 
 Size = tuple[int, int, int]

@@ -163,7 +163,7 @@ class Session:
         self.reporter.update(line)
 
     def evaluate_if_due(self) -> None:
-        """Evaluate the averaged weights after every so many updates and after the last, once; export a new best."""
+        """Evaluate the averaged weights when it is due and after the last update, once; export a new best."""
         update = self.progress.update
         due = update % self.config.evaluation.every == 0 or update == self.config.updates
         if due and self._evaluations[-1]["update"] < update:
@@ -208,7 +208,7 @@ class Session:
         return line
 
     def save_if_due(self) -> None:
-        """Write a checkpoint after every so many updates and after every evaluation."""
+        """Write a checkpoint when it is due and after every evaluation."""
         update = self.progress.update
         if update % self.config.checkpoint.every == 0 or self._evaluations[-1]["update"] == update:
             with self.clock("checkpoint"):

@@ -43,7 +43,7 @@ def one_update(parts: "Assembly", groups: "Sequence[PromptGroup]", clock: "Phase
 
 
 def train_on_ray(config: RunConfig, workers: int) -> Path:
-    """Train in so many Ray workers; `config.out` has to lie on storage that all of them share.
+    """Train in a number of Ray workers; `config.out` has to lie on storage that all of them share.
 
     Raises:
         UserError: Ray is not installed, or as `train`.

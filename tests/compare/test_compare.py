@@ -27,13 +27,13 @@ from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.presets import PRESETS
+from flashgrpo.process import Cost
 from flashgrpo.processes.flow.cost import Guided, update_cost
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.report import write_report
 from flashgrpo.run.directory import read_lines
 from flashgrpo.run.progress import Clock
 from flashgrpo.train import train
-from flashgrpo.types import Cost
 from tests.conftest import EXACT, small_run
 from tests.report.test_report import CHROMIUM, FLAGS
 

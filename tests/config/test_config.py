@@ -44,7 +44,9 @@ def test_a_preset_with_changes(make_run):
     assert config.algorithm.score == presets.FLASH_GRPO.score
     changed = make_run("algorithm={preset: flow-grpo, steps: {fraction: 0.5}}")
     assert changed.algorithm.explore.steps == AllSteps(fraction=0.5)
-    assert changed.algorithm.explore.noise == presets.FLOW_GRPO.explore.noise  # another preset drops the recipe's changes
+    assert (
+        changed.algorithm.explore.noise == presets.FLOW_GRPO.explore.noise
+    )  # another preset drops the recipe's changes
 
 
 def test_overrides_read_numbers_as_yaml(make_run):

@@ -49,7 +49,8 @@ def test_short_and_long_keys_mean_the_same(make_run, short, long):
 
 def test_a_whole_algorithm_in_either_spelling(make_run):
     short = """{preset: mix-grpo, steps: {size: 2}, noise: {kind: cps, eta: 0.5}, ratio: {kind: normalized},
-        grouping: {std: batch, combine: raw}, weighting: {kind: step-length}, clip_range: 0.2, kl_coef: 1, adv_clip: 2}"""
+        grouping: {std: batch, combine: raw}, weighting: {kind: step-length},
+        clip_range: 0.2, kl_coef: 1, adv_clip: 2}"""
     long = """{preset: mix-grpo, explore: {steps: {size: 2}, noise: {kind: cps, eta: 0.5}},
         score: {weighting: {kind: step-length}, ratio: {kind: normalized}},
         credit: {baseline: mean, std: batch, combine: raw, clip: 2}, objective: {clip_range: 0.2, kl_coef: 1},
@@ -79,7 +80,10 @@ def test_an_override_by_a_short_key_changes_stored_settings(stored, short, long)
         ("{noise: {kind: cps}, explore: {noise: {kind: flow}}}", ("noise", "explore.noise")),
         ("{kl_coef: 0.1, objective: {kl_coef: 0.1}}", ("kl_coef", "objective.kl_coef")),
         ("{grouping: {std: group}, credit: {std: batch}}", ("grouping.std", "credit.std")),
-        ("{grouping: {shared_noise: true}, explore: {shared_noise: true}}", ("grouping.shared_noise", "explore.shared_")),
+        (
+            "{grouping: {shared_noise: true}, explore: {shared_noise: true}}",
+            ("grouping.shared_noise", "explore.shared_"),
+        ),
         ("{adv_clip: 1, credit: {clip: 1}}", ("adv_clip", "credit.clip")),
     ],
 )

@@ -1,4 +1,4 @@
-"""The settings of every part, the package and the command line come without torch, so that they answer within a second."""
+"""The settings of every part, the package and the command line come without torch, and so answer within a second."""
 
 import subprocess
 import sys

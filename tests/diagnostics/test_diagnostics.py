@@ -35,13 +35,14 @@ from flashgrpo.distributed.world import World, single_process
 from flashgrpo.errors import UserError
 from flashgrpo.learning.update import policy_update
 from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO, Algorithm
+from flashgrpo.process import Record
 from flashgrpo.processes.flow.noise import LinearSde
 from flashgrpo.processes.flow.state import FlowState
 from flashgrpo.processes.flow.steps import OneStep
 from flashgrpo.processes.flow.weighting import Rectified, Uniform
 from flashgrpo.run.directory import read_lines
 from flashgrpo.train import train
-from flashgrpo.types import Condition, Record
+from flashgrpo.types import Condition
 
 SMALL = Effort(prompts=3, members=2, updates=3)
 

@@ -20,11 +20,11 @@ from flashgrpo.doctor.costs import COSTS
 from flashgrpo.errors import UserError
 from flashgrpo.learning import experience
 from flashgrpo.models.lora import trained_parameters
+from flashgrpo.process import Finding
 from flashgrpo.processes.flow import checks
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.solvers import Euler
 from flashgrpo.train import train
-from flashgrpo.types import Finding
 
 
 @pytest.fixture

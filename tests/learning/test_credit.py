@@ -14,7 +14,8 @@ from flashgrpo.errors import UserError
 from flashgrpo.learning.advantage import advantages_by_key, combine_advantages
 from flashgrpo.learning.experience import Compared, Drawn, compare, draw_and_score
 from flashgrpo.learning.settings import Credit
-from flashgrpo.types import REWARD, Prompt, PromptGroup, Record, RewardTable
+from flashgrpo.process import Record
+from flashgrpo.types import REWARD, Prompt, PromptGroup, RewardTable
 from tests.learning.toy import CPU, Features, FirstOfTwo, SecondOfTwo, Toy, toy_record
 
 WORLD = World(CPU)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashgrpo.types import Record
+from flashgrpo.process import Record
 from tests.learning.toy import Features
 
 

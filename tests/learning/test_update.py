@@ -14,7 +14,7 @@ from flashgrpo.learning.objective import Clipped
 from flashgrpo.learning.optim import Optimizer
 from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.update import Work, policy_update
-from flashgrpo.types import Record
+from flashgrpo.process import Record
 from tests.learning.toy import CPU, FirstOfTwo, SecondOfTwo, Toy, toy_record
 
 WORLD = World(CPU)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
-from flashgrpo.types import Process, Record
+from flashgrpo.process import Process, Record
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,7 @@ class Toy(Process):
     network = nn.Linear(1, 1)
     identity = "toy"
     takes_image = False
+    addends = 1
 
     def __init__(self, micro_batch: int = 2, slots_of_stage: int = 100) -> None:
         self.micro_batch = micro_batch
@@ -67,11 +68,11 @@ class Toy(Process):
         every = torch.arange(len(record))
         return [record[units] for units in every.split(self.micro_batch)] if len(record) else []
 
-    def replay(self, record: Record, columns: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def replay(self, record: Record, columns: Sequence[str]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         self.replayed.append(record.state.number.tolist())
         score = (record.state.rows * self.weight[0]).sum(-1)
         distance = (self.weight.square().sum() / 2).expand(len(score))
-        return score, {"kl": distance} if "kl" in columns else {}
+        return [(score, {"kl": distance} if "kl" in columns else {})]
 
     def stage(self, slot: int) -> nn.Module:
         return self._stages[slot // self._slots_of_stage]

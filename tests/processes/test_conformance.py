@@ -22,13 +22,14 @@ from flashgrpo.learning.update import policy_update
 from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO, MIX_GRPO, Algorithm
+from flashgrpo.process import Cost, Process, Record
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.weighting import NormalizedRatio, StepLength
-from flashgrpo.types import Cost, Process, Prompt, PromptGroup, Record, RewardTable, Sample
+from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
 from tests.conftest import EXACT
-from tests.fakes import Colour, Program
+from tests.fakes import Colour, InTwo, Program, whole_score
 
 WORLD = single_process()
 PROMPTS = [Prompt("a red circle moving left slowly", {}), Prompt("a blue square moving up quickly", {})]
@@ -94,6 +95,8 @@ CASES = {
     "flow: mix-grpo, normalized ratio": flow(replace(MIX_GRPO, score=GUARD), *EXACT),
     "colour": fake(Colour),
     "program": fake(Program),
+    "addends": fake(InTwo),
+    "addends with a penalty": replace(fake(InTwo), objective=Clipped(kl_coef=0.1)),
 }
 
 
@@ -137,7 +140,7 @@ def replayed(process: Process, record: Record, parts: Sequence[Record] | None = 
     scores = torch.full_like(record.old, torch.nan)
     for part in parts:
         assert len(part) <= process.micro_batch
-        score, _ = process.replay(part, ())
+        score = whole_score(process, part)
         assert score.requires_grad
         assert score.shape == part.old.shape
         assert scores[part.advantage.long()].isnan().all()
@@ -234,7 +237,7 @@ def test_the_reference_is_the_network_before_training(case):
         process = make(3)
         _, record = draw(process)
         part = process.micro_batches(by_slot(record)[0])[0]
-        kl = process.replay(part, ("kl",))[1]["kl"]
+        kl = sum(columns["kl"] for _, columns in process.replay(part, ("kl",)))
         assert kl.shape == part.old.shape
         assert bool((kl > 0).all()) if moved else bool((kl == 0).all())
 
@@ -258,9 +261,9 @@ def test_i2_at_ratio_one_the_gradient_is_that_of_the_weighted_scores(case, uses)
     loss = torch.zeros(())
     for slot in by_slot(record):
         for part in process.micro_batches(slot):
-            score, columns = process.replay(part, case.objective.columns)
-            penalty = case.objective.kl_coef * columns["kl"].sum() if columns else 0
-            loss = loss - (part.weight * part.advantage * score).sum() + penalty
+            for score, columns in process.replay(part, case.objective.columns):
+                penalty = case.objective.kl_coef * columns["kl"].sum() if columns else 0
+                loss = loss - (part.weight * part.advantage * score).sum() + penalty
     parameters = trained_parameters(process.network)
     expected = torch.autograd.grad(loss / len(record.old), list(parameters.values()))
     again = judged(draw(process, uses=uses)[1])

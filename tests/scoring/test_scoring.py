@@ -11,11 +11,12 @@ import torch
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
+from flashgrpo.process import Process
 from flashgrpo.scoring.inputs import LatentVideos, Pixels, VideoFiles
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import AHEAD, Scoring
 from flashgrpo.scoring.settings import RewardConfig
-from flashgrpo.types import Process, Prompt
+from flashgrpo.types import Prompt
 from tests.videos import read_mp4
 
 HERE = "tests.scoring.test_scoring"
@@ -94,7 +95,9 @@ def test_frames_by_stride_rate_and_size():
 def score(configs, model, batches=((0, 1), (2, 3, 4), (5,)), **settings) -> object:
     rewards = Rewards(configs, fps=8.0)
     rewards.load(single_process(computes=False))
-    scoring = Scoring(rewards, model.media, single_process(computes=False), PROMPTS, watched=True, micro_batch=2, **settings)
+    scoring = Scoring(
+        rewards, model.media, single_process(computes=False), PROMPTS, watched=True, micro_batch=2, **settings
+    )
     for rows in batches:
         rows = torch.tensor(rows)
         scoring.add(rows, LATENTS[rows])

@@ -19,13 +19,13 @@ from flashgrpo.errors import UserError
 from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.update import policy_update
 from flashgrpo.presets import Algorithm
+from flashgrpo.process import Process, Record
 from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.steps import OneStep
 from flashgrpo.processes.flow.weighting import Rectified
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.scoring.scoring import untimed
 from flashgrpo.seeds import keyed_bits
-from flashgrpo.types import Process, Record
 
 WINDOWS = {"whole grid": (0.0, 1.0), "first half": (0.0, 0.5)}
 OfPrompts = Callable[[list[int]], Float64[Tensor, " steps"]]
@@ -160,8 +160,8 @@ def groups_at_every_step(parts: Assembly, shared_noise: bool, prompts: int) -> t
 
 def score_norm(process: Process, gradients: GradientSum, unit: Record) -> float:
     """Return the norm of the gradient of one unit's log-density, lambda |J^T xi| / D with J = dv/dtheta."""
-    score, _ = process.replay(unit, ())
-    score.sum().backward()
+    for score, _ in process.replay(unit, ()):
+        score.sum().backward()
     norm = float(gradients.collect())
     gradients.take()
     return norm

@@ -16,7 +16,7 @@ from flashgrpo.doctor.checks import QUICK, THOROUGH, Check
 from flashgrpo.doctor.costs import COSTS
 from flashgrpo.doctor.trial import Trial, try_out
 from flashgrpo.errors import UserError
-from flashgrpo.types import Finding
+from flashgrpo.process import Finding
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 from flashgrpo.assembly import Assembly
 from flashgrpo.doctor.trial import Trial
 from flashgrpo.models.settings import Lora
-from flashgrpo.types import Finding
+from flashgrpo.process import Finding
 
 ROUNDING = 1e-4  # of a reward's size: what two calls on the same video may differ by
 CLIP_MARGIN = 10  # clip_range has to be this multiple of the numeric drift, or rounding decides what is clipped

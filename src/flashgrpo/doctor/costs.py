@@ -13,7 +13,7 @@ from flashgrpo.assembly import Assembly
 from flashgrpo.distributed import memory
 from flashgrpo.doctor.trial import Trial
 from flashgrpo.models.settings import ModelConfig
-from flashgrpo.types import Finding
+from flashgrpo.process import Finding
 
 MP4_BITS = 1.0  # bits per pixel and frame of the videos that evaluations keep; crf 18 rarely needs more
 

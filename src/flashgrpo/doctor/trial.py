@@ -15,9 +15,10 @@ from flashgrpo.distributed.world import local
 from flashgrpo.errors import SharedError
 from flashgrpo.learning.experience import Compared, Drawn
 from flashgrpo.learning.optim import GradientSum
+from flashgrpo.process import Finding
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.progress import Clock
-from flashgrpo.types import Finding, PromptGroup
+from flashgrpo.types import PromptGroup
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from flashgrpo.distributed.world import World
 from flashgrpo.learning.advantage import advantages_by_key
 from flashgrpo.learning.settings import Credit
-from flashgrpo.types import Outputs, Process, PromptGroup, Record, RewardTable, Sample
+from flashgrpo.process import Outputs, Process, Record
+from flashgrpo.types import PromptGroup, RewardTable, Sample
 
 Phases = Callable[[str], AbstractContextManager[None]]
 """A clock: `with clock("rollout"): ...`"""
@@ -35,8 +36,8 @@ class Scores(Protocol):
 class Drawn:
     """One rollout batch of B samples in all, of which this rank has drawn those from number `first` on.
 
-    `outputs` and `record` are this rank's, `rewards` are of all samples. What rewards have looked at is large and is not
-    kept: it is gone when every reward has seen it.
+    `outputs` and `record` are this rank's, `rewards` are of all samples. What rewards look at is large and is not kept:
+    it is gone when every reward has seen it.
     """
 
     update: int

@@ -35,6 +35,7 @@ class Clipped:
 
     clip_range: ClipRange = 1e-3
     kl_coef: float = 0.0
+    coupled: ClassVar[bool] = False
     kind: Literal["clipped"] = "clipped"
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
 
@@ -71,7 +72,7 @@ def policy_losses(log_prob: Rows, old_log_prob: Rows, advantage: Rows, weight: R
     Micro-batches that add up `policy_losses(...).sum() / T` give the gradient of the whole batch, whatever their sizes.
 
     With c = 0.2, w = 1: A = 1 and r = 1.5 give max(-1.5, -1.2) = -1.2, constant, since the sample has been made likely
-    enough; A = -1 and r = 1.5 give max(1.5, 1.2) = 1.5, and the gradient goes on to make it less likely.
+    enough; A = -1 and r = 1.5 give max(1.5, 1.2) = 1.5, and the gradient keeps making it less likely.
     """
     _check_rows(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage, weight=weight)
     low, high = _bounds(clip_range)

@@ -2,18 +2,18 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
 from flashgrpo.distributed.world import World
 from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.settings import OptimConfig
-from flashgrpo.types import Columns, Process, Record
+from flashgrpo.learning.work import Work
+from flashgrpo.process import Columns, Process, Record
 
 
 @runtime_checkable
@@ -28,6 +28,11 @@ class Objective(Protocol):
     @property
     def needs_reference(self) -> bool:
         """Whether a column is computed by the base model's weights."""
+        ...
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss of a term depends on the scores of others of its key, which `columns["key"]` then tells."""
         ...
 
     def losses(self, score: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, columns: Columns) -> Tensor:
@@ -61,13 +66,14 @@ def policy_update(
     by_slot = config.grad_norm_by_step
     if by_slot is None:
         by_slot = not (world.uses_fsdp and world.size > 1)
+    two_passes = objective.coupled or process.addends > 1
     for batch in work.optimizer_steps(config):
-        for slots, idle in batch.rounds(by_slot):
+        rounds, scale = list(batch.rounds(by_slot)), world.loss_scale / batch.terms
+        given = iter(_judged(process, objective, record, batch, rounds, world, metrics)) if two_passes else repeat(None)
+        for slots, idle in rounds:
             for part in batch.micro_batches(record, slots):
-                losses = _losses(process, objective, part, metrics)
-                (losses.sum() * (world.loss_scale / batch.terms)).backward()
-            for _ in range(idle if world.uses_fsdp else 0):
-                (process.idle(slots[-1], objective.columns).sum() * 0).backward()
+                _backward(process, objective, part, next(given), scale, metrics)
+            _idle(process, objective, slots, idle if world.uses_fsdp else 0)
             if by_slot:
                 metrics.add_gradient(slots[0], optimizer.collect() * (batch.terms / batch.terms_of(slots[0])))
         if not by_slot:
@@ -76,91 +82,103 @@ def policy_update(
     return {**metrics.summary(world), "transitions_by_step": work.units_by_slot}
 
 
-def _losses(process: Process, objective: Objective, part: Record, metrics: "UpdateMetrics") -> Tensor:
-    """The objective of each term of a micro-batch, replayed."""
-    assert part.advantage is not None, "samples are compared before they are learnt from"
-    score, columns = process.replay(part, objective.columns)
-    losses = objective.losses(score, part.old, part.advantage, part.weight, columns)
-    metrics.add_batch(score, part.old, losses, columns)
-    return losses
-
-
-@dataclass(frozen=True)
-class Work:
-    """The units of an optimizer step, on all ranks; (U,) each, ranks one after the other.
+def _backward(
+    process: Process,
+    objective: Objective,
+    part: Record,
+    given: Columns | None,
+    scale: float,
+    metrics: "UpdateMetrics",
+) -> None:
+    """Replay a micro-batch and add its gradient; never more than the graph of one addend is in memory.
 
     Args:
-        slot: of each unit.
-        owner: the rank that has the unit.
-        term_counts: how many terms the unit has.
-        number: of each unit in its rank's record.
+        given: derivative of the loss by each score and column, from a first pass; None where there is one addend, whose
+            graph the loss is computed on.
     """
+    for score, columns in process.replay(part, objective.columns):
+        if given is None:
+            assert part.advantage is not None, "samples are compared before they are learnt from"
+            losses = objective.losses(score, part.old, part.advantage, part.weight, columns)
+            metrics.add_batch(score, part.old, losses, columns)
+        else:
+            losses = given["score"] * score
+            for name, values in columns.items():
+                losses = losses + given[name] * values
+        (losses.sum() * scale).backward()
 
-    process: Process
-    rank: int
-    slot: Int64[Tensor, " units"]
-    owner: Int64[Tensor, " units"]
-    term_counts: Int64[Tensor, " units"]
-    number: Int64[Tensor, " units"]
 
-    @classmethod
-    def of(cls, process: Process, record: Record, world: World) -> "Work":
-        """Tell all ranks what each has to do."""
-        counts = record.unit.bincount(minlength=len(record))
-        everyone = world.gather([record.slot.tolist(), counts.tolist()])
-        slots, terms = (torch.tensor([n for rank in everyone for n in rank[i]], dtype=torch.int64) for i in (0, 1))
-        lengths = torch.tensor([len(rank[0]) for rank in everyone])
-        owner = torch.arange(len(everyone)).repeat_interleave(lengths)
-        number = torch.cat([torch.arange(length) for length in lengths.tolist()])
-        return cls(process, world.data_rank, slots, owner, terms, number)
+def _idle(process: Process, objective: Objective, slots: Sequence[int], calls: int) -> None:
+    for _ in range(calls):
+        idle = process.idle(slots[-1], objective.columns).sum() * 0
+        if idle.requires_grad:
+            idle.backward()
 
-    def optimizer_steps(self, config: OptimConfig) -> Iterator["Work"]:
-        """Cut the work into optimizer steps; each takes some of every rank's units."""
-        for _ in range(config.passes):
-            for first in range(config.minibatches):
-                columns = (self.slot, self.owner, self.term_counts, self.number)
-                yield Work(self.process, self.rank, *(column[first :: config.minibatches] for column in columns))
 
-    @property
-    def terms(self) -> int:
-        """Terms of all ranks."""
-        return int(self.term_counts.sum())
+@torch.no_grad()
+def _judged(
+    process: Process,
+    objective: Objective,
+    record: Record,
+    batch: Work,
+    rounds: Sequence[tuple[Sequence[int], int]],
+    world: World,
+    metrics: "UpdateMetrics",
+) -> list[Columns]:
+    """The first of two passes: scores without gradient, and the derivative of the loss by each; a part after the other.
 
-    def terms_of(self, slot: int) -> int:
-        """Terms of a slot, on all ranks."""
-        return int(self.term_counts[self.slot == slot].sum())
+    Scores of a coupled objective are exchanged between the ranks, a few numbers a term. With the chain rule the second
+    pass then differentiates one addend at a time, and the sum of gradients is that of one graph of everything.
+    """
+    parts: list[dict[str, Tensor]] = []
+    for slots, idle in rounds:
+        for part in batch.micro_batches(record, slots):
+            assert part.advantage is not None, "samples are compared before they are learnt from"
+            known = {"old": part.old, "advantage": part.advantage, "weight": part.weight, "key": part.key}
+            parts.append({**_summed(process.replay(part, objective.columns)), **known})
+        _idle(process, objective, slots, idle if world.uses_fsdp else 0)
+    own = {name: torch.cat([part[name].cpu() for part in parts]) for name in (parts[0] if parts else ())}
+    ranks, rank = [own], 0
+    if objective.coupled:
+        everyone = world.gather({name: values.tolist() for name, values in own.items()})
+        ranks = [{name: torch.tensor(values) for name, values in theirs.items()} for theirs in everyone]
+        rank = batch.rank
+    if not any(ranks):
+        return []
+    terms = {name: torch.cat([theirs[name] for theirs in ranks if theirs]) for name in next(filter(None, ranks))}
+    losses, gradients = _differentiated(objective, terms)
+    first = sum(len(theirs["score"]) for theirs in ranks[:rank] if theirs)
+    mine = slice(first, first + len(own.get("score", ())))
+    columns = {name: terms[name][mine] for name in objective.columns}
+    metrics.add_batch(terms["score"][mine], terms["old"][mine], losses[mine], columns)
+    return _by_part({name: values[mine] for name, values in gradients.items()}, parts)
 
-    @property
-    def units_by_slot(self) -> dict[str, int]:
-        """Slot -> units, on all ranks."""
-        return {str(slot): count for slot, count in enumerate(self.slot.bincount().tolist()) if count}
 
-    def micro_batches(self, record: Record, slots: Sequence[int]) -> Iterator[Record]:
-        """What this rank replays of some slots, in turn."""
-        for slot in slots:
-            own = self.number[(self.slot == slot) & (self.owner == self.rank)]
-            yield from self.process.micro_batches(record[own])
+def _differentiated(objective: Objective, terms: Columns) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of terms, and the derivative of their sum by the score and by each column."""
+    leaves = {name: terms[name].clone().requires_grad_() for name in ("score", *objective.columns)}
+    with torch.enable_grad():
+        losses = objective.losses(
+            leaves["score"], terms["old"], terms["advantage"], terms["weight"], {**leaves, "key": terms["key"]}
+        )
+        derivatives = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+    return losses.detach(), dict(zip(leaves, derivatives, strict=True))
 
-    def rounds(self, by_slot: bool) -> Iterator[tuple[Sequence[int], int]]:
-        """Cut the work where all ranks have to meet: yields slots, and how many calls this rank makes on nothing.
 
-        Ranks that hold a network between them call it together, so each makes as many calls as the one with most work.
-        They meet once for each stage of the network, or `by_slot`, so that each slot's gradient is summed by itself.
+def _summed(addends: Iterable[tuple[Tensor, Columns]]) -> dict[str, Tensor]:
+    """Scores and columns as the sums of their addends."""
+    total: dict[str, Tensor] = {}
+    for score, columns in addends:
+        for name, values in {"score": score, **columns}.items():
+            total[name] = total[name] + values if name in total else values
+    return total
 
-        Example of one stage, for rank 0: slots 2 0 0 2 0 of rank 0 and 1 of rank 1 in micro-batches of 2 are 3 calls
-        and 1 call: one round of slots 0, 1 and 2, in which rank 1 makes 2 calls on nothing.
-        """
-        slots = sorted(set(self.slot.tolist()))
-        stages: dict[Any, list[int]] = {}
-        for slot in slots:
-            stages.setdefault(slot if by_slot else self.process.stage(slot), []).append(slot)
-        for members in stages.values():
-            calls = torch.zeros(int(self.owner.max()) + 1, dtype=torch.int64)
-            for slot in members:
-                units = self.owner[self.slot == slot].bincount(minlength=len(calls))
-                calls += -(-units // self.process.micro_batch)
-            own = int(calls[self.rank]) if self.rank < len(calls) else 0
-            yield members, int(calls.max()) - own
+
+def _by_part(gradients: Columns, parts: Sequence[Columns]) -> list[Columns]:
+    """Cut derivatives into those of each part, on its device."""
+    counts = [len(part["score"]) for part in parts]
+    cut = {name: values.split(counts) for name, values in gradients.items()}
+    return [{name: cut[name][i].to(part["score"].device) for name in cut} for i, part in enumerate(parts)]
 
 
 class UpdateMetrics:

@@ -1,7 +1,7 @@
 """Network calls of one fixed size: what makes a replay give the same bits as the draw.
 
-Kernels round differently for different batch sizes. So everything whose result is judged is computed on exactly so many
-rows a call, by drawing and by replay alike; a last batch is filled up with copies of its last row.
+Kernels round differently for different batch sizes. So everything whose result is judged is computed on a fixed
+number of rows a call, by drawing and by replay alike; a last batch is filled up with copies of its last row.
 """
 
 from collections.abc import Iterator

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flashgrpo.distributed.world import World
+from flashgrpo.process import Process
 from flashgrpo.scoring.heldout import Evaluation, Evaluator, largest_changes
-from flashgrpo.types import Process
 from flashgrpo.video import write_mp4
 
 

@@ -9,11 +9,12 @@ import scipy.stats
 import torch
 
 from flashgrpo.distributed.world import World
+from flashgrpo.process import Process
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, decode
 from flashgrpo.scoring.settings import HeldoutConfig, RewardConfig
 from flashgrpo.seeds import Name
-from flashgrpo.types import Process, Prompt, RewardTable
+from flashgrpo.types import Prompt, RewardTable
 from flashgrpo.video import Video
 
 EXTREMES = 2  # videos at either end that are kept beside those that are chosen without a look at their rewards
@@ -59,7 +60,7 @@ class Evaluator:
         """Sample and score every held-out prompt with the weights that the model has now, each rank its share.
 
         Args:
-            limit: take the first so many prompts only.
+            limit: take only the first prompts, at most this many.
         """
         every = self._prompts[: None if limit is None else limit * self._settings.samples_per_prompt]
         rows, shown, process = self._world.share(len(every)), self._shown_rows(), self._process

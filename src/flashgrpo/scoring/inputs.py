@@ -20,10 +20,11 @@ class Pixels:
     """Decoded frames, (B, F, 3, H, W) in [0, 1], float32 on the CPU.
 
     Args:
-        stride: every so many frames, from the first on.
-        fps: or frames nearest to so many a second, from the first on; a video that has fewer gives all it has.
+        stride: frames between two that are taken, from the first on.
+        fps: or frames nearest to this rate a second, from the first on; a video that has fewer gives all it has.
         size: pixels of the shorter side that larger frames are reduced to (bilinear, antialiased).
-        first: of the video's first so many frames only. Those after them are not decoded where no reward asks for them.
+        first: only of this many frames at the video's beginning. Those after them are not decoded where no reward asks for
+            them.
     """
 
     stride: int = 1

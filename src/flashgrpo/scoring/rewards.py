@@ -1,4 +1,4 @@
-"""The rewards of a run, computed concurrently with each other and with whatever goes on meanwhile.
+"""The rewards of a run, computed concurrently with each other and with whatever is computed meanwhile.
 
 Each reward has one thread of its own, which takes the batches in the order in which they were drawn. So a reward is
 never called twice at once, and nothing about the result depends on timing.
@@ -71,7 +71,7 @@ class Rewards:
                 ) from error
 
     def check_guards(self, heldout: int) -> None:
-        """Whether so many held-out prompts are enough for the intervals of rewards that may end a run.
+        """Check that this number of held-out prompts is enough for the intervals of rewards that may end a run.
 
         Raises:
             UserError: they are not.

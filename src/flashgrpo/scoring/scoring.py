@@ -9,10 +9,11 @@ from torch import Tensor
 
 from flashgrpo.distributed.transfer import hand_over
 from flashgrpo.distributed.world import World
+from flashgrpo.process import Media, Outputs
 from flashgrpo.scoring.batch import Batch, Columns
 from flashgrpo.scoring.inputs import LatentVideos, decoded_for
 from flashgrpo.scoring.rewards import Results, Rewards
-from flashgrpo.types import Media, Outputs, Prompt, RewardTable, index_rows
+from flashgrpo.types import Prompt, RewardTable, index_rows
 
 AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
 
@@ -134,7 +135,7 @@ class Scoring:
 def decode(media: Media, latents: Tensor, micro_batch: int, frames: int | None = None) -> Tensor:
     """Videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
 
-    With `frames` the first so many frames of each.
+    With `frames` only the first frames of each.
     A full-size video is a hundred times larger than its latents: the device holds one micro-batch.
     """
     if not len(latents):

@@ -55,4 +55,4 @@ class HeldoutConfig(Part):
     videos: int = Field(default=8, ge=0)
     """So many samples, spread evenly over the prompts, are kept as mp4 of the base and of each new best."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without a new best."""
+    """Stop after this number of evaluations without a new best."""

@@ -7,9 +7,10 @@ import torch
 from flashgrpo.distributed.world import single_process
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.presets import Algorithm
+from flashgrpo.process import Record
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
-from flashgrpo.types import Latents, Prompt, PromptGroup, Record, Sample
+from flashgrpo.types import Latents, Prompt, PromptGroup, Sample
 
 WORLD = single_process()
 TEXTS = [

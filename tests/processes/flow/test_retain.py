@@ -17,10 +17,10 @@ from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.update import policy_update
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST_2
+from flashgrpo.process import Record
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.retain import Graphs
 from flashgrpo.run.progress import Clock
-from flashgrpo.types import Record
 from tests.processes.flow.drawing import WORLD, draw, draw_from, make_process, perturb, samples_of
 from tests.processes.flow.test_rollout_update import judged
 

@@ -15,11 +15,11 @@ from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.update import policy_update
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, PRESETS
+from flashgrpo.process import Record
 from flashgrpo.processes.flow.noise import Ode
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, StepLength
-from flashgrpo.types import Record
 from tests.processes.flow.drawing import PROMPTS, WORLD, draw, perturb
 
 GUARD = dataclasses.replace(FLOW_GRPO, score=Recorded(StepLength(), NormalizedRatio()))
@@ -53,7 +53,7 @@ def test_the_first_ratio_is_one_bit_for_bit(model, algorithm, micro_batch, exact
     assert sum(map(len, parts)) == len(record)
     for part in parts:
         assert len(part) <= exact
-        score, _ = process.replay(part, ())
+        [(score, _)] = process.replay(part, ())
         assert score.requires_grad
         assert torch.equal(score.detach(), part.old)
 
@@ -166,7 +166,7 @@ def test_an_update_makes_rewarded_samples_likelier(model):
     metrics = updated(process, record, lr=1e-3)
     assert (metrics["drift"], metrics["ratio_max_dev"], metrics["clip_fraction"]) == (0, 0, 0)
     parts = micro_batches(process, record)
-    change = [(process.replay(part, ())[0].detach() - part.old) * part.advantage for part in parts]
+    change = [(process.replay(part, ())[0][0].detach() - part.old) * part.advantage for part in parts]
     assert float(torch.cat(change).mean()) > 0
 
 

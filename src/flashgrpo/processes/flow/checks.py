@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flashgrpo.process import Finding, Record
 from flashgrpo.processes.flow.shortcuts import visited
 from flashgrpo.processes.flow.state import FlowState
-from flashgrpo.types import Finding, Latents, Record
+from flashgrpo.types import Latents
 
 if TYPE_CHECKING:
     from flashgrpo.processes.flow.process import FlowProcess

@@ -8,8 +8,9 @@ twice. So a rollout of B samples and N steps costs, with b_k branches at step k,
 
 where k runs over the points at which a sample stops: all N, or fewer with `rollout.deterministic_steps`. With shared
 initial noise a group is one sample until its first stochastic step. The second [+ 1] is the base model's forward that a
-KL penalty (`kl_coef` above 0) needs. With flash-grpo at 20 steps that is 20 + 3 for each sample, with flow-grpo 20 + 57. A graph that is kept from the rollout (`rollout.retain`) saves the update's forward;
-memory decides of that, so it is counted all the same.
+KL penalty (`kl_coef` above 0) needs. With flash-grpo at 20 steps a sample costs 20 + 3, with flow-grpo 20 + 57.
+A graph that is kept from the rollout (`rollout.retain`) saves the update's forward; memory decides it, so it is
+counted all the same.
 
 Not counted are the rows that only fill a batch up (`processes/calls.py`, and ranks that wait), a group's start again
 in each micro-batch that holds a part of it, decoding, rewards, the optimizer's step and evaluations: a comparison gives
@@ -21,11 +22,11 @@ from dataclasses import dataclass
 
 import torch
 
+from flashgrpo.process import Cost
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.network import guidance_of
 from flashgrpo.processes.flow.settings import RolloutConfig, Stochastic
 from flashgrpo.processes.flow.shortcuts import leaders, visited
-from flashgrpo.types import Cost
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def update_cost(
     recomputes: bool,
     guided: Guided | None = None,
 ) -> Cost:
-    """Return what update number `update` (from 0) of a run costs; which steps it trains is a function of the seed alone.
+    """Return what update number `update` (from 0) of a run costs; the seed alone decides which steps it trains.
 
     Args:
         passes: over a rollout.

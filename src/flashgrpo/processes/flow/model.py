@@ -89,7 +89,7 @@ class VideoModel(Protocol):
         ...
 
     def decode(self, latents: Latents, frames: int | None = None) -> Videos:
-        """Videos (B, F, 3, H, W) in [0, 1]; with `frames` the first so many of F, at less expense where it can."""
+        """Videos (B, F, 3, H, W) in [0, 1]; with `frames` only the first of F, at less expense where it can."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:

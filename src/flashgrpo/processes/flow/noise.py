@@ -40,7 +40,7 @@ class NoiseKind(ABC):
         """`(c, std)` of the steps of the grid `sigmas`, (N,) each for N + 1 sigmas."""
 
     def __call__(self, sigmas: Float[Any, " points"]) -> Any:
-        """The `StepTable` of a grid, (N + 1,) falling sigmas within [0, 1]; a ValueError says what is wrong with one."""
+        """Return the `StepTable` of a grid, (N + 1,) falling sigmas within [0, 1]; other grids are a ValueError."""
         from flashgrpo.processes.flow.table import StepTable, checked_sigmas  # needs torch, which settings do without
 
         sigmas = checked_sigmas(sigmas)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.sharding import blocks_of
 from flashgrpo.distributed.world import World
+from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, Record
 from flashgrpo.processes.flow.checks import flow_checks
 from flashgrpo.processes.flow.cost import guided_steps, update_cost
 from flashgrpo.processes.flow.float8 import Float8
@@ -35,21 +36,7 @@ from flashgrpo.processes.flow.settings import Recorded, RolloutConfig, SamplingC
 from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders
 from flashgrpo.processes.flow.state import FlowState
 from flashgrpo.seeds import Name
-from flashgrpo.types import (
-    REWARD,
-    Columns,
-    Condition,
-    Cost,
-    Finding,
-    Latents,
-    LoraStyle,
-    OnDrawn,
-    Outputs,
-    Prompt,
-    Record,
-    Sample,
-    Videos,
-)
+from flashgrpo.types import REWARD, Condition, Latents, LoraStyle, Prompt, Sample, Videos
 
 
 class FlowProcess:
@@ -60,6 +47,7 @@ class FlowProcess:
     """
 
     channels: Sequence[str] = (REWARD,)
+    addends = 1
 
     def __init__(
         self,
@@ -234,7 +222,7 @@ class FlowProcess:
         return self._walk_all(moves, batches, start, on_drawn)
 
     def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
-        """Videos (B, F, 3, H, W) in [0, 1] of latents; with `frames` the first so many of F."""
+        """Videos (B, F, 3, H, W) in [0, 1] of latents; with `frames` only the first of F."""
         return self.model.decode(outputs, frames)
 
     # Scoring again
@@ -249,7 +237,7 @@ class FlowProcess:
         left = rest.nonzero().flatten()
         return [record[units] for units in (*(left.split(self.micro_batch) if len(left) else ()), *with_graph)]
 
-    def replay(self, record: Record, columns: Sequence[str]) -> tuple[Float32[Tensor, " terms"], Columns]:
+    def replay(self, record: Record, columns: Sequence[str]) -> list[tuple[Float32[Tensor, " terms"], Columns]]:
         """Log-density of each recorded step, or what the ratio makes of it; column "kl" is the KL to the base model."""
         state: FlowState = record.state  # type: ignore[assignment]
         table, k, step = self.table, state.k, int(state.k[0])
@@ -260,10 +248,10 @@ class FlowProcess:
         old_v = v if state.old_v is None else state.old_v
         score, _ = self.score.ratio.scores(table, k, log_prob, state.log_prob, v, old_v)
         if "kl" not in columns:
-            return score, {}
+            return [(score, {})]
         with torch.no_grad(), self.model.reference():
             v_ref = self._exact(step, state)
-        return score, {"kl": table.kl(k, v, v_ref)}
+        return [(score, {"kl": table.kl(k, v, v_ref)})]
 
     def _exact(self, k: int, state: FlowState) -> Latents:
         return torch.cat(exact_velocities(self.exact, k, state.x, state.conditions, self.micro_batch))

@@ -39,7 +39,7 @@ class TaylorSeer:
     """Compute every `interval`-th step, and extrapolate the network's output in between (arXiv 2503.06923).
 
     Args:
-        order: of the Taylor series in the number of the step; so many steps more than that are computed first.
+        order: of the Taylor series in the number of the step; that many steps and one more are computed first.
     """
 
     interval: int = 2

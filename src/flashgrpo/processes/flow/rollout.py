@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
+from flashgrpo.process import OnDrawn
 from flashgrpo.processes.calls import fixed_batches, number_of_calls
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.network import GuidedNetwork
@@ -22,7 +23,7 @@ from flashgrpo.processes.flow.state import FlowState, KeptGraph
 from flashgrpo.processes.flow.steps import StepMask
 from flashgrpo.processes.flow.table import StepTable
 from flashgrpo.seeds import Name, normal
-from flashgrpo.types import Condition, Latents, OnDrawn, index_rows, to_device
+from flashgrpo.types import Condition, Latents, index_rows, to_device
 
 Around = Callable[[], AbstractContextManager[object]]
 

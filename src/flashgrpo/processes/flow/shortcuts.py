@@ -1,7 +1,7 @@
 """The deterministic steps of a rollout, which are no actions and may be made cheap.
 
-One step of a walk is the policy's action and is computed exactly. The other steps have no gradient and no density in the
-loss: they only lead to the video that is scored. So they may be made cheaper without touching the gradient of the
+One step of a walk is the policy's action and is computed exactly. The other steps have no gradient and no density in
+the loss: they only lead to the video that is scored. So they may be made cheaper without touching the gradient of the
 action: by a multistep solver that takes fewer steps, by guidance within an interval of noise levels only, by lower
 precisions, by features of the step before. What each does to the videos is measured by `benchmarks/fidelity.py`.
 """
@@ -103,7 +103,7 @@ def visited(stochastic: StepMask, steps: int | None) -> StepMask:
         stochastic: (B, N).
 
     Returns:
-        (B, N); from each point a sample goes on to its next one, and from the last to the end of the grid.
+        (B, N); from each point a sample moves to its next one, and from the last to the end of the grid.
     """
     num_steps = stochastic.shape[1]
     visits = stochastic.clone()

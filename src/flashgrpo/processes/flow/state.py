@@ -22,8 +22,8 @@ class KeptGraph:
 class FlowState:
     """The stochastic steps x_k -> x_{k+1} of U units: all that their replay needs.
 
-    `condition` has a row for each of this rank's samples, not for each unit. `old_v` is the velocity by the weights that
-    drew, where the ratio needs it for several optimizer steps. `kept` are graphs of units that are all among these.
+    `condition` has a row for each of this rank's samples, not for each unit. `old_v` is the velocity by the weights
+    that drew, where the ratio needs it for several optimizer steps. `kept` are graphs of units among these.
     """
 
     sample: Int64[Tensor, " units"]

@@ -11,8 +11,8 @@ the step's length in sigma:
     StepLength     1 / d                   |b| / (d std)                        |b| / d, nearly even
 
 The last entry is GRPO-Guard. For `FlowSde` |b| / d is 1 + eta^2 / 2 at every step but the first: it then weighs steps
-as Flash-GRPO (the "even" entry) does, and differs in which ratios are clipped. All are settings, so this file is free of
-torch: they calculate with the tensors of the `StepTable` that they are given.
+as Flash-GRPO (the "even" entry) does, and differs in which ratios are clipped. All are settings, so this file is
+free of torch: they calculate with the tensors of the `StepTable` that they are given.
 """
 
 from collections.abc import Sequence
