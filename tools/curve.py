@@ -53,7 +53,15 @@ def machine() -> dict[str, str]:
     """What the bits of a curve depend on."""
     import torch
 
-    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    model = {
+        name: line.partition(":")[2].strip()
+        for line in reversed(lines)
+        for name in names
+        if line.split("\t")[0] == name
+    }
+    return {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(), **model}
 
 
 def differences(ours: Any, theirs: Any, tolerance: float = 0.0, place: str = "") -> list[str]:

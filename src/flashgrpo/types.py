@@ -150,10 +150,10 @@ class Reward(Protocol):
     """Any callable that scores videos: higher is better.
 
     `videos` is (B, F, 3, H, W) in [0, 1], on the CPU, or what an attribute `takes` of the reward asks for
-    (`scoring/inputs.py`); `prompts` has B texts; each further column of the prompt file arrives
-    as a keyword with B values in a list. It returns B numbers (list or tensor), or a mapping component -> B numbers, whose components share the
-    reward's weight equally and get a curve each. It may be called with any part of an update's samples, and is never
-    called twice at once.
+    (`scoring/inputs.py`); `prompts` has B texts; each further column of the prompt file arrives as a keyword with B
+    values in a list. It returns B numbers (list or tensor), or a mapping component -> B numbers, whose components share
+    the reward's weight equally and get a curve each. It may be called with any part of an update's samples, and is
+    never called twice at once.
 
     A class is a reward too: its constructor loads what its instances need. What either may say about itself:
 

@@ -159,11 +159,12 @@ def assert_same_run(run: Path, expected: Path, update: int) -> None:
     assert not list(run.rglob(".partial*"))
 
 
-def test_killed_at_any_write_the_run_ends_with_the_same_weights(finished, recipe, tmp_path, nursery):
-    """Ten deaths in a row, at chosen flushes and renames, as kill -9 would have it."""
+@pytest.mark.parametrize("writes", [(8, 24), (3, 14, 19, 21, 27, 31, 33, 40)], ids=["twice", "eight times"])
+def test_killed_at_any_write_the_run_ends_with_the_same_weights(finished, recipe, tmp_path, nursery, writes):
+    """Deaths in a row, at chosen flushes and renames, as kill -9 would have it."""
     _, uninterrupted = finished
     settings, run = recipe("updates=6"), tmp_path / "run"
-    for write in (3, 8, 14, 19, 21, 24, 27, 31, 33, 40):
+    for write in writes:
         nursery.start("train_and_die", settings, write).wait()
         for update in checkpoint.updates(run / "checkpoints"):
             checkpoint.read_progress(run / "checkpoints", update)  # whatever has its name is whole

@@ -108,7 +108,10 @@ def test_it_is_a_video_model(model, kind, prompts):
     assert video.shape == (2, kind.num_frames, 3, kind.height, kind.width)
     assert 0 <= float(video.min()) < float(video.max()) <= 1
     for frames in (1, 2, 5):
-        assert torch.equal(model.decode(noise(model, 2), frames), video[:, :frames])
+        beginning = model.decode(noise(model, 2), frames)  
+            noise(model, 2), frames
+        )  # in the last bit a convolution of fewer frames may round otherwise
+        torch.testing.assert_close(beginning, video[:, :frames], rtol=0, atol=1e-6)
     assert model.token_counts(["a red circle"]) == [4]
 
 

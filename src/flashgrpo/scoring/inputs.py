@@ -23,8 +23,7 @@ class Pixels:
         stride: frames between two that are taken, from the first on.
         fps: or frames nearest to this rate a second, from the first on; a video that has fewer gives all it has.
         size: pixels of the shorter side that larger frames are reduced to (bilinear, antialiased).
-        first: only of this many frames at the video's beginning. Those after them are not decoded where no reward asks for
-            them.
+        first: only the first frames, this many at most. What no reward asks for is not decoded.
     """
 
     stride: int = 1
