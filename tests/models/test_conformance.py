@@ -108,9 +108,7 @@ def test_it_is_a_video_model(model, kind, prompts):
     assert video.shape == (2, kind.num_frames, 3, kind.height, kind.width)
     assert 0 <= float(video.min()) < float(video.max()) <= 1
     for frames in (1, 2, 5):
-        beginning = model.decode(noise(model, 2), frames)  
-            noise(model, 2), frames
-        )  # in the last bit a convolution of fewer frames may round otherwise
+        beginning = model.decode(noise(model, 2), frames)  # where fewer frames may round otherwise in the last bit
         torch.testing.assert_close(beginning, video[:, :frames], rtol=0, atol=1e-6)
     assert model.token_counts(["a red circle"]) == [4]
 
