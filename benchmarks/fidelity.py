@@ -30,12 +30,10 @@ from rich.table import Table
 from update import PUBLISHED
 
 from flashgrpo import RunConfig
-from flashgrpo.assembly import Assembly, experience
+from flashgrpo.assembly import Assembly
 from flashgrpo.diagnostics.gradients import Kept
 from flashgrpo.distributed.world import World, process_group
 from flashgrpo.models.lora import weights_replaced
-from flashgrpo.processes.flow.cost import update_cost
-from flashgrpo.prompts import prompt_groups
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Clock
@@ -55,17 +53,16 @@ class Drawn:
 
 def drawn(config: RunConfig, world: World, updates: int, run: Path | None) -> Drawn:
     """Draw so many updates and keep their gradients; the weights stay as they are."""
-    parts, clock, settings = Assembly(config, world), Clock(), config.rollout
+    parts, clock = Assembly(config, world), Clock()
     kept, rewards, forwards = Kept(parts.optimizer.parameters, world), [], 0
-    with weights_replaced(parts.policy.model.network, averaged(parts, run)):
-        warm_up = prompt_groups(parts.prompts, config.seed, updates, settings.prompts, settings.group_size)
-        experience(parts, warm_up, untimed)
+    with weights_replaced(parts.process.network, averaged(parts, run)):
+        parts.draw_and_score(parts.prompt_groups(updates), untimed)  # warms up
         for update in range(updates):
-            groups = prompt_groups(parts.prompts, config.seed, update, settings.prompts, settings.group_size)
-            batch = experience(parts, groups, clock)
-            kept.update(parts, batch.transitions, batch.advantages)
+            groups = parts.prompt_groups(update)
+            batch = parts.draw_and_score(groups, clock)
+            kept.update(parts, parts.compare(batch).record)
             rewards.append(batch.rewards.total.reshape(len(groups), -1).numpy())
-            forwards += update_cost(config, update, parts.guided).rollout
+            forwards += parts.process.cost(config.seed, update, 1, parts.objective.columns).rollout
     parts.rewards.close()
     seconds = clock.lap()
     return Drawn(np.stack(rewards), kept.gradients, forwards, seconds["rollout"] + seconds["decode"])
@@ -119,7 +116,7 @@ def main() -> None:
         return RunConfig.load(arguments.recipe, [*fixed, *changes])
 
     exact_config = config(())
-    with process_group(exact_config) as world:
+    with process_group(exact_config.parallel, exact_config.model.compute_dtype) as world:
         exact = drawn(exact_config, world, arguments.updates, arguments.run)
         results = {
             name: compared(exact, drawn(config(changes), world, arguments.updates, arguments.run))

@@ -20,13 +20,12 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashgrpo import RunConfig
-from flashgrpo.assembly import Assembly, guided_steps
+from flashgrpo.assembly import Assembly, planned_cost
 from flashgrpo.distributed.world import process_group
-from flashgrpo.doctor.estimate import META, estimate, records_per_sample, weightless
+from flashgrpo.doctor.estimate import estimate, records_per_sample
 from flashgrpo.doctor.trial import Meter
-from flashgrpo.processes.flow.cost import update_cost
+from flashgrpo.models.load import META, weightless
 from flashgrpo.processes.flow.model import GridPoint
-from flashgrpo.prompts import prompt_groups
 from flashgrpo.train import one_update
 
 PHASES = ("rollout", "decode", "update")
@@ -35,14 +34,14 @@ PHASES = ("rollout", "decode", "update")
 def measure(config: RunConfig) -> dict[str, Any]:
     """Two updates, the second of them measured."""
     with process_group(config.parallel, config.model.compute_dtype) as world:
-        parts, groups, size = Assembly(config, world), config.rollout.prompts, config.rollout.group_size
+        parts = Assembly(config, world)
         for update in range(2):
             meter = Meter(world.device)
-            one_update(parts, prompt_groups(parts.prompts, config.seed, update, groups, size), meter)
+            one_update(parts, parts.prompt_groups(update), meter)
         seconds = meter.clock.lap()
         device = world.device
         rate = matmul_rate(device, getattr(torch, config.model.dtype))
-        kept = parts.graphs is not None and parts.graphs.kept
+        kept = parts.process.keeps_graphs
         settings = config.rollout.model_copy(update={"retain": kept})
         counted = estimate(config.model_copy(update={"rollout": settings})).totals
         work = operations(config, graphs_kept=kept)
@@ -79,7 +78,7 @@ def operations(config: RunConfig, graphs_kept: bool) -> dict[str, float]:
     branches = 2 if settings.guidance_scale > 1 else 1
     rows = branches * settings.prompts * settings.group_size
     return {
-        "rollout": counts[0] * update_cost(config, 0, guided_steps(model, settings)).rollout,
+        "rollout": counts[0] * planned_cost(config, 0).rollout,
         "update": (counts[1] - counts[0] * graphs_kept) * rows * config.optim.passes * records_per_sample(config),
     }
 

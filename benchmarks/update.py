@@ -25,8 +25,6 @@ from flashgrpo.assembly import Assembly
 from flashgrpo.distributed import memory
 from flashgrpo.distributed.world import process_group
 from flashgrpo.models.pipeline import PipelineModel
-from flashgrpo.processes.flow.cost import update_cost
-from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.progress import Clock
 from flashgrpo.train import one_update
 
@@ -72,13 +70,13 @@ def measure(recipe: str, updates: int, overrides: list[str]) -> dict[str, Any]:
     watch, configs = Watch(), {}
     for name, changes in (("published", PUBLISHED), ("recipe", ())):
         configs[name] = RunConfig.load(recipe, ["out=unused", f"updates={updates + 1}", *overrides, *changes])
-    with process_group(configs["recipe"]) as world:
+    shared = configs["recipe"]
+    with process_group(shared.parallel, shared.model.compute_dtype) as world:
         ways = {name: Assembly(config, world) for name, config in configs.items()}
         lines: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for update in range(updates + 1):
             for name, parts in ways.items():
-                settings = parts.config.rollout
-                groups = prompt_groups(parts.prompts, parts.config.seed, update, settings.prompts, settings.group_size)
+                groups = parts.prompt_groups(update)
                 memory.peak(world.device, reset=True)
                 clock, spent = Clock(), watch.spent
                 one_update(parts, groups, clock)
@@ -90,7 +88,7 @@ def measure(recipe: str, updates: int, overrides: list[str]) -> dict[str, Any]:
             parts.rewards.close()
         pairs = zip(lines["published"][1:], lines["recipe"][1:], strict=True)
         ratios = [slow["total"] / fast["total"] for slow, fast in pairs]
-        samples = configs["recipe"].rollout.prompts * configs["recipe"].rollout.group_size
+        samples = shared.rollout.prompts * shared.rollout.group_size
         return {
             "speedup": round(statistics.median(ratios), 3),
             "speedup_range": [round(min(ratios), 3), round(max(ratios), 3)],
@@ -106,14 +104,14 @@ def summary(lines: list[dict[str, float]], samples: int, parts: Assembly) -> dic
     """Of the updates of one way."""
     seconds = {phase: statistics.median(line.get(phase, 0.0) for line in lines) for phase in (*PHASES, "total")}
     outside = [1 - math.fsum(line.get(phase, 0.0) for phase in PHASES) / line["total"] for line in lines]
-    graphs = parts.graphs
+    config, columns = parts.config, parts.objective.columns
     return {
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         "slowest": round(max(line["total"] for line in lines), 3),
         "videos_per_hour": round(3600 * samples / seconds["total"], 1),
-        "forwards": update_cost(parts.config, 0, parts.guided).total,
+        "forwards": parts.process.cost(config.seed, 0, config.optim.passes, columns).total,
         "peak_gib": round(max(line["peak"] for line in lines) / 2**30, 2),
-        "graphs_kept": graphs is not None and graphs.kept,
+        "graphs_kept": parts.process.keeps_graphs,
         "outside_phases": round(statistics.median(outside), 4),
         "outside_models": round(statistics.median(1 - line["models"] / line["total"] for line in lines), 4),
     }

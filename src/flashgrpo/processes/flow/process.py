@@ -117,6 +117,11 @@ class FlowProcess:
         """Whether each prompt has to come with its video's first frame, in a column `image`."""
         return self.model.takes_image
 
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether the last rollout has left its graphs to the update."""
+        return self._graphs is not None and self._graphs.kept
+
     # Drawing
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
