@@ -59,7 +59,6 @@ def test_every_rank_makes_the_calls_of_the_busiest(nursery, recipe, size, settin
     assert len(counted["ranks"]) == size
     assert counted["metrics"]["drift"] == 0
     assert counted["metrics"]["grad_norm_by_step"] == {}  # they would have ranks meet at every step
-    print(json.dumps(counted))
     for phase in ("rollout", "update", "evaluation"):
         needed = [rank["needed"][phase] for rank in counted["ranks"]]
         expected = busiest(needed)

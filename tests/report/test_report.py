@@ -376,7 +376,7 @@ def probe(report: Path, tmp_path: Path, *flags: str) -> dict[str, str]:
     assert CHROMIUM
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     command = [CHROMIUM, *FLAGS, profile, "--virtual-time-budget=4000", *flags, "--dump-dom", page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
     opening = re.search(r"<html[^>]*>", dom)
     assert opening
     return dict(re.findall(r'data-(\w+)="([^"]*)"', opening[0]))

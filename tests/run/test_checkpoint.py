@@ -111,7 +111,7 @@ def test_a_save_does_not_see_what_training_changes_meanwhile(tmp_path, monkeypat
     weights, gate, real = torch.zeros(4), threading.Event(), checkpoint.dcp.save
 
     def slow(*arguments, **options):
-        gate.wait(10)
+        gate.wait(300)
         return real(*arguments, **options)
 
     monkeypatch.setattr(checkpoint.dcp, "save", slow)

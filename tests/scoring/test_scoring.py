@@ -188,7 +188,7 @@ def test_scoring_goes_on_while_the_next_batch_is_drawn():
     class Waiting(Model):
         def media(self, latents, frames=None):
             if self.decoded:  # the second batch is being made: the first has to be with its reward by now
-                assert begun.wait(timeout=20)
+                assert begun.wait(timeout=300)
             return super().media(latents, frames)
 
     def notes(videos, prompts, n):
@@ -210,7 +210,7 @@ def test_a_rollout_waits_for_a_reward_that_is_far_behind():
             return super().media(latents, frames)
 
     def blocked(videos, prompts, n):
-        assert gate.wait(timeout=20)
+        assert gate.wait(timeout=300)
         return [float(value) for value in n]
 
     globals()["blocked"] = blocked

@@ -220,7 +220,7 @@ def test_another_version_runs_beside_the_trainers(tmp_path):
                     assert again.returncode == 2
                     assert "is in use; stop the server in it first" in again.stderr
                 process.send_signal(signal.SIGTERM)
-                _, said = process.communicate(timeout=30)
+                _, said = process.communicate(timeout=300)
             assert process.returncode == 0
             assert values.pop("brightness") == pytest.approx([0.2] * 3)
             assert values == {"minor": [2.0] * 3, "patch": [13.0] * 3, "absent": [3.0] * 3}
