@@ -120,8 +120,8 @@ def test_ranks_exchange_the_scores_of_a_coupled_objective():
             def gather(self, value, rank=rank, told=told):
                 told.append(value)
                 other = halves[1 - rank]
-                if isinstance(value, list):  # slots and terms
-                    theirs: object = [other.slot.tolist(), [1] * len(other)]
+                if isinstance(value, list):  # slots, terms and keys
+                    theirs: object = [other.slot.tolist(), [1] * len(other), other.key.tolist()]
                 elif "key" in value:
                     columns = {"score": whole_score(whole, other), "old": other.old, "advantage": other.advantage}
                     columns |= {"weight": other.weight, "key": other.key}

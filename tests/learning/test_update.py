@@ -105,11 +105,26 @@ def test_each_pass_replays_each_unit_once(minibatches, passes):
 
 
 def test_the_loss_of_an_optimizer_step_is_of_its_own_terms():
-    """The first of two optimizer steps takes units 0, 2 and 4, of 1 + 2 + 4 terms."""
+    """The first of two optimizer steps takes units 0, 2 and 4, of 1 + 2 + 4 terms, where all have one key."""
     process = Toy()
     record = toy_record(process, SLOTS, TERMS)
     _, gradient = updated(process, record, minibatches=2)
     torch.testing.assert_close(gradient, expected_gradient(record[torch.tensor([0, 2, 4])]), rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_step_takes_whole_groups():
+    """Two steps of 4 groups of 3 on two ranks are 2 groups each, of both ranks; a group that lies on both is one."""
+    process, keys = Toy(), ([0, 0, 0, 1, 1, 1, 2], [2, 2, 3, 3, 3])
+    slots = [[0] * 7, [0] * 5]
+    record = dataclasses.replace(toy_record(process, slots[0], [1] * 7), key=torch.tensor(keys[0]))
+    said = [slots[1], [1] * 5, keys[1]]
+    steps = list(Work.of(process, record, FirstOfTwo(said=[said])).optimizer_steps(OptimConfig(minibatches=2)))
+    assert [step.key.tolist() for step in steps] == [[0, 0, 0, 2, 2, 2], [1, 1, 1, 3, 3, 3]]
+    assert [step.owner.tolist() for step in steps] == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
+    three = list(Work.of(process, record, FirstOfTwo(said=[said])).optimizer_steps(OptimConfig(minibatches=3)))
+    assert [sorted({*step.key.tolist()}) for step in three] == [[0, 3], [1], [2]]
+    six = Work.of(process, record, FirstOfTwo(said=[said])).optimizer_steps(OptimConfig(minibatches=6))
+    assert [len(step.key) for step in six] == [2] * 6, "fewer groups than steps"
 
 
 def test_weights_that_are_not_those_that_drew_show_as_drift():
@@ -151,7 +166,7 @@ def test_a_gradient_that_is_no_number_leaves_the_weights_alone():
 def work(process: Toy, rank: int) -> Work:
     """Slots 2 0 0 2 0 of rank 0 and 1 of rank 1, a term each."""
     owners = [SLOTS, [1] * 5], [[1], [1]]
-    world = (SecondOfTwo if rank else FirstOfTwo)(said=[owners[1 - rank]])
+    world = (SecondOfTwo if rank else FirstOfTwo)(said=[[*owners[1 - rank], [0] * len(owners[1 - rank][0])]])
     record = toy_record(process, owners[rank][0], owners[rank][1])
     return Work.of(process, record, world)
 
@@ -195,7 +210,7 @@ def test_ranks_make_equally_many_calls_in_every_round(slots, micro_batch, slots_
     for rank, world in enumerate((FirstOfTwo, SecondOfTwo)):
         theirs = slots[1 - rank]
         record = toy_record(process, slots[rank], [1] * len(slots[rank]))
-        own = Work.of(process, record, world(said=[[theirs, [1] * len(theirs)]]))
+        own = Work.of(process, record, world(said=[[theirs, [1] * len(theirs), [0] * len(theirs)]]))
         calls = [(list(each), idle + len(list(own.micro_batches(record, each)))) for each, idle in own.rounds(by_slot)]
         assert not by_slot or all(len(members) == 1 for members, _ in calls)
         rounds.append(calls)
@@ -208,7 +223,7 @@ def test_ranks_that_hold_a_network_between_them_call_it_together():
     process = Toy(2)
     record = toy_record(process, [1], [1])
     expected = 2 / 6 * expected_gradient(record)
-    world = SecondOfTwo(uses_fsdp=True, said=[[SLOTS, [1] * 5], {}])
+    world = SecondOfTwo(uses_fsdp=True, said=[[SLOTS, [1] * 5, [0] * 5], {}])
     metrics, gradient = updated(process, record, world=world)
     assert process.replayed == [[0]]
     assert process.idled == [2, 2]
@@ -223,7 +238,7 @@ def test_metrics_are_of_all_ranks():
     record = toy_record(process, [1], [1])
     record = dataclasses.replace(record, old=record.old - 0.5, advantage=torch.zeros(1))
     said = {name: [0.0, 0.0] for name in ("score", "old", "first_score", "first_old")} | {"loss": [1.0, 2.0]}
-    world = SecondOfTwo(uses_fsdp=True, said=[[[0, 0], [1, 1]], said])
+    world = SecondOfTwo(uses_fsdp=True, said=[[[0, 0], [1, 1], [0, 0]], said])
     metrics, _ = updated(process, record, world=world)
     assert metrics["loss"] == pytest.approx(1.0)
     ratio = torch.tensor(0.5).exp().item()

@@ -70,7 +70,8 @@ class OptimConfig(Part):
     micro_batch: int = Field(default=16, ge=1)
     """Transitions in one backward pass; it changes memory and speed, never the gradient."""
     minibatches: int = Field(default=1, ge=1)
-    """Optimizer steps per pass over a rollout; each takes an equal share of its transitions."""
+    """Optimizer steps per pass over a rollout; each takes an equal share of its prompt groups, whole ones where there
+    are as many."""
     passes: int = Field(default=1, ge=1)
     """Passes over a rollout."""
     ema: EmaConfig = EmaConfig()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from flashgrpo.distributed.world import World
@@ -22,6 +22,7 @@ class Work:
         owner: the rank that has the unit.
         term_counts: how many terms the unit has.
         number: of each unit in its rank's record.
+        key: that the unit's terms are compared by; the smallest where they have several.
     """
 
     process: Process
@@ -30,24 +31,37 @@ class Work:
     owner: Int64[Tensor, " units"]
     term_counts: Int64[Tensor, " units"]
     number: Int64[Tensor, " units"]
+    key: Int64[Tensor, " units"]
 
     @classmethod
     def of(cls, process: Process, record: Record, world: World) -> "Work":
         """Tell all ranks what each has to do."""
         counts = record.unit.bincount(minlength=len(record))
-        everyone = world.gather([record.slot.tolist(), counts.tolist()])
-        slots, terms = (torch.tensor([n for rank in everyone for n in rank[i]], dtype=torch.int64) for i in (0, 1))
+        keys = torch.full_like(counts, torch.iinfo(torch.int64).max).scatter_reduce(0, record.unit, record.key, "amin")
+        everyone = world.gather([record.slot.tolist(), counts.tolist(), keys.tolist()])
+        slots, terms, keys = (
+            torch.tensor([n for rank in everyone for n in rank[i]], dtype=torch.int64) for i in range(3)
+        )
         lengths = torch.tensor([len(rank[0]) for rank in everyone])
         owner = torch.arange(len(everyone)).repeat_interleave(lengths)
         number = torch.cat([torch.arange(length) for length in lengths.tolist()])
-        return cls(process, world.data_rank, slots, owner, terms, number)
+        return cls(process, world.data_rank, slots, owner, terms, number, keys)
 
     def optimizer_steps(self, config: OptimConfig) -> Iterator["Work"]:
-        """Cut the work into optimizer steps; each takes some of every rank's units."""
+        """Cut the work into n optimizer steps; each takes every n-th key, with all units that are compared by it.
+
+        Two steps of 48 groups of 8 samples are 24 groups of 8 each, of which every rank has some. Where there are fewer
+        keys than steps, a step takes some units of each.
+        """
+        keys, place = self.key.unique(return_inverse=True)
+        dealt = place if len(keys) >= config.minibatches else torch.arange(len(place))
         for _ in range(config.passes):
-            for first in range(config.minibatches):
-                columns = (self.slot, self.owner, self.term_counts, self.number)
-                yield Work(self.process, self.rank, *(column[first :: config.minibatches] for column in columns))
+            for step in range(config.minibatches):
+                yield self._part(dealt % config.minibatches == step)
+
+    def _part(self, chosen: Bool[Tensor, " units"]) -> "Work":
+        columns = (self.slot, self.owner, self.term_counts, self.number, self.key)
+        return Work(self.process, self.rank, *(column[chosen] for column in columns))
 
     @property
     def terms(self) -> int:
