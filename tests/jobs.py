@@ -22,7 +22,9 @@ from flashgrpo import evaluate as evaluation
 from flashgrpo import train as training
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.distributed.world import World, full_tensor, local, process_group
+from flashgrpo.doctor.estimate import LiveBytes
 from flashgrpo.errors import UserError
 from flashgrpo.learning.update import Work
 from flashgrpo.models.lora import trained_parameters
@@ -31,7 +33,10 @@ from flashgrpo.processes.calls import number_of_calls
 from flashgrpo.processes.flow.rollout import calls_of
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.progress import Clock
-from flashgrpo.types import Sample
+from flashgrpo.scoring.rewards import Rewards
+from flashgrpo.scoring.scoring import Scoring
+from flashgrpo.scoring.settings import RewardConfig
+from flashgrpo.types import Prompt, Sample
 
 torch.set_num_threads(1)
 
@@ -201,6 +206,35 @@ def network_calls(recipe: str, *overrides: str) -> dict:
         parts.rewards.close()
         everyone = world.all_gather_json({"made": made, "needed": needed})
         return {"ranks": everyone, "metrics": metrics}
+
+
+def score_for_others(total: int, micro_batch: int, parallel: dict) -> list[dict]:
+    """Score samples of which each is worth its number; what each rank's reward saw in its calls, and what it held."""
+    with process_group(ParallelConfig(**parallel)) as world:
+        rewards = Rewards({"value": RewardConfig(call="tests.jobs:value", args={"seen": (seen := [])})})
+        rewards.load(world)
+        prompts = [Prompt(f"video {number}", {}) for number in range(total)]
+        scoring = Scoring(rewards, grey, world, prompts, watched=True, micro_batch=micro_batch)
+        own = world.share(total)
+        with LiveBytes() as live:
+            for rows in torch.arange(len(own)).flip(0).split(micro_batch):  # in any order
+                scoring.add(rows, (rows + own.start).float().view(-1, 1, 1, 1, 1))
+            table = scoring.table()
+        rewards.close()
+        assert table.values[:, 0].tolist() == list(range(total))
+        return world.all_gather_json({"seen": seen, "held": live.peak / VIDEO.numel() / 4})
+
+
+VIDEO = torch.ones(4, 3, 64, 64)
+
+
+def grey(latents: torch.Tensor, frames: int | None = None) -> torch.Tensor:
+    return latents * VIDEO
+
+
+def value(videos: torch.Tensor, prompts: list[str], seen: list[int], **columns: list) -> torch.Tensor:
+    seen.append(len(videos))
+    return videos[:, 0, 0, 0, 0]
 
 
 class Calls:

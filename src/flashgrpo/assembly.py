@@ -75,9 +75,9 @@ class Assembly:
 
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
         """The trained rewards of samples that are about to be drawn, of all ranks."""
-        batch, at_once = self.config.rollout.decode_micro_batch, self.config.model.offload
+        batch, deferred = self.config.rollout.decode_micro_batch, self.config.model.offload
         return Scoring(
-            self.rewards, self.process.media, self.world, prompts, False, batch, at_once=at_once, clock=clock
+            self.rewards, self.process.media, self.world, prompts, False, batch, deferred=deferred, clock=clock
         )
 
     def compare(self, drawn: Drawn) -> Compared:
@@ -137,8 +137,8 @@ def make_evaluator(
     config: RunConfig, process: Process, prompts: Sequence[Prompt], rewards: Rewards, world: World
 ) -> Evaluator:
     """The evaluation of a run's held-out prompts."""
-    batch, at_once = config.rollout.decode_micro_batch, config.model.offload
-    return Evaluator(process, config.evaluation, prompts, rewards, world, batch, at_once)
+    batch, deferred = config.rollout.decode_micro_batch, config.model.offload
+    return Evaluator(process, config.evaluation, prompts, rewards, world, batch, deferred)
 
 
 def planned_cost(config: RunConfig, update: int) -> Cost:

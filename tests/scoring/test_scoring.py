@@ -10,6 +10,7 @@ import torch
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
+from flashgrpo.doctor.estimate import LiveBytes
 from flashgrpo.errors import UserError
 from flashgrpo.process import Process
 from flashgrpo.scoring.inputs import LatentVideos, Pixels, VideoFiles
@@ -108,12 +109,12 @@ def config(name: str, **settings) -> RewardConfig:
     return RewardConfig(call=f"{HERE}:{name}", **settings)
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_each_reward_is_handed_what_it_takes(at_once):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_each_reward_is_handed_what_it_takes(deferred):
     model = Model()
     configs = {"mean": config("mean"), "latent": config("of_latents"), "file": config("of_files")}
     configs |= {"shape": config("Shape", args={"stride": 4, "size": 16}), "by": config("Shape", input=Pixels(stride=3))}
-    table, scoring = score(configs, model, at_once=at_once, keep=[1, 4])
+    table, scoring = score(configs, model, deferred=deferred, keep=[1, 4])
     assert table.names == (
         "mean",
         "latent",
@@ -124,14 +125,14 @@ def test_each_reward_is_handed_what_it_takes(at_once):
     assert table.values[:, 1].tolist() == [0, 100, 200, 300, 400, 500]
     torch.testing.assert_close(table.values[:, 2], torch.arange(6.0).double(), rtol=0, atol=0.1)  # H.264 of 8 bits
     assert table.values[0, 3:].tolist() == [3, 16, 3, 32]
-    assert model.decoded == ([2, 2, 2] if at_once else [2, 2, 1, 1])
+    assert model.decoded == [2, 2, 1, 1]
     assert sorted(scoring.videos) == [1, 4]
     assert float(scoring.videos[4].mean()) == pytest.approx(0.4)
     assert table.failures == {
         "mean": 0,
         "latent": 0,
         "file": 0,
-        "shape": 2 * (1 if at_once else 3),
+        "shape": 2 * 3,
         "by": table.failures["by"],
     }
 
@@ -142,8 +143,8 @@ def test_nothing_is_decoded_for_rewards_of_latents():
     assert model.decoded == []
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_no_frame_is_decoded_that_no_reward_asks_for(at_once):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_no_frame_is_decoded_that_no_reward_asks_for(deferred):
     """The longest of the beginnings that they ask for; everything where one asks for everything or videos are kept."""
     first, five = config("Shape", input=Pixels(first=1)), config("Shape", input=Pixels(first=5, stride=3))
     few = {"first": first, "five": five, "latent": config("of_latents")}
@@ -156,11 +157,11 @@ def test_no_frame_is_decoded_that_no_reward_asks_for(at_once):
     ]
     for configs, settings, frames in cases:
         model = Model()
-        table, _ = score(configs, model, at_once=at_once, **settings)
+        table, _ = score(configs, model, deferred=deferred, **settings)
         assert set(model.frames) == {frames}
         shown = dict(zip(table.names, table.values[0].tolist(), strict=True))
         assert [shown["first.frames"], shown.get("five.frames", 2)] == [1, 2]
-    assert sorted(score(few, Model(), at_once=at_once, keep=[1])[1].videos[1].shape) == [3, 9, 32, 32]
+    assert sorted(score(few, Model(), deferred=deferred, keep=[1])[1].videos[1].shape) == [3, 9, 32, 32]
 
 
 LOG: list[tuple[str, int]] = []
@@ -216,6 +217,38 @@ def test_a_rollout_waits_for_a_reward_that_is_far_behind():
     globals()["blocked"] = blocked
     table, _ = score({"blocked": config("blocked")}, Counting(), batches=[(i,) for i in range(6)])
     assert table.values[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_reward_sees_one_micro_batch_and_the_host_holds_few(deferred):
+    """Also where decoding begins once all is drawn: 20 samples in twos, with a reward that is slower than decoding."""
+    enough = threading.Event()
+    prompts = [Prompt(f"video {i}", {"n": i}) for i in range(20)]
+    seen: list[int] = []
+
+    class Ahead(Model):
+        def media(self, latents, frames=None):
+            if len(self.decoded) == AHEAD:
+                enough.set()
+            return super().media(latents, frames)
+
+    def late(videos, prompts, n):
+        assert enough.wait(timeout=300)
+        seen.append(len(videos))
+        return [float(value) for value in n]
+
+    globals()["late"] = late
+    world, rewards = single_process(computes=False), Rewards({"late": config("late")}, fps=8.0)
+    rewards.load(world)
+    scoring = Scoring(rewards, Ahead().media, world, prompts, watched=True, micro_batch=2, deferred=deferred)
+    one = 9 * 3 * 32 * 32 * 4  # bytes of a video
+    with LiveBytes() as live:
+        for rows in torch.arange(20).split(2):
+            scoring.add(rows, torch.zeros(2, 1, 1, 1, 1))
+        table = scoring.table()
+    assert seen == [2] * 10
+    assert table.values[:, 0].tolist() == list(range(20))
+    assert (AHEAD + 1) * 2 * one <= live.peak < (AHEAD + 2.5) * 2 * one  # one more while it is copied to the host
 
 
 def spoils(videos, prompts, n):

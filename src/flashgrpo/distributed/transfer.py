@@ -1,4 +1,7 @@
-"""Rows that travel from the ranks that drew them to those that score them."""
+"""Rows that travel from the ranks that drew them to those that score them, a piece at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -7,27 +10,66 @@ from torch import Tensor
 from flashgrpo.distributed.shares import overlap
 from flashgrpo.distributed.world import World
 
+DIMENSIONS = 8  # of rows, at most; their shape travels ahead of them
 
-def hand_over(world: World, rows: Tensor, total: int) -> Tensor:
-    """From the rows of this rank's share of `total` samples, to those that it has to score; (B, ...)."""
-    if not world.reward_ranks:
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples that travel together.
+
+    Args:
+        source: the rank that has drawn them.
+        destination: the rank that scores them.
+        numbers: of the samples, among those of all ranks.
+    """
+
+    source: int
+    destination: int
+    numbers: range
+
+
+def pieces(world: World, total: int, size: int) -> list[Piece]:
+    """Cut `total` samples into pieces of at most `size`, in the order in which all ranks hand them over.
+
+    The first piece of every rank comes before the second of any, so that ranks make their pieces at the same time. As
+    the order is the same everywhere, no rank waits for one that waits for it.
+    """
+    found: list[tuple[int, Piece]] = []
+    for source in range(0, world.size, world.context):  # ranks of one context have drawn the same
+        turn = 0
+        for destination in world.reward_ranks:
+            both = overlap(world.share(total, source), world.scored_by(total, destination))
+            for first in range(both.start, both.stop, size):
+                found.append((turn, Piece(source, destination, range(first, min(first + size, both.stop)))))
+                turn += 1
+    return [piece for _, piece in sorted(found, key=lambda one: one[0])]
+
+
+def hand_over(world: World, rows: Tensor | None, piece: Piece) -> Tensor | None:
+    """Return the rows of a piece, (B, ...), where they are to be scored; `rows` are given by the rank that has them.
+
+    They travel once the other rank waits for them, so each rank holds one piece of what it makes or receives.
+    """
+    if piece.destination == piece.source:
         return rows
-    shape = next(shape for shape in world.all_gather_json(list(rows.shape[1:]) if len(rows) else None) if shape)
-    wanted, have = world.scored_by(total, world.rank), world.share(total)
-    received = torch.empty(len(wanted), *shape)
-    transfers, sent = [], []
-    for other in range(world.size):
-        theirs = world.share(total, other)
-        if other % world.context == 0 and (both := overlap(theirs, wanted)):
-            into = received[both.start - wanted.start : both.stop - wanted.start]
-            if other == world.rank:
-                into.copy_(rows[both.start - have.start : both.stop - have.start])
-            else:
-                transfers.append(dist.irecv(into, other, world.cpu_group))
-        both = overlap(have, world.scored_by(total, other))
-        if both and world.rank % world.context == 0 and other != world.rank:
-            sent.append(rows[both.start - have.start : both.stop - have.start].float().cpu().contiguous())
-            transfers.append(dist.isend(sent[-1], other, world.cpu_group))
-    for transfer in filter(None, transfers):
-        transfer.wait()
+    if world.rank == piece.source:
+        assert rows is not None
+        rows = rows.float().cpu().contiguous()
+        _send(world, torch.tensor(_header(rows.shape)), piece.destination)
+        _send(world, rows, piece.destination)
+    if world.rank != piece.destination:
+        return None
+    header = torch.empty(1 + DIMENSIONS, dtype=torch.int64)
+    dist.recv(header, piece.source, world.cpu_group)
+    count, *shape = header.tolist()
+    received = torch.empty(shape[:count])
+    dist.recv(received, piece.source, world.cpu_group)
     return received
+
+
+def _header(shape: Sequence[int]) -> list[int]:
+    return [len(shape), *shape, *[0] * (DIMENSIONS - len(shape))]
+
+
+def _send(world: World, rows: Tensor, rank: int) -> None:
+    dist.send(rows, rank, world.cpu_group)

@@ -91,7 +91,8 @@ def estimate(config: RunConfig, processes: int = 1) -> MemoryEstimate:
         "vae": sum(p.numel() for p in vae.parameters()),
     }
     video = config.model.num_frames * 3 * config.model.height * config.model.width * 4
-    held = own if offload or parallel.reward_ranks else min(own, (AHEAD + 1) * settings.micro_batch)
+    piece = settings.decode_micro_batch if parallel.reward_ranks else settings.micro_batch
+    held = (AHEAD + 1) * piece if parallel.reward_ranks else min(own, (AHEAD + 1) * piece)
     return MemoryEstimate(counts, phases, host=held * video)
 
 

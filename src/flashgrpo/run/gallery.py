@@ -1,13 +1,13 @@
 """The videos that a run keeps: samples that nobody chose, and those that changed most."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Process
 from flashgrpo.scoring.heldout import Evaluation, Evaluator, largest_changes
+from flashgrpo.scoring.scoring import decode
 from flashgrpo.video import write_mp4
 
 
@@ -47,11 +47,19 @@ class Gallery:
 
     def _write_changes(self, update: int, samples: Sequence[dict[str, Any]], rows: Sequence[int]) -> None:
         """Draw some samples once more, tuned and base, and write both."""
-        tuned = self._evaluator.resample(rows) if rows else []
+        if not rows:
+            return
+        tuned = self._evaluator.resample(rows)
         with self._process.reference():
-            before = self._evaluator.resample(rows) if rows else []
-        for row, *pair in zip(rows, tuned, before, strict=True):
-            names = [f"videos/{update:06d}/{row:03d}{end}.mp4" for end in ("", "-base")]
-            for name, drawn in zip(names, pair, strict=True):
-                self._world.on_main(partial(write_mp4, self._folder / name, drawn, self._fps))
-            samples[row] |= {"video": names[0], "base_video": names[1]}
+            before = self._evaluator.resample(rows)
+        names = {row: [f"videos/{update:06d}/{row:03d}{end}.mp4" for end in ("", "-base")] for row in rows}
+
+        def write() -> None:
+            for outputs, of_each in zip((tuned, before), zip(*names.values(), strict=True), strict=True):
+                for number, name in enumerate(of_each):  # one at a time: a video is far larger than its latents
+                    [video] = decode(self._process.media, outputs[number : number + 1], 1)
+                    write_mp4(self._folder / name, video, self._fps)
+
+        self._world.on_main(write)
+        for row, (video, base_video) in names.items():
+            samples[row] |= {"video": video, "base_video": base_video}

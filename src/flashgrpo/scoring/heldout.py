@@ -9,9 +9,9 @@ import scipy.stats
 import torch
 
 from flashgrpo.distributed.world import World
-from flashgrpo.process import Process
+from flashgrpo.process import Outputs, Process
 from flashgrpo.scoring.rewards import Rewards
-from flashgrpo.scoring.scoring import Scoring, decode
+from flashgrpo.scoring.scoring import Scoring
 from flashgrpo.scoring.settings import HeldoutConfig, RewardConfig
 from flashgrpo.seeds import Name
 from flashgrpo.types import Prompt, RewardTable
@@ -35,7 +35,7 @@ class Evaluator:
 
     Args:
         decode_batch: outputs decoded at once.
-        at_once: decode and score at the end, all in one; see `Scoring`.
+        deferred: decode and score once all is drawn; see `Scoring`.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Evaluator:
         rewards: Rewards,
         world: World,
         decode_batch: int,
-        at_once: bool,
+        deferred: bool,
     ) -> None:
         self._process = process
         self._settings = settings
         self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         self._rewards = rewards
         self._world = world
-        self._decode_batch, self._at_once = decode_batch, at_once
+        self._decode_batch, self._deferred = decode_batch, deferred
 
     @torch.no_grad()
     def __call__(self, limit: int | None = None) -> Evaluation:
@@ -65,17 +65,16 @@ class Evaluator:
         every = self._prompts[: None if limit is None else limit * self._settings.samples_per_prompt]
         rows, shown, process = self._world.share(len(every)), self._shown_rows(), self._process
         scoring = Scoring(
-            self._rewards, process.media, self._world, every, True, self._decode_batch, shown, self._at_once
+            self._rewards, process.media, self._world, every, True, self._decode_batch, shown, self._deferred
         )
         process.sample([every[row] for row in rows], self._names(rows), scoring.add)
         return Evaluation(every, scoring.table(), shown, scoring.videos)
 
     @torch.no_grad()
-    def resample(self, rows: Sequence[int]) -> list[Video]:
-        """The videos of some samples once more, with the weights that the model has now; every process draws them."""
+    def resample(self, rows: Sequence[int]) -> Outputs:
+        """Some samples once more, with the weights that the model has now; every process draws them."""
         prompts = [self._prompts[row] for row in rows]
-        outputs = self._process.sample(prompts, self._names(rows), lambda rows, outputs: None)
-        return list(decode(self._process.media, outputs, self._decode_batch))
+        return self._process.sample(prompts, self._names(rows), lambda rows, outputs: None)
 
     def _shown_rows(self) -> list[int]:
         """The samples whose videos are kept, spread evenly over the prompts: files often list like beside like."""

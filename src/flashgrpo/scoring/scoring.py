@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from flashgrpo.distributed.transfer import hand_over
+from flashgrpo.distributed.transfer import Piece, hand_over, pieces
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Media, Outputs
 from flashgrpo.scoring.batch import Batch, Columns
@@ -32,8 +32,8 @@ class Scoring:
         watched: whether watched rewards are computed too.
         micro_batch: latents decoded at once.
         keep: numbers of the samples, among all, whose videos are kept in `videos`.
-        at_once: decode and score at the end, all in one: with parts of the model that take turns on the device, and
-            where ranks score what others have drawn.
+        deferred: decode and score once all is drawn: with parts of the model that take turns on the device. What waits
+            are outputs, far smaller than videos; they are decoded and scored a micro-batch at a time all the same.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Scoring:
         watched: bool,
         micro_batch: int,
         keep: Sequence[int] = (),
-        at_once: bool = False,
+        deferred: bool = False,
         clock: Callable[[str], AbstractContextManager[None]] = untimed,
     ) -> None:
         self.videos: dict[int, Tensor] = {}
@@ -55,10 +55,10 @@ class Scoring:
         takes = [rewards.takes(name) for name in self._names]
         self._frames = None if keep else decoded_for(takes)
         self._hands_latents = any(isinstance(one, LatentVideos) for one in takes)
-        self._at_once = at_once or bool(world.reward_ranks)
+        self._deferred = deferred or bool(world.reward_ranks)
         self._first = world.share(len(prompts)).start
-        self._rows: list[int] = []  # of the share, in the order in which they were drawn
-        self._waiting: list[Tensor] = []
+        self._waiting: list[tuple[list[int], Outputs]] = []  # numbers of samples, and what was drawn
+        self._scored: list[int] = []  # numbers of the samples that this rank's rewards were given, in that order
         self._futures: dict[str, list[Future[Columns]]] = {name: [] for name in self._names}
         self._failures = rewards.begin()
 
@@ -66,14 +66,11 @@ class Scoring:
         """This rank has drawn the samples `rows` of its share, (B,), each once and in any order; outputs (B, ...)."""
         if not len(rows) or self._world.rank % self._world.context:  # ranks of one context have drawn the same
             return
-        self._rows += rows.tolist()
-        if self._at_once:
-            self._waiting.append(outputs)
-            return
         numbers = [self._first + row for row in rows.tolist()]
-        videos = self._decode(outputs, numbers)
-        prompts = [self._prompts[number] for number in numbers]
-        self._submit(prompts, videos, outputs if self._hands_latents else None)
+        if self._deferred:
+            self._waiting.append((numbers, outputs))
+        else:
+            self._score(numbers, outputs)
 
     def table(self) -> RewardTable:
         """The rewards of all ranks' samples in their order, the same on every rank; all ranks call this together.
@@ -81,8 +78,10 @@ class Scoring:
         Raises:
             SharedError: a reward failed, on any rank.
         """
-        if self._at_once:
-            self._score_at_once()
+        if self._world.reward_ranks:
+            self._score_for_others()
+        while self._waiting:
+            self._score(*self._waiting.pop(0))
         with self._clock("reward"):
             ranks = [results for results in self._world.on_all(self._own_results) if results]
         return self._rewards.table(ranks)
@@ -92,33 +91,49 @@ class Scoring:
         if not any(self._futures.values()):
             return None
         results = self._rewards.results(self._futures, self._failures)
-        if self._at_once:
-            return results
-        order = torch.tensor(self._rows).argsort().tolist()
+        order = sorted(range(len(self._scored)), key=self._scored.__getitem__)
         parts = results["values"].items()
         in_order = {name: {part: [v[i] for i in order] for part, v in of.items()} for name, of in parts}
         return {**results, "values": in_order}
 
-    def _score_at_once(self) -> None:
-        latents = torch.empty(0)
-        if self._waiting:
-            latents = index_rows(torch.cat(self._waiting), torch.tensor(self._rows).argsort())
-        self._waiting.clear()
-        videos = self._decode(latents, range(self._first, self._first + len(latents)))
-        with self._clock("reward"):
-            rows = self._world.scored_by(len(self._prompts), self._world.rank)
-            if self._frames != 0:
-                videos = hand_over(self._world, videos, len(self._prompts))
-            if self._hands_latents:
-                latents = hand_over(self._world, latents, len(self._prompts))
-            if rows:
-                prompts = self._prompts[rows.start : rows.stop]
-                self._submit(prompts, videos, latents if self._hands_latents else None)
+    def _score(self, numbers: Sequence[int], outputs: Outputs) -> None:
+        """Decode some samples and have them scored here, where they were drawn."""
+        self._submit(numbers, self._decode(outputs, numbers), outputs)
 
-    def _submit(self, prompts: Sequence[Prompt], videos: Tensor, latents: Tensor | None) -> None:
+    def _score_for_others(self) -> None:
+        """Hand what was drawn to the ranks that score it, one piece after the other; all ranks call this together."""
+        numbers = torch.tensor([number for some, _ in self._waiting for number in some])
+        outputs = torch.empty(0)
+        if self._waiting:
+            outputs = index_rows(torch.cat([outputs for _, outputs in self._waiting]), numbers.argsort())
+        self._waiting.clear()
+        for piece in pieces(self._world, len(self._prompts), self._micro_batch):
+            if self._world.rank in (piece.source, piece.destination):
+                rows = slice(piece.numbers.start - self._first, piece.numbers.stop - self._first)
+                self._pass_on(piece, outputs[rows] if self._world.rank == piece.source else None)
+
+    def _pass_on(self, piece: Piece, outputs: Outputs | None) -> None:
+        videos = None if outputs is None else self._decode(outputs, piece.numbers)
+        with self._clock("reward"):
+            if self._frames != 0:
+                videos = hand_over(self._world, videos, piece)
+            if self._hands_latents:
+                outputs = hand_over(self._world, outputs, piece)
+        if self._world.rank == piece.destination:
+            self._submit(piece.numbers, videos, outputs)
+
+    def _submit(self, numbers: Sequence[int], videos: Tensor | None, outputs: Outputs | None) -> None:
+        """Give some samples to the rewards of this rank, once these are not too far behind."""
         with self._clock("reward"):
             wait([futures[-AHEAD] for futures in self._futures.values() if len(futures) >= AHEAD])
-        batch = Batch(prompts, self._rewards.fps, videos if self._frames != 0 else None, latents)
+        self._scored += numbers
+        prompts = [self._prompts[number] for number in numbers]
+        batch = Batch(
+            prompts,
+            self._rewards.fps,
+            videos if self._frames != 0 else None,
+            outputs if self._hands_latents else None,
+        )
         for name, future in self._rewards.submit(batch, self._names).items():
             self._futures[name].append(future)
 
