@@ -31,4 +31,4 @@ def test_a_pipeline_with_damaged_weights(refuse, tmp_path):
     shutil.copytree(WEIGHTS, tmp_path / "damaged")
     weights = tmp_path / "damaged/transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refuse(Case("train RECIPE model.path=HERE/damaged", "could not be loaded as a WanPipeline"))
+    refuse(Case("train RECIPE model.path=HERE/damaged", "damaged could not be loaded: "))

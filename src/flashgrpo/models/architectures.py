@@ -62,11 +62,11 @@ class Architecture:
         components = {}
         for name in BUILT:
             entry: Any = content.get(name)
-            if _is_part(entry) and all(entry):
+            if is_component(entry) and all(entry):
                 kind = entry[1]
                 file = "scheduler_config.json" if name == "scheduler" else "config.json"
                 components[name] = (str(kind), _read_json(folder / name / file))
-        settings = {key: value for key, value in content.items() if not key.startswith("_") and not _is_part(value)}
+        settings = {key: value for key, value in content.items() if not key.startswith("_") and not is_component(value)}
         needed = {"transformer", "vae", "scheduler"}
         needed |= {"transformer_2"} if settings.get("boundary_ratio") is not None else set()
         if missing := sorted(needed - set(components)):
@@ -145,7 +145,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _is_part(value: Any) -> bool:
+def is_component(value: Any) -> bool:
     """Return whether an entry of model_index.json names a component: [library, class]."""
     return isinstance(value, list) and len(value) == 2
 

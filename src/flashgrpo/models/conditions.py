@@ -52,7 +52,8 @@ def fingerprint(folder: Path, parts: Sequence[str], settings: Mapping[str, Any])
 def entries_of(folder: Path, parts: Sequence[str], settings: Mapping[str, Any], cache: str | None = None) -> Path:
     """Return where the rows lie that the encoders in `folder` make: below `cache`, or below `cache_folder()`."""
     packages = {name: metadata.version(name) for name in ("diffusers", "transformers")}  # they clean and cut texts
-    digest = fingerprint(folder, parts, {**settings, **packages})[:32]
+    weights = {"weights": "checked"}  # older entries may be of encoders that lacked some
+    digest = fingerprint(folder, parts, {**settings, **packages, **weights})[:32]
     return (Path(cache).expanduser() if cache else cache_folder() / "conditions") / digest
 
 

@@ -1,6 +1,7 @@
 """Where a model's components come from: a checkpoint's folder, from which the large ones are loaded when needed."""
 
 import gc
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import torch
 import transformers
 
 from flashgrpo.errors import UserError
-from flashgrpo.models.architectures import Architecture
+from flashgrpo.models.architectures import Architecture, is_component
 from flashgrpo.models.settings import ModelConfig
+from flashgrpo.models.weights import load_network
 
+LIBRARIES = ("diffusers", "transformers")
+"""Where the classes of networks may come from; a folder that names another could have its own code run."""
 LARGE = ("transformer", "transformer_2", "text_encoder", "image_encoder")
 
 
@@ -25,7 +29,7 @@ class Source:
         empty: have no weights at all (the meta device), to count them.
 
     Raises:
-        UserError: a component is missing or unreadable.
+        UserError: a component is missing, unreadable, or lacks weights.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class Source:
             nothing = dict.fromkeys(self._among([*LARGE, "tokenizer"]))
             self.pipeline = self._class(**nothing, **light, **settings)
         else:
-            self.pipeline = self._from_folder(dict.fromkeys(self._among(LARGE)))
+            self.pipeline = self._from_folder({**dict.fromkeys(self._among(LARGE)), "vae": self._network("vae")})
 
     @property
     def random(self) -> bool:
@@ -59,11 +63,11 @@ class Source:
         wanted = [name for name in absent if name not in self._lacking]
         if self.folder is None:
             self.pipeline.register_modules(**self._build(wanted))
-        elif wanted:
-            known = {name: part for name, part in self.pipeline.components.items() if name not in wanted}
-            fresh = self._from_folder(known)
-            self.pipeline.register_modules(**{name: getattr(fresh, name) for name in wanted})
-            self._lacking |= {name for name in wanted if getattr(fresh, name) is None}
+            return
+        for name in wanted:
+            self.pipeline.register_modules(**{name: self._network(name)})
+            if getattr(self.pipeline, name) is None:
+                self._lacking.add(name)
 
     def drop(self, names: Sequence[str]) -> None:
         """Take components out of memory."""
@@ -89,10 +93,26 @@ class Source:
         dtype, vae = getattr(torch, self._config.dtype), getattr(torch, self._config.vae_dtype)
         return {"default": dtype, "vae": vae, "image_encoder": torch.float32}  # the last as Wan's users load it
 
+    def _network(self, name: str) -> Any:
+        """Load a component that has weights; None where the checkpoint has none and the pipeline can do without."""
+        assert self.folder is not None
+        where = f"model.path: {name} of {self._config.path}"
+        entry: Any = self._class.load_config(self.folder).get(name)
+        library, kind = entry if is_component(entry) else (None, None)
+        if kind is None and name in self._class._optional_components:
+            return None
+        found: Any = getattr(importlib.import_module(library), str(kind), None) if library in LIBRARIES else None
+        if found is None:
+            raise UserError(f"{where} is {kind} of {library}, which is no network of {' or '.join(LIBRARIES)}")
+        dtypes = self._dtypes()
+        settings = {"dtype": dtypes.get(name, dtypes["default"]), "low_cpu_mem_usage": True}
+        return load_network(found, self.folder / name, where, **settings)
+
     def _from_folder(self, known: dict[str, Any]) -> Any:
+        """Load what has no weights; `known` are the components that have some, or None."""
         try:
-            return self._class.from_pretrained(self.folder, dtype=self._dtypes(), **known)
-        except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
+            return self._class.from_pretrained(self.folder, **known)
+        except Exception as error:  # diffusers, transformers and tokenizers each raise their own kinds
             reason = " ".join(str(error).split())[:200]
             name = self._class.__name__
             raise UserError(f"model.path: {self._config.path} could not be loaded as a {name}: {reason}") from error

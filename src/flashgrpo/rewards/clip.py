@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import current_device
 from flashgrpo.errors import UserError, first_line
+from flashgrpo.models.weights import linear_layers, load_network
 from flashgrpo.rewards.frames import pick
 from flashgrpo.video import to_pictures
 
@@ -90,14 +91,14 @@ class Aesthetic:
     def __init__(self, head: str, path: str = "openai/clip-vit-large-patch14", frames: int = 4) -> None:
         self._clip = Clip(path, path, frames)
         self._layers = _head(head, self._clip.model.device)
-        takes, gives = self._layers[0][0].shape[1], self._clip.model.config.projection_dim
+        takes, gives = self._layers[0].in_features, self._clip.model.config.projection_dim
         if takes != gives:
             raise UserError(f"{head} takes embeddings of width {takes}, and {path} gives {gives}")
 
     def __call__(self, videos: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         values = self._clip.images(videos)
-        for weight, bias in self._layers:
-            values = nn.functional.linear(values, weight, bias)
+        for layer in self._layers:
+            values = layer(values)
         return values[..., 0].mean(dim=1).cpu()
 
 
@@ -108,11 +109,12 @@ class Clip:
         from transformers import CLIPModel, CLIPProcessor, utils
 
         utils.logging.set_verbosity_error()
+        utils.logging.disable_progress_bar()
+        model: Any = load_network(CLIPModel, path, f"the CLIP model {path}")
         try:
-            model: Any = CLIPModel.from_pretrained(path)
             self._prepare = CLIPProcessor.from_pretrained(processor)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the CLIP model {path} could not be loaded: {first_line(error)[:200]}") from error
+        except Exception as error:  # of kinds of transformers, tokenizers and the hub's client
+            raise UserError(f"the processor {processor} could not be loaded: {first_line(error)[:200]}") from error
         self.model = model.eval().requires_grad_(False).to(current_device())
         self.temperature = float(self.model.logit_scale.exp())
         self._frames = frames
@@ -139,14 +141,13 @@ def _unit(features: Any) -> Float[Tensor, "rows width"]:
     return nn.functional.normalize(embeddings.float(), dim=-1)
 
 
-def _head(file: str, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """(weight, bias) of each linear layer, in order."""
+def _head(file: str, device: torch.device) -> list[nn.Linear]:
+    """Return the linear layers, in order."""
     try:
-        tensors = load_file(file)
-        names = [name.removesuffix("weight") for name in tensors if name.endswith("weight")]
-        names.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
-        return [
-            (tensors[f"{name}weight"].float().to(device), tensors[f"{name}bias"].float().to(device)) for name in names
-        ]
-    except (OSError, SafetensorError, KeyError) as error:
+        tensors = {name: tensor.float().to(device) for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
         raise UserError(f"the aesthetic head {file} could not be read: {first_line(error)[:200]}") from error
+    layers = linear_layers(tensors, True, f"the aesthetic head {file}")
+    if not layers or layers[-1].out_features != 1:
+        raise UserError(f"the aesthetic head {file} has no last layer with one output")
+    return layers

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import current_device
 from flashgrpo.errors import UserError, first_line
+from flashgrpo.models.weights import linear_layers, load_tensors
 
 Frames = Float[Tensor, "frames 3 height width"]
 DTYPES = ("bfloat16", "float16", "float32")
@@ -62,8 +63,7 @@ class QwenReward:
             model: Any = Qwen2VLModel(config)
         device, weights = current_device(), getattr(torch, dtype)
         backbone = {_name(n): t for n, t in tensors.items() if not n.startswith(("lm_head.", "rm_head."))}
-        _check(base, model.state_dict(), backbone)
-        model.load_state_dict({n: t.to(device, weights) for n, t in backbone.items()}, assign=True)
+        load_tensors(model, {n: t.to(device, weights) for n, t in backbone.items()}, f"it, as a tuned {base},")
         # Buffers are cast too: so do both authors, and their weights know rotary frequencies as bfloat16 rounds them.
         self.model: Any = model.to(device, weights).eval().requires_grad_(False)
         self.tokens = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(tokens)), device=device)
@@ -175,24 +175,10 @@ def _name(name: str) -> str:
     return name if name.startswith(("visual.", "language_model.")) else f"language_model.{name}"
 
 
-def _check(base: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    for name in sorted(expected.keys() | given.keys()):
-        wanted, found = (list(part[name].shape) if name in part else "absent" for part in (expected, given))
-        if wanted != found:
-            raise UserError(f"its weights are not those of a tuned {base}: {name} should be {wanted}, and is {found}")
-
-
 def _head(tensors: Mapping[str, Tensor]) -> nn.Sequential:
     """Linear layers, rectified between, of `rm_head.weight` or `rm_head.N.weight`, with biases where there are any."""
-    layers: list[nn.Module] = []
-    numbers = sorted(int(name.split(".")[-2].replace("rm_head", "0")) for name in tensors if name.endswith(".weight"))
-    for number in numbers:
-        part = f"rm_head.{number}." if f"rm_head.{number}.weight" in tensors else "rm_head."
-        own = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
-        outputs, width = own["weight"].shape
-        layer = nn.Linear(width, outputs, bias="bias" in own, device="meta")
-        layer.load_state_dict(own, assign=True)
-        layers += [nn.ReLU(), layer] if layers else [layer]
+    linear = linear_layers(tensors, any(name.endswith(".bias") for name in tensors), "it")
+    layers = [part for layer in linear for part in (nn.ReLU(), layer)][1:]
     if not layers:
         raise UserError("it has no reward head, rm_head.*")
     return nn.Sequential(*layers).requires_grad_(False)
