@@ -6,7 +6,7 @@ Each NAME is a way to draw. The way without shortcuts (as in benchmarks/update.p
 one on the same prompts, steps and noise. For each are printed
 
 - network forwards of a rollout, and seconds of rollout and decoding, relative to those without shortcuts;
-- the mean difference of the rewards of the same samples, with a 95 % bootstrap interval over prompt groups;
+- the mean difference of the rewards of the same samples, with its 95 % interval over prompt groups;
 - the correlation of the rewards within groups, which is all that the update sees of them;
 - the cosine between the gradients of whole updates with and without the shortcut, mean over updates with its standard
   error. Two updates of one policy on other noise have a cosine near 0 at this size (docs/log.md), so it tells how much
@@ -37,7 +37,7 @@ from flashgrpo.models.lora import weights_replaced
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Clock
-from flashgrpo.scoring.heldout import bootstrap_interval
+from flashgrpo.scoring.intervals import mean_interval
 from flashgrpo.scoring.scoring import untimed
 
 
@@ -88,7 +88,7 @@ def compared(exact: Drawn, cheap: Drawn) -> dict[str, Any]:
         "forwards": round(cheap.forwards / exact.forwards, 3),
         "seconds": round(cheap.seconds / exact.seconds, 3),
         "reward_difference": float(differences.mean()),
-        "interval": bootstrap_interval(differences),
+        "interval": mean_interval(differences),
         "correlation": float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())),
         "cosine": float(np.mean(cosines)),
         "cosine_error": float(np.std(cosines, ddof=1) / len(cosines) ** 0.5) if len(cosines) > 1 else None,

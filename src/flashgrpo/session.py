@@ -80,6 +80,7 @@ class Session:
         saved, self._evaluations = self.world.on_main(self._find_checkpoint)
         if not saved:
             refuse_unsound(self.parts, self.reporter.warn)
+            self._warn_of_a_slow_average()
         if not self._evaluations:
             self.reporter.say("scoring the base model on the held-out prompts")
             self._evaluate(0)
@@ -173,6 +174,8 @@ class Session:
     def _evaluate_average(self, update: int) -> None:
         with weights_replaced(self.parts.process.network, self.optimizer.ema):
             line = self._evaluate(update)
+        if update == self.config.updates:
+            self._warn_of_a_slow_average()
         if not line["best"]:
             self.progress = replace(self.progress, stale=self.progress.stale + 1)
             return
@@ -180,6 +183,10 @@ class Session:
             averaged = {name: full_tensor(tensor) for name, tensor in self.optimizer.ema.items()}
             self.world.on_main(lambda: self._export(averaged))
         self.progress = replace(self.progress, best_update=update, stale=0)
+
+    def _warn_of_a_slow_average(self) -> None:
+        if lags := self.config.optim.average_lags(self.config.updates):
+            self.reporter.warn(lags)
 
     def _export(self, tensors: dict[str, Tensor]) -> None:
         with write_aside(self.directory.lora) as aside:
@@ -191,6 +198,7 @@ class Session:
         line = evaluation_record(
             update, evaluation, earlier[0] if earlier else None, self.config.evaluation.samples_per_prompt
         )
+        line["average_moved"] = self.config.optim.average_moved(update)
         line["watch"] = guard(line, self.config.rewards)
         admitted = [e["reward"] for e in earlier if not e.get("watch")]
         line["best"] = not line["watch"] and line["reward"] > max(admitted, default=float("-inf"))
@@ -216,8 +224,8 @@ class Session:
 
     def save(self) -> None:
         """Begin a checkpoint, unless there is one of this update or an update was broken off in the middle."""
-        steps_per_update = self.config.optim.minibatches * self.config.optim.passes
-        whole_update = self.optimizer.whole and self.optimizer.steps == self.progress.update * steps_per_update
+        steps = self.config.optim.steps(self.progress.update)
+        whole_update = self.optimizer.whole and self.optimizer.steps == steps
         if whole_update and self.progress != self._begun:
             self._finish_writing()
             self.world.check_replicas(self.optimizer.weights())
@@ -262,4 +270,5 @@ def evaluate_checkpoint(target: str | Path, overrides: Sequence[str], update: in
         averaged = {name: tensor.detach().clone() for name, tensor in trained_parameters(process.network).items()}
         checkpoint.read_into(directory.checkpoints, update, {"ema": averaged}, world)
         with weights_replaced(process.network, averaged):
-            return evaluation_record(update, evaluator(), base, each)
+            record = evaluation_record(update, evaluator(), base, each)
+        return record | {"average_moved": config.optim.average_moved(update)}

@@ -235,21 +235,6 @@ def test_the_command_line_tells_it_in_one_sentence(monkeypatch, capsys, tmp_path
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
-def test_the_interval_on_known_numbers():
-    interval = statistics.interval_over_seeds_and_prompts
-    assert interval([[0.25] * 5] * 3) == pytest.approx([0.25, 0.25])
-    assert interval([[0.0] * 9, [1.0] * 9]) == pytest.approx(
-        [0.0, 1.0]
-    )  # a draw is 0, 1/2 or 1; the ends have 1/4 each
-    assert interval([[0.3]]) is None
-    assert interval([]) is None
-    values = np.random.default_rng(1).normal(2.0, 1.0, 400)
-    error = 1.96 * values.std() / 20
-    assert interval([values.tolist()]) == pytest.approx([values.mean() - error, values.mean() + error], abs=0.1 * error)
-    # what is easy for every seed is no more evidence for being so in four of them
-    assert interval([values.tolist()] * 4) == pytest.approx(interval([values.tolist()]), abs=0.1 * error)
-
-
 def run_of(rewards: list[float], each: int = 10, **changes: Any) -> dict[str, Any]:
     points = [
         {"update": i, "compute": 10 * i, "seconds": each * i, "reward": reward, "watch": None, "interval": None}

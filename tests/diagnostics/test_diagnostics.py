@@ -19,12 +19,10 @@ from flashgrpo.diagnostics.gradients import (
     gradient_consistency,
     gram,
     groups_at_every_step,
-    jackknife,
     score_norm,
 )
 from flashgrpo.diagnostics.measure import (
     Effort,
-    bootstrap,
     diagnose,
     figures,
     reward_variance,
@@ -130,25 +128,6 @@ def test_rewards_reach_the_step_at_which_they_were_drawn(make_parts, monkeypatch
     assert (whole.within.value, whole.share.value) == (0.0, 1.0)
     assert whole.between.value == pytest.approx(200 / 3)
     assert variance.windows["first half"].between.value == pytest.approx(25.0)
-
-
-# ---- intervals
-
-
-def test_intervals_hold_what_they_should():
-    [mean] = jackknife(lambda units: torch.tensor([1.0, 2.0, 3.0]).double()[units].mean()[None], 3)
-    assert mean.value == 2
-    assert mean.interval == pytest.approx([2 - 2.484, 2 + 2.484], abs=1e-3)
-    with pytest.raises(UserError, match="3 prompts or updates"):
-        jackknife(lambda units: torch.zeros(1).double(), 2)
-    samples = randn(200, 12)
-    hits = [0, 0]
-    for row in samples:
-        [one] = jackknife(lambda units, row=row: row[units].mean()[None], 12)
-        other = bootstrap(lambda values: values.mean(-1), row.numpy())
-        hits = [hit + (e.interval[0] < 0 < e.interval[1]) for hit, e in zip(hits, (one, other), strict=True)]
-    assert 180 <= hits[0] <= 199
-    assert 170 <= hits[1] <= 199
 
 
 # ---- the gradient by step

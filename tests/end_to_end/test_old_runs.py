@@ -79,6 +79,11 @@ def test_evaluate_repeats_what_it_recorded(run):
     last = read_lines(run / "evaluations.jsonl")[-1]
     record = json.loads(json.dumps(evaluate(run)))
     samples = [{key: old[key] for key in new} for new, old in zip(record["samples"], last["samples"], strict=True)]
+    assert record.pop("average_moved") == pytest.approx(1 - 0.9**2), "which version 0.1 did not say"
+    assert record.pop("interval")[0] < last["interval"][0], (
+        "Student's t, where version 0.1 had a bootstrap of 3 prompts"
+    )
+    assert record.pop("watched_intervals").keys() == last["watched_intervals"].keys()
     recorded = {key: last[key] for key in record} | {"samples": samples}
     keys = record if FLOAT32 or not tolerance else MEANS
     found = curve.differences({k: record[k] for k in keys}, {k: recorded[k] for k in keys}, tolerance)

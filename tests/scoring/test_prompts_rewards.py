@@ -2,14 +2,12 @@
 
 import warnings
 
-import numpy as np
 import pytest
 import torch
 
 from flashgrpo.errors import UserError
 from flashgrpo.prompts import columns_of, prompt_groups, read_prompts
 from flashgrpo.rewards.jpeg import compressibility
-from flashgrpo.scoring.heldout import bootstrap_interval
 from flashgrpo.scoring.loading import load_reward
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.settings import RewardConfig
@@ -143,17 +141,6 @@ def test_reward_table_total_by_hand():
     table = RewardTable(("a", "b"), values, torch.tensor([1.0, -0.5], dtype=torch.float64))
     assert table.total.tolist() == [0.0, 1.0]
     assert table.trained == (0, 1)
-
-
-def test_the_interval_covers_the_mean_about_as_often_as_it_says():
-    random = np.random.default_rng(0)
-    hits = 0
-    for _ in range(60):
-        low, high = bootstrap_interval(random.normal(0.3, 1.0, size=40))
-        hits += low <= 0.3 <= high
-    assert hits >= 50
-    assert bootstrap_interval(np.array([0.5, 0.5, 0.5])) == [0.5, 0.5]
-    assert bootstrap_interval(np.array([0.5])) is None
 
 
 def test_parquet_where_its_library_is_there(tmp_path):

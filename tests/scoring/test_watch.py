@@ -1,5 +1,7 @@
 """A watched reward that falls while the trained one rises ends the run."""
 
+from pathlib import Path
+
 import pytest
 
 from flashgrpo.errors import UserError
@@ -29,6 +31,12 @@ def line(difference: float, **intervals) -> dict:
     return {"difference": difference, "watched_intervals": intervals}
 
 
+def heldout_prompts(folder: Path, count: int) -> str:
+    """The setting of a file with so many prompts."""
+    (folder / "heldout.txt").write_text("".join(f"a red square moving left, {i}\n" for i in range(count)))
+    return f"prompts.heldout={folder}/heldout.txt"
+
+
 def test_the_whole_interval_has_to_lie_below():
     rewards = {
         "agreement": RewardConfig(call="x:y"),
@@ -49,7 +57,7 @@ def test_a_run_ends_with_its_best_checkpoint_and_says_why(make_run, tmp_path, ca
     rewards = f"""rewards={{agreement: null, persistence: null, background: null,
         t: {{call: "{tmp_path}/hacked.py:trained"}},
         w: {{call: "{tmp_path}/hacked.py:watched", watched: true, max_fall: 1.5}}}}"""
-    settings = (rewards, "tracking.preflight=skip", "tracking.progress=true", "updates=6")
+    settings = (rewards, heldout_prompts(tmp_path, 8), "tracking.preflight=skip", "tracking.progress=true", "updates=6")
     run = train(make_run(*settings), Reporter())
     said = capsys.readouterr().err
     evaluations = read_lines(run / "evaluations.jsonl")
@@ -79,7 +87,7 @@ def test_a_run_without_a_good_checkpoint_gives_none_by_itself(make_run, tmp_path
     rewards = f"""rewards={{agreement: null, persistence: null, background: null,
         t: {{call: "{tmp_path}/hacked.py:trained"}},
         w: {{call: "{tmp_path}/hacked.py:watched", watched: true, max_fall: 0.5}}}}"""
-    run = train(make_run(rewards, "tracking.preflight=skip"), Reporter(quiet=True))
+    run = train(make_run(rewards, heldout_prompts(tmp_path, 8), "tracking.preflight=skip"), Reporter(quiet=True))
     assert [line["best"] for line in read_lines(run / "evaluations.jsonl")] == [True, False]
     assert not (run / "lora").exists()
     directory = RunDirectory(run)
@@ -88,10 +96,10 @@ def test_a_run_without_a_good_checkpoint_gives_none_by_itself(make_run, tmp_path
     assert directory.choose_checkpoint(2, print) == 2
 
 
-def test_a_watch_needs_an_interval(make_run, tmp_path):
-    (tmp_path / "one.txt").write_text("a red square moving left slowly\n")
-    with pytest.raises(UserError, match=r"rewards.background.max_fall: an interval needs at least two held-out"):
-        train(make_run("rewards.background.max_fall=0.1", f"prompts.heldout={tmp_path}/one.txt"))
+def test_a_watch_needs_prompts_for_an_interval(make_run, tmp_path):
+    sentence = "rewards.background.max_fall: an interval that may end a run needs at least 8 held-out prompts, not 7"
+    with pytest.raises(UserError, match=sentence):
+        train(make_run("rewards.background.max_fall=0.1", heldout_prompts(tmp_path, 7)))
 
 
 def test_correlations_by_rank():

@@ -9,10 +9,10 @@ import numpy as np
 
 from flashgrpo.compare import statistics
 from flashgrpo.compare.folder import ComparisonFolder, RunFiles
-from flashgrpo.compare.statistics import interval_over_seeds_and_prompts
 from flashgrpo.report.record import Row
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import read_lines
+from flashgrpo.scoring.intervals import mean_interval
 
 NOT_TRAINING = ("evaluate", "checkpoint", "total")  # phases that a comparison by seconds leaves out
 KEPT = ("reward", "reward_std", "grad_norm", "drift", "ratio_mean", "ratio_max_dev", "clip_fraction", "approx_kl", "kl")
@@ -165,7 +165,7 @@ def _score(runs: Sequence[Row], choose: Any) -> dict[str, Any] | None:
     return {
         "reward": float(np.mean([point["reward"] for point in points])),
         "difference": float(np.mean([point["difference"] for point in points])),
-        "interval": interval_over_seeds_and_prompts([point["prompts"] for point in points]),
+        "interval": mean_interval([point["prompts"] for point in points]),
         "watched": _means([point["watched"] for point in points]),
         "base_watched": _means([point["base_watched"] for point in points]),
     }
@@ -184,7 +184,7 @@ def _paired(runs: Sequence[Row], first: Sequence[Row]) -> dict[str, Any] | None:
     rows = [np.subtract(_final(run)["prompts"], _final(other)["prompts"]).tolist() for run, other in pairs]
     return {
         "difference": float(np.mean(rows)),
-        "interval": interval_over_seeds_and_prompts(rows),
+        "interval": mean_interval(rows),
         "seeds": [run["seed"] for run, _ in pairs],
     }
 

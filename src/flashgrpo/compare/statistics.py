@@ -1,4 +1,4 @@
-"""What the runs of a comparison say together: intervals over seeds and prompts, curves, levels, spread, collapses.
+"""What the runs of a comparison say together: curves, levels, spread, collapses.
 
 Numbers only: nothing here knows of files.
 """
@@ -11,31 +11,7 @@ import numpy as np
 
 from flashgrpo.report.record import Row, Values
 
-RESAMPLES = 10_000
 SMOOTHED = 10  # a run's training reward is looked at in this number of stretches
-
-
-def interval_over_seeds_and_prompts(values: Sequence[Sequence[float]]) -> list[float] | None:
-    """[low, high] of the mean, 95 %, by a bootstrap in two levels with a fixed seed.
-
-    Seeds are drawn with replacement, and prompts with replacement; since every seed has the same prompts, a draw takes
-    the same prompts from all of its seeds (a crossed design: drawing them anew for each seed would count a prompt that
-    is easy for every seed as several independent ones). With one seed the interval is over prompts alone.
-
-    Args:
-        values: a row for each seed, a column for each prompt.
-
-    Returns:
-        None where there is no row, or a single number.
-    """
-    table = np.array(values, dtype=np.float64)
-    if table.size < 2:
-        return None
-    rng = np.random.default_rng(0)
-    seeds, prompts = (rng.multinomial(n, [1 / n] * n, size=RESAMPLES) / n for n in table.shape)
-    means = np.einsum("rs,sp,rp->r", seeds, table, prompts)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return [float(low), float(high)]
 
 
 def curve(runs: Sequence[Row], axis: str) -> tuple[Values, Values]:

@@ -31,8 +31,9 @@ def as_markdown(comparison: Row) -> str:
                 for row in summary
             ],
         ),
-        "Held-out reward and its difference to the base model; intervals over seeds and prompts (two-level bootstrap, "
-        "which is rather narrow for few seeds). `best` is each run's best evaluation, which flatters it. "
+        "Held-out reward and its difference to the base model; 95 % intervals by Student's t over seeds and "
+        "prompts (crossed effects), of one seed over prompts alone. `best` is each run's best evaluation, which "
+        "flatters it. "
         f"`above {first}` is paired, by seed and prompt. Runs that failed or are unfinished are not in these figures.",
     ]
     if comparison["levels"]:

@@ -8,7 +8,6 @@ the seed and by what they are for, so algorithms that are compared see the same 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import scipy.stats
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
@@ -24,34 +23,12 @@ from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.steps import OneStep
 from flashgrpo.processes.flow.weighting import Rectified
 from flashgrpo.prompts import prompt_groups
+from flashgrpo.scoring.intervals import Estimate, jackknife
 from flashgrpo.scoring.scoring import untimed
 from flashgrpo.seeds import keyed_bits
 
 WINDOWS = {"whole grid": (0.0, 1.0), "first half": (0.0, 0.5)}
 OfPrompts = Callable[[list[int]], Float64[Tensor, " steps"]]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number, and its 95 % interval [low, high]."""
-
-    value: float
-    interval: list[float]
-
-
-def jackknife(statistics: Callable[[list[int]], Float64[Tensor, " values"]], units: int) -> list[Estimate]:
-    """Estimate statistics of n independent units, each `value +- t se`, from what it is without each of them.
-
-    se^2 = (n - 1)/n sum_i (s_i - mean s)^2 with s_i the statistic of all units but i; t has n - 1 degrees of freedom.
-    For a mean that is the usual standard error: 1, 2 and 3 give 2 +- 2.48.
-    """
-    if units < 3:
-        raise UserError(f"an interval needs 3 prompts or updates or more, not {units}")
-    every = list(range(units))
-    without = torch.stack([statistics(every[:i] + every[i + 1 :]) for i in every])
-    margins = float(scipy.stats.t.ppf(0.975, units - 1)) * ((units - 1) * without.var(dim=0, correction=0)).sqrt()
-    pairs = zip(statistics(every).tolist(), margins.tolist(), strict=True)
-    return [Estimate(value, [value - margin, value + margin]) for value, margin in pairs]
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from jaxtyping import Float64
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
-from flashgrpo.diagnostics.gradients import Estimate, gradient_by_step, gradient_consistency, named, windows
+from flashgrpo.diagnostics.gradients import gradient_by_step, gradient_consistency, named, windows
 from flashgrpo.distributed.world import process_group, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.models.lora import weights_replaced
@@ -30,7 +31,7 @@ from flashgrpo.prompts import prompt_groups
 from flashgrpo.report.comparison_charts import OKABE_ITO, save_figure
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
-from flashgrpo.scoring.heldout import bootstrap_interval
+from flashgrpo.scoring.intervals import Estimate, jackknife
 from flashgrpo.scoring.scoring import untimed
 
 Say = Callable[[str], None]
@@ -194,23 +195,16 @@ def variance_parts(
 
 
 def split_variance(rewards: Float64[Tensor, "prompts steps members"], steps: Sequence[int]) -> VarianceSplit:
-    """Split the variance over some of the steps, without bias, with bootstrap intervals over prompts."""
-    within, between = (part.numpy() for part in variance_parts(rewards[:, list(steps)]))
-    return VarianceSplit(
-        list(steps),
-        bootstrap(lambda w, _: w.mean(-1), within, between),
-        bootstrap(lambda _, b: b.mean(-1), within, between),
-        bootstrap(lambda w, b: (w + b).mean(-1), within, between),
-        bootstrap(lambda w, b: b.mean(-1) / np.maximum((w + b).mean(-1), 1e-300), within, between),
-        np.stack([within, between], axis=1).tolist(),
-    )
+    """Split the variance over some of the steps, without bias; intervals are jackknifes over prompts."""
+    parts = torch.stack(variance_parts(rewards[:, list(steps)]))
 
+    def split(prompts: list[int]) -> Float64[Tensor, "4"]:
+        within, between = parts[:, prompts].mean(dim=1)
+        total = within + between
+        return torch.stack([within, between, total, between / total.clamp(min=1e-300)])
 
-def bootstrap(statistic: Callable[..., Any], *columns: np.ndarray) -> Estimate:
-    """Estimate a statistic of columns (n,), which it reduces along the last axis; see `bootstrap_interval`."""
-    interval = bootstrap_interval(*columns, statistic=statistic, resamples=10_000)
-    assert interval is not None  # `Effort` asks for three prompts
-    return Estimate(float(statistic(*columns)), interval)
+    within, between, total, share = jackknife(split, len(rewards))
+    return VarianceSplit(list(steps), within, between, total, share, parts.T.tolist())
 
 
 BLUE, ORANGE, GREEN, GREY = *(OKABE_ITO[i] for i in (0, 2, 3)), "#666666"

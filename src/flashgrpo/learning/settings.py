@@ -56,6 +56,14 @@ class EmaConfig(Part):
     every: int = Field(default=8, ge=1)
     """Optimizer steps between two averagings."""
 
+    def moved(self, steps: int) -> float:
+        """Return which share of the average's weight belongs to trained weights after a number of optimizer steps.
+
+        The rest, `decay` to the power of the averagings, is still the base: a decay of 0.9 every 8 steps gives 0.1
+        after 10 steps and 0.72 after 100.
+        """
+        return 1 - self.decay ** (steps // self.every)
+
 
 class OptimConfig(Part):
     """AdamW and how an update is cut into optimizer steps and micro-batches."""
@@ -79,6 +87,24 @@ class OptimConfig(Part):
     """Record the gradient norm by denoising step; it takes the memory of two more copies of the gradients. When not
     given, where ranks do not hold the network between them, since there it costs network calls."""
 
+    def steps(self, updates: int) -> int:
+        """Optimizer steps of a number of updates."""
+        return updates * self.minibatches * self.passes
+
+    def average_moved(self, updates: int) -> float:
+        """Return `EmaConfig.moved` after a number of updates."""
+        return self.ema.moved(self.steps(updates))
+
+    def average_lags(self, updates: int) -> str | None:
+        """Say so where less than half of the average belongs to trained weights after a number of updates."""
+        moved = self.average_moved(updates)
+        return (
+            f"after {updates} updates the averaged weights, which evaluation and export use, are still the base model "
+            f"to {100 * (1 - moved):.0f} %; lower optim.ema.decay or optim.ema.every, or raise updates"
+            if moved < 0.5
+            else None
+        )
+
     def check(self, samples: int, updates: int) -> None:
         """Refuse more optimizer steps than there are samples, and an average that never moves.
 
@@ -87,7 +113,7 @@ class OptimConfig(Part):
         """
         if self.minibatches > samples:
             raise ValueError(f"optim.minibatches: {samples} samples cannot be cut into {self.minibatches} parts")
-        steps = updates * self.minibatches * self.passes
+        steps = self.steps(updates)
         if self.ema.every > steps:
             raise ValueError(
                 f"optim.ema.every: the run has {steps} optimizer steps, so an average that moves every "

@@ -95,6 +95,11 @@ def tiles(run: Run, shown: Row | None, form: Numbers) -> list[tuple[str, str, st
         figures.append(("Held-out reward", held_out, f"base → tuned, update {shown['update']}"))
         between = f"{SURE} {form.plain(low)} to {form.plain(high)}" if low <= high else "no interval"
         figures.append(("Difference", form.signed(shown.get("difference")), between))
+        moved = 100 * number(shown.get("average_moved"))
+        if moved < 99.5:
+            figures.append(
+                ("Averaged weights", f"{moved:.0f} %", "of what was evaluated is trained, the rest the base")
+            )
         watched = [component for component in components(shown) if component["watched"]]
         if watched:
             worst = min(watched, key=lambda part: math.inf if math.isnan(part["change"]) else part["change"])

@@ -84,7 +84,9 @@ def describe(record: Mapping[str, Any]) -> str:
     difference, interval = record["difference"], record["interval"]
     side = "above" if difference >= 0 else "below"
     between = f" (95 % interval {interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
-    return f"held-out reward {record['reward']:.3f}, {abs(difference):.3f} {side} the base{between}"
+    still = 1 - record.get("average_moved", 1.0)
+    lag = f", of averaged weights that are still the base model to {100 * still:.0f} %" if still > 0.5 else ""
+    return f"held-out reward {record['reward']:.3f}, {abs(difference):.3f} {side} the base{between}{lag}"
 
 
 class Clock:

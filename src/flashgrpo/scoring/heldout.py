@@ -1,15 +1,15 @@
 """Held-out prompts on fixed noise with a deterministic solver, paired with the base model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import torch
 
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Outputs, Process
+from flashgrpo.scoring.intervals import mean_interval
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring
 from flashgrpo.scoring.settings import HeldoutConfig, RewardConfig
@@ -87,17 +87,13 @@ class Evaluator:
         return [(seed, "evaluation", *divmod(row, each)) for row in rows]
 
 
-def _mean(values: np.ndarray) -> Any:
-    return values.mean(axis=-1)
-
-
 def evaluation_record(
     update: int, tuned: Evaluation, base: Mapping[str, Any] | None, samples_per_prompt: int
 ) -> dict[str, Any]:
     """A line of evaluations.jsonl: the means, and the paired difference to the base model's line (`base`).
 
-    The interval is a 95 % percentile bootstrap over prompts: a prompt's samples are no independent evidence for other
-    prompts. It is None where there are fewer than two prompts. `watched_intervals` are those of the watched components.
+    Intervals are over prompts, since a prompt's samples are no independent evidence for other prompts, and None where
+    there are fewer than two. `watched_intervals` are those of the watched components.
     """
     table = tuned.table
     totals = table.total.tolist()
@@ -114,7 +110,7 @@ def evaluation_record(
     }
 
     def interval(values: Sequence[float]) -> list[float] | None:
-        return bootstrap_interval(np.reshape(values, (-1, samples_per_prompt)).mean(axis=1))
+        return mean_interval(np.reshape(values, (-1, samples_per_prompt)).mean(axis=1))
 
     means = {
         "reward": float(np.mean(totals)),
@@ -157,29 +153,6 @@ def guard(line: Mapping[str, Any], rewards: Mapping[str, RewardConfig]) -> str |
                     f"{config.max_fall:g} of its max_fall, while the trained reward rose by {line['difference']:.3g}"
                 )
     return None
-
-
-def bootstrap_interval(
-    *columns: np.ndarray, statistic: Callable[..., Any] = _mean, resamples: int = 9_999
-) -> list[float] | None:
-    """Return the 95 % interval [low, high] of a statistic, by percentile bootstrap over rows with a fixed seed.
-
-    Args:
-        columns: (n,) each, with independent rows; below two rows there is no interval.
-        statistic: of the columns, which it reduces along their last axis; the mean of one by default.
-    """
-    if len(columns[0]) < 2:
-        return None
-    result = scipy.stats.bootstrap(
-        columns,
-        lambda *values, axis: statistic(*values),
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
 
 
 def _parts(table: RewardTable, row: int) -> dict[str, dict[str, float]]:

@@ -29,6 +29,7 @@ from flashgrpo.scoring.loading import (
 from flashgrpo.scoring.settings import RewardConfig
 from flashgrpo.types import PlantedPair, Prompt, Reward, RewardTable, Videos
 
+FEWEST_GUARDED = 8  # held-out prompts: of fewer, what they have in common by chance would end runs
 Results = Mapping[str, Any]
 """{"values": reward -> component -> a value for each sample, "failures": reward -> count}, as JSON."""
 
@@ -77,8 +78,11 @@ class Rewards:
             UserError: they are not.
         """
         for name, config in self.configs.items():
-            if config.max_fall is not None and heldout < 2:
-                raise UserError(f"rewards.{name}.max_fall: an interval needs at least two held-out prompts")
+            if config.max_fall is not None and heldout < FEWEST_GUARDED:
+                raise UserError(
+                    f"rewards.{name}.max_fall: an interval that may end a run needs at least {FEWEST_GUARDED} held-out "
+                    f"prompts, not {heldout}; add some to prompts.heldout, or leave max_fall out"
+                )
 
     def check_channels(self, channels: Sequence[str]) -> None:
         """Whether every reward is credited to a channel that the model has.
