@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -23,15 +24,19 @@ from flashgrpo import train as training
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.settings import ParallelConfig
+from flashgrpo.distributed.sharding import place
 from flashgrpo.distributed.world import World, full_tensor, local, process_group
 from flashgrpo.doctor.estimate import LiveBytes
 from flashgrpo.errors import UserError
+from flashgrpo.learning.optim import Optimizer
+from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.update import Work
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.process import Record
 from flashgrpo.processes.calls import number_of_calls
 from flashgrpo.processes.flow.rollout import calls_of
 from flashgrpo.prompts import prompt_groups
+from flashgrpo.run.checkpoint import Progress, Writer, read_into
 from flashgrpo.run.progress import Clock
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring
@@ -206,6 +211,36 @@ def network_calls(recipe: str, *overrides: str) -> dict:
         parts.rewards.close()
         everyone = world.all_gather_json({"made": made, "needed": needed})
         return {"ranks": everyone, "metrics": metrics}
+
+
+def save_and_resume(folder: str, shard: int) -> list[dict]:
+    """Save a state of a few layers and read it back; what each rank copied, wrote, opened and was told meanwhile."""
+    opened: list[str] = []
+    sys.addaudithook(lambda event, found: event == "open" and opened.append(str(found[0])))
+
+    def opens() -> int:
+        made = sum(path.startswith(folder) for path in opened)
+        opened.clear()
+        return made
+
+    with process_group(ParallelConfig(shard=shard)) as world:
+        network = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        place(network, world, None)
+        optimizer = Optimizer(trained_parameters(network), OptimConfig(), world)
+        state, counted = optimizer.state(), {}
+        opens()
+        writer = Writer(Path(folder), 2, world)
+        with LiveBytes() as live:
+            writer.save(state, Progress(1))
+        writer.wait()
+        counted |= {"copied": live.peak, "opened to save": opens()}
+        read_into(Path(folder), 1, state, world)
+        counted["opened to resume"] = opens()
+        with LiveBytes() as live:
+            assert len(world.on_main(lambda: "x" * 2**20)) == 2**20
+        counted["told"] = live.peak
+        counted["state"] = sum(full_tensor(t).nbytes for named in state.values() for t in named.values())
+        return world.all_gather_json(counted)
 
 
 def score_for_others(total: int, micro_batch: int, parallel: dict) -> list[dict]:

@@ -108,7 +108,10 @@ class Session:
         update = checkpoint.newest_whole(self.directory.checkpoints, self.reporter.warn)
         self.directory.forget_after(update or 0)
         progress = checkpoint.read_progress(self.directory.checkpoints, update) if update else None
-        return asdict(progress) if progress else None, self.directory.evaluations()
+        base, later = (lines := self.directory.evaluations())[:1], lines[1:]
+        # Of the samples only the base's are looked at again, and all of them would be most of what travels.
+        short = [{key: value for key, value in line.items() if key != "samples"} for line in later]
+        return asdict(progress) if progress else None, [*base, *short]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Whatever ended the loop, the updates that are done are kept - unless the ranks no longer go together."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import flashgrpo.models.conditions
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Conditions, fingerprint
 from flashgrpo.types import Condition, Prompt
@@ -97,6 +98,26 @@ def test_processes_share_the_work(tmp_path):
     assert set(asked[0] + asked[1]) == {prompt.text for prompt in PROMPTS}
     assert not set(asked[0][:5]) & set(asked[1][:5])
     assert len(asked[0] + asked[1]) <= len(PROMPTS) + 2
+
+
+def test_ranks_of_a_machine_look_at_a_part_each(tmp_path, monkeypatch):
+    """To open every entry on every rank is what a shared disk answers slowest."""
+    Conditions(tmp_path, Encoder()).fill(PROMPTS)
+    sorted(tmp_path.rglob("*.safetensors"))[3].unlink()
+    opened, real = [], flashgrpo.models.conditions.safe_open
+    monkeypatch.setattr(
+        flashgrpo.models.conditions, "safe_open", lambda file, **kind: opened.append(file) or real(file, **kind)
+    )
+    conditions, encoder = Conditions(tmp_path, Encoder()), Encoder()
+    twice = [*PROMPTS, *PROMPTS[:3]]
+    found = {number for part in range(4) for number in conditions.missing(twice, part, 4)}
+    assert len(opened) == len(PROMPTS)  # by all parts together
+    assert found
+    opened.clear()
+    Conditions(tmp_path, encoder).fill([twice[number] for number in sorted(found)])
+    assert len(opened) == len(found) <= 2
+    assert len(encoder.asked) == 1
+    assert not conditions.missing(twice)
 
 
 def test_memory_holds_the_last_rows_only(tmp_path):

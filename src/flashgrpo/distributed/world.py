@@ -8,13 +8,12 @@ Started by torchrun, by Ray, or not at all: a process alone is a world of one on
 """
 
 import contextlib
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flashgrpo.distributed.heartbeat import connect
+from flashgrpo.distributed.messages import from_bytes, outcome_of, to_bytes, values_of
 from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.distributed.shares import cut
 from flashgrpo.errors import SharedError, UserError
@@ -95,6 +95,11 @@ class World:
         """Whether this rank computes rewards."""
         return self.rank in self.reward_ranks if self.reward_ranks else self.rank % self.context == 0
 
+    @property
+    def place_on_machine(self) -> tuple[int, int]:
+        """The number of this rank among those of its machine, and their number, as far as the launcher says it."""
+        return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
     def gather(self, value: T) -> list[T]:
         """Gather the JSON values of all data ranks, in the order of their samples."""
         return self.all_gather_json(value)[:: self.context]
@@ -105,37 +110,34 @@ class World:
         Raises:
             SharedError: on every rank, where `compute` raised a `UserError` on one of them.
         """
-        return self._all_or_none(compute, True)
+        if self.size == 1:
+            return [compute()]
+        return values_of(self.all_gather_json(outcome_of(compute)))
 
     def on_main(self, compute: Callable[[], T]) -> T:
         """Compute on the leading rank alone; its JSON value, or its `UserError`, comes to all."""
-        return self._all_or_none(compute, self.is_main)[0]
-
-    def _all_or_none(self, compute: Callable[[], T], mine: bool) -> list[T]:
         if self.size == 1:
-            return [compute()]
-        try:
-            outcome: dict[str, Any] = {"value": compute() if mine else None}
-        except UserError as error:
-            outcome = {"error": str(error)}
-        outcomes = self.all_gather_json(outcome)
-        for one in outcomes:
-            if "error" in one:
-                raise SharedError(one["error"])
-        return [cast(T, one["value"]) for one in outcomes]
+            return compute()
+        message = to_bytes(outcome_of(compute)) if self.is_main else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([len(message)])
+        dist.broadcast(length, 0, group=self.cpu_group)
+        if not self.is_main:
+            message = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(message, 0, group=self.cpu_group)
+        return values_of([from_bytes(message)])[0]
 
     def all_gather_json(self, value: T) -> list[T]:
         """Gather JSON values of all ranks. Nothing is unpickled, and Python writes and reads floats without loss."""
         if self.size == 1:
             return [value]
-        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        message = to_bytes(value)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(message)]), group=self.cpu_group)
         longest = int(max(lengths))
         padded = nn.functional.pad(message, (0, longest - len(message)))
         messages = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(messages, padded, group=self.cpu_group)
-        return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(messages, lengths, strict=True)]
+        return [from_bytes(text[: int(length)]) for text, length in zip(messages, lengths, strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set on any rank."""

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.sharding import blocks_of
+from flashgrpo.distributed.world import local
 from flashgrpo.models.load import META, weightless
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.processes.flow.float8 import frozen_layers
@@ -181,7 +182,7 @@ class LiveBytes(TorchDispatchMode):
     def _see(self, tensor: Any, counts: bool) -> None:
         if not isinstance(tensor, Tensor):
             return
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()  # of a sharded tensor what lies on this rank
         key = storage._cdata
         if key not in self._known:
             self._known[key] = size = storage.nbytes() if counts else 0

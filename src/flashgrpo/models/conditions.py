@@ -91,15 +91,20 @@ class Conditions:
             rows = rows.to(device)
         return rows if len(distinct) == len(keys) else rows[torch.tensor([places[key] for key in keys])]
 
-    def missing(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return the prompts that are not on disk yet, each once."""
+    def missing(self, prompts: Sequence[Prompt], part: int = 0, parts: int = 1) -> list[int]:
+        """Return the numbers of the prompts that are not on disk yet, each once, looking at one of several parts.
+
+        Ranks that see the same folder look at a part each: to open every entry on every rank is what a shared disk
+        answers slowest.
+        """
         if self._folder is None:
             return []
-        by_key = {self._key(prompt): prompt for prompt in prompts}
-        return [prompt for key, prompt in by_key.items() if not _is_whole(self._file(key))]
+        numbers = range(part, len(prompts), parts)
+        by_key = {self._key(prompts[number]): number for number in reversed(numbers)}
+        return sorted(number for key, number in by_key.items() if not _is_whole(self._file(key)))
 
     def fill(self, prompts: Sequence[Prompt], begin: float = 0.0) -> None:
-        """Bring what is missing to disk.
+        """Bring what is missing of the prompts to disk.
 
         Args:
             begin: where in the list to begin, from 0 to 1. Processes that begin at different places share the work.
@@ -108,9 +113,8 @@ class Conditions:
             UserError: the folder cannot be written, or a prompt cannot be encoded.
         """
         self._clear_leftovers()
-        todo = self.missing(prompts)
-        first = int(begin * len(todo))
-        for prompt in todo[first:] + todo[:first]:
+        first = int(begin * len(prompts))
+        for prompt in [*prompts[first:], *prompts[:first]] if self._folder else ():
             if not _is_whole(self._file(self._key(prompt))):
                 self._store(prompt)
 

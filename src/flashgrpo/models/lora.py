@@ -1,7 +1,6 @@
 """What is trained of a network: low-rank adapters (through peft) or every parameter."""
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,7 +98,7 @@ def _write_file(
                 file.parent,
                 layers,
                 weight_name=file.name,
-                transformer_lora_adapter_metadata=copy.copy(lora.to_dict()),
+                transformer_lora_adapter_metadata=_in_order(lora.to_dict()),
             )
         return
     scaled = {}
@@ -113,6 +112,11 @@ def _write_file(
         scaled[f"diffusion_model.{original}"] = (tensor * scale).contiguous()
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(scaled, file)
+
+
+def _in_order(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings whose sets are sorted lists: equal runs write equal bytes."""
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
 
 
 @contextlib.contextmanager

@@ -149,11 +149,11 @@ class PipelineModel(ABC):
 
     def _encode_all(self, prompts: Sequence[Prompt], world: World, say: Callable[[str], None]) -> None:
         self._check_images(prompts)
-        negative = Prompt(self.config.negative_prompt, {})
-        every = [negative, *prompts]
-        if len(missing := self._conditions.missing(every)) > MANY:
+        every = [negative := Prompt(self.config.negative_prompt, {}), *prompts]
+        found = world.on_all(lambda: self._conditions.missing(every, *world.place_on_machine))
+        if len(missing := [every[number] for number in sorted({number for part in found for number in part})]) > MANY:
             say(f"encoding {len(missing)} of {len(every)} prompts, once")
-        world.on_all(lambda: self._conditions.fill(every, begin=world.rank / world.size))
+        world.on_all(lambda: self._conditions.fill(missing, begin=world.rank / world.size))
         self._negative = self._conditions([negative], self.device)  # one row, the same for every sample
         self.source.drop(self.encoder_names)
 

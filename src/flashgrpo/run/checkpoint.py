@@ -15,7 +15,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from flashgrpo.distributed.world import World, use_in_thread
+from flashgrpo.distributed.world import World, single_process, use_in_thread
 from flashgrpo.errors import UserError
 from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, remove
+from flashgrpo.run.shards import Tensors, digests, own_part
 
 FORMAT = 2
-Tensors = Mapping[str, Mapping[str, Tensor]]
 warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
 
 
@@ -52,7 +52,7 @@ class Progress:
 class Writer:
     """Writes checkpoints into `folder` while training continues: one at a time, in a thread.
 
-    `save` copies the tensors to CPU memory and returns; what the disk says comes out of the next `save`, or `wait`.
+    `save` copies what this rank writes to CPU memory and returns; what the disk says comes out of the next one.
     """
 
     def __init__(self, folder: Path, keep: int, world: World) -> None:
@@ -71,7 +71,7 @@ class Writer:
         aside = Path(self._world.on_main(lambda: str(make_room_aside(path))))
         copies = {
             kind: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
-            for kind, named in tensors.items()
+            for kind, named in own_part(tensors, self._world).items()
         }
         self._pending = _Background(lambda: self._write(path, aside, copies, progress))
 
@@ -86,8 +86,8 @@ class Writer:
         try:
             with explain_os_errors(path):
                 _write_shards(tensors, aside, self._group)
+                _seal(aside, progress, replace(self._world, cpu_group=self._group))
                 if self._world.is_main:
-                    _seal(aside, progress)
                     publish(path)
                     _prune(self._folder, progress, self._keep)
         except BaseException:
@@ -146,8 +146,9 @@ def read_progress(folder: Path, update: int) -> Progress:
             raise UserError(f"checkpoint {path} has format {state['format']}; this version reads {FORMAT}")
         if state.pop("digest") != _digest_of(state) or state["progress"]["update"] != update:
             raise UserError(f"checkpoint {path} is damaged: state.json has changed since it was written")
+        found = digests(path, list(state["files"]), single_process(computes=False))
         for name, digest in state["files"].items():
-            if _digest(path / name) != digest:
+            if found[name] != digest:
                 raise UserError(f"checkpoint {path} is damaged: {name} has changed since it was written")
         return Progress(**state["progress"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -268,10 +269,18 @@ class _Background(threading.Thread):
             raise self._error
 
 
-def _seal(folder: Path, progress: Progress) -> None:
-    digests = {file.name: _digest(file) for file in sorted(folder.iterdir())}
-    state = {"format": FORMAT, "files": digests, "progress": asdict(progress)}
-    (folder / "state.json").write_text(json.dumps({**state, "digest": _digest_of(state)}, indent=2) + "\n")
+def _seal(folder: Path, progress: Progress, world: World) -> None:
+    """Write state.json, with the digests that the ranks compute; all ranks call this together."""
+
+    def written() -> list[str]:
+        with explain_os_errors(folder):
+            return sorted(file.name for file in folder.iterdir())
+
+    names = world.on_main(written)
+    state = {"format": FORMAT, "files": digests(folder, names, world), "progress": asdict(progress)}
+    if world.is_main:
+        text = json.dumps({**state, "digest": _digest_of(state)}, indent=2)
+        (folder / "state.json").write_text(text + "\n")
 
 
 def _prune(folder: Path, progress: Progress, keep: int) -> None:
@@ -287,11 +296,3 @@ def _path(folder: Path, update: int) -> Path:
 
 def _digest_of(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
