@@ -1,7 +1,13 @@
 """The exceptions that are the user's to fix, and the words of their sentences."""
 
 import difflib
+import os
 from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""The folder of the project, where the package is used from a checkout."""
 
 
 class UserError(ValueError):
@@ -30,3 +36,21 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return an exception's text on one line."""
     return " ".join(str(error).split("\n")[0].split())
+
+
+def system_reason(error: BaseException) -> str:
+    """Return what the operating system, or a library that passed it on, gives as the reason, in lower case."""
+    reason = getattr(error, "strerror", None) or first_line(error) or type(error).__name__
+    return f"{reason[:1].lower()}{reason[1:]}"
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra of the package where it is used.
+
+    In a checkout it is `pip install -e '.[data]'`. Elsewhere it names the packages: no index has to have this one.
+    """
+    if (CHECKOUT / "pyproject.toml").is_file():
+        folder = "." if Path(os.path.realpath(os.curdir)) == CHECKOUT else CHECKOUT
+        return f"pip install -e '{folder}[{extra}]'"
+    lines = [line.partition(";") for line in metadata.requires("flash-grpo") or ()]
+    return f"pip install {' '.join(repr(line[0].strip()) for line in lines if f'extra == {extra!r}' in line[2])}"

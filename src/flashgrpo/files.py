@@ -96,14 +96,27 @@ def append_line(path: Path, line: str) -> None:
 
 
 def json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """Yield number (from 1) and value of each line that is not blank; where a line is no JSON, the `ValueError`."""
+    """Yield number (from 1) and value of each line that is not blank; where a line is no JSON, the `ValueError`.
+
+    An object that has a key twice is none: the libraries differ in which of the two they take.
+    """
     for number, line in enumerate(text.split("\n"), 1):  # JSON text may hold U+2028, which splitlines() cuts
         if line.strip():
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=_unique)
             except ValueError as error:
                 value = error
+            except RecursionError:
+                value = ValueError("it is nested too deeply")
             yield number, value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return value
 
 
 def lock(file: Any) -> bool:

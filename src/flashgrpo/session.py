@@ -59,9 +59,9 @@ class Session:
         self.optimizer = self.parts.optimizer
         self.gallery = Gallery(self.directory.path, self.parts.evaluator, self.parts.process, world, config.model.fps)
         self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, world)
-        identity = self.parts.process.identity
+        process = self.parts.process
         prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}
-        world.on_main(lambda: self.directory.begin(config, world, prompts, identity))
+        world.on_main(lambda: self.directory.begin(config, world, prompts, process.identity, process.takes_image))
         shown = config.tracking if world.is_main else TrackingConfig()
         self.trackers = Trackers(shown, self.directory.path, config.model_dump(mode="json"), reporter.warn)
 

@@ -1,5 +1,9 @@
 """Videos are float tensors (B, F, 3, H, W) in [0, 1]; on disk they are H.264 mp4 files."""
 
+import contextlib
+import io
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +12,10 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, system_reason
 from flashgrpo.files import write_aside
 
 Video = Float[Tensor, "frames 3 height width"]
@@ -59,25 +64,42 @@ def side_by_side(*videos: Video, gap: int = 4) -> Float[Tensor, "frames 3 height
     return torch.cat(panels[:-1], dim=-1)
 
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Kinds of pictures that are read. PIL knows more, and starts another program for some of them."""
+
+
 def open_image(image: Any) -> Any:
-    """Open a prompt's image, a path or a picture, as an RGB picture.
+    """Open a prompt's image as an RGB picture, as a viewer shows it.
+
+    It is turned as its EXIF orientation says. What is transparent is white, colours of an embedded profile become sRGB,
+    16 bits become 8, and of an animation the first frame is taken.
+
+    Args:
+        image: a path, a picture, the bytes of a file, or the hub's {"bytes": ..., "path": ...} of which one is given.
 
     Raises:
         UserError: it cannot be read.
     """
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if not isinstance(image, str):
-        raise UserError(f"column image must hold paths or pictures, not {type(image).__name__}")
+    name = image_name(image)
     try:
-        return Image.open(image).convert("RGB")
-    except OSError as error:
-        reason = (error.strerror or "no picture that is known").lower()
-        raise UserError(f"image {image} cannot be read: {reason}") from error
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {image} cannot be read: {' '.join(str(error).split())[:150]}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes below the limit of a decompression bomb, and of odd metadata
+            if isinstance(image, Image.Image):
+                picture = image
+            else:
+                Image.init()
+                content = io.BytesIO(image_bytes(image))
+                picture = Image.open(content, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+            picture.load()
+            with contextlib.suppress(Exception):  # of metadata that are damaged, which turn nothing
+                picture = ImageOps.exif_transpose(picture)
+            return _as_rgb(picture)
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name} cannot be read: no picture that is known ({', '.join(FORMATS)})") from error
+    except Exception as error:  # damaged files raise whatever their decoder trips over
+        raise UserError(f"{name} cannot be read: {system_reason(error)[:150]}") from error
 
 
 def image_bytes(image: Any) -> bytes:
@@ -86,10 +108,62 @@ def image_bytes(image: Any) -> bytes:
     Raises:
         UserError: it cannot be read.
     """
-    if isinstance(image, str):
-        try:
-            return Path(image).read_bytes()
-        except OSError as error:
-            raise UserError(f"image {image} cannot be read: {(error.strerror or str(error)).lower()}") from error
-    picture = open_image(image)
-    return f"{picture.size}".encode() + bytes(picture.tobytes())
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        picture = open_image(image)
+        return f"{picture.size}".encode() + bytes(picture.tobytes())
+    if not isinstance(image, str):
+        raise UserError(f"{image_name(image)} must be a path or a picture, not {type(image).__name__}")
+    try:
+        return Path(image).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{image_name(image)} cannot be read: {system_reason(error)}") from error
+
+
+def image_name(image: Any) -> str:
+    """Return how a sentence calls a prompt's image."""
+    path = image.get("path") if isinstance(image, Mapping) else image
+    return f"image {path}" if isinstance(path, str) else "a picture in column image"
+
+
+def cropped(picture: Any, width: int, height: int) -> Any:
+    """Cut a picture to the proportions of a frame, the same at either end; one that has them stays as it is."""
+    scale = min(picture.width / width, picture.height / height)
+    inner = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (picture.width - inner[0]) // 2, (picture.height - inner[1]) // 2
+    return picture if inner == picture.size else picture.crop((left, top, left + inner[0], top + inner[1]))
+
+
+def _as_rgb(picture: Any) -> Any:
+    """Return a picture of any mode of PIL as RGB."""
+    if picture.mode.startswith("I"):
+        levels = np.asarray(picture, dtype=np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("it holds 32-bit numbers, whose white is not known; save it with 8 or 16 bits")
+        picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    elif picture.mode == "F":
+        raise ValueError("it holds floating-point numbers, whose white is not known; save it with 8 or 16 bits")
+    transparent = picture.has_transparency_data
+    alpha = picture.convert("RGBA").getchannel("A") if transparent else None
+    picture = _in_srgb(picture)
+    if alpha is None:
+        return picture
+    white = Image.new("RGB", picture.size, "white")
+    white.paste(picture, mask=alpha)
+    return white
+
+
+def _in_srgb(picture: Any) -> Any:
+    """Return a picture in RGB without its alpha, with the colours that its profile means."""
+    plain = picture if picture.mode in ("RGB", "L", "CMYK", "LAB") else picture.convert("RGBA").convert("RGB")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return plain.convert("RGB")
+        srgb: Any = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(plain, profile, srgb, outputMode="RGB")
+    except (KeyError, OSError, ValueError, TypeError, ImageCms.PyCMSError, ImportError):  # none, or one of no use
+        return plain.convert("RGB")

@@ -27,6 +27,7 @@ from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.processes.flow.solvers import Euler, Solver, UniPC
 from flashgrpo.types import Prompt, PromptGroup, Sample
+from flashgrpo.video import cropped, open_image
 from tests.families import KINDS, UNIPC, Kind
 
 WORLD = single_process()
@@ -211,7 +212,7 @@ def test_sampling_equals_the_pipeline(model, kind, folder, prompts, solver):
     if kind.guidance_scale_2:
         call["guidance_scale_2"] = kind.guidance_scale_2
     if kind.takes_image:
-        call["image"] = Image.open(prompts[0].columns["image"]).convert("RGB")
+        call["image"] = cropped(open_image(prompts[0].columns["image"]), kind.width, kind.height)  # theirs stretches
     if is_ltx:
         call["frame_rate"] = model.config.fps
     packed = pipeline._pack_latents(start) if is_ltx else start

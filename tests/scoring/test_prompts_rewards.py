@@ -1,10 +1,12 @@
 """Prompts as a pure function of (seed, update); rewards as plain callables; the paired interval."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+from flashgrpo import errors
 from flashgrpo.errors import UserError
 from flashgrpo.prompts import columns_of, prompt_groups, read_prompts
 from flashgrpo.rewards.jpeg import compressibility
@@ -31,6 +33,48 @@ def test_text_and_json_lines(tmp_path):
     prompts = read_prompts(str(tmp_path / "a.jsonl"), "prompts.train")
     assert prompts == [Prompt("eins", {"n": 1}), Prompt("zwei é", {"n": 2})]
     assert columns_of(prompts) == {"n": [1, 2]}
+
+
+def test_lines_may_differ_in_their_columns(tmp_path):
+    """As GenEval's metadata do. A line's own values stay as they are, of whatever type."""
+    (tmp_path / "a.jsonl").write_text(
+        '{"tag": "one", "include": [{"count": 1}], "prompt": "a"}\n\n{"tag": 2, "exclude": [], "prompt": "b"}\n',
+        "utf-8",
+    )
+    prompts = read_prompts(str(tmp_path / "a.jsonl"), "prompts.train")
+    assert columns_of(prompts) == {"tag": ["one", 2], "include": [[{"count": 1}], None], "exclude": [None, []]}
+
+
+def test_text_files_as_people_have_them(tmp_path):
+    (tmp_path / "a.TXT").write_bytes(
+        b"\xef\xbb\xbf# a comment\r\none \xf0\x9f\x8c\x8a\r\n\r\ntwo #2\rthree" + b"e" * 300_000
+    )
+    texts = [prompt.text for prompt in read_prompts(str(tmp_path / "a.TXT"), "prompts.train")]
+    assert texts[:2] == ["one \U0001f30a", "two #2"]
+    assert len(texts[2]) == 300_005
+    (tmp_path / "a.csv").write_text(",prompt,note\n0,one,\n1,two,x\n", "utf-8")  # with the row numbers of pandas
+    prompts = read_prompts(str(tmp_path / "a.csv"), "prompts.train")
+    assert columns_of(prompts) == {"note": ["", "x"]}
+
+
+def test_the_image_column(tmp_path):
+    """A path starts at the file's folder; it is only looked at by a model that starts from images."""
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "a", "image": "b/c.png"}\n{"prompt": "b", "image": null}\n'
+        '{"prompt": "c", "image": {"bytes": null, "path": "d.png"}}\n',
+        "utf-8",
+    )
+    images = columns_of(read_prompts(str(tmp_path / "a.jsonl"), "prompts.train"))["image"]
+    assert images == [str(tmp_path / "b/c.png"), None, {"bytes": None, "path": str(tmp_path / "d.png")}]
+
+
+def test_hints_name_what_can_be_installed(monkeypatch):
+    monkeypatch.chdir(errors.CHECKOUT)
+    assert errors.install_hint("data") == "pip install -e '.[data]'"
+    monkeypatch.chdir("/")
+    assert errors.install_hint("data") == f"pip install -e '{errors.CHECKOUT}[data]'"
+    monkeypatch.setattr(errors, "CHECKOUT", Path("/none"))
+    assert errors.install_hint("data") == "pip install 'datasets>=3' 'pyarrow>=17'"
 
 
 def test_a_data_set_by_its_name(tmp_path):
@@ -145,10 +189,10 @@ def test_reward_table_total_by_hand():
 
 def test_parquet_where_its_library_is_there(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    table = pyarrow.table({"prompt": ["one", "two"], "n": [1, 2]})
+    table = pyarrow.table({"prompt": ["one", "two"], "n": [1, None]})
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
     prompts = read_prompts(str(tmp_path / "a.parquet"), "prompts.train")
-    assert [(prompt.text, dict(prompt.columns)) for prompt in prompts] == [("one", {"n": 1}), ("two", {"n": 2})]
+    assert [(prompt.text, dict(prompt.columns)) for prompt in prompts] == [("one", {"n": 1}), ("two", {"n": None})]
 
 
 def test_compressibility_prefers_what_compresses():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, install_hint
 
 
 def run_on_ray(
@@ -27,7 +27,7 @@ def run_on_ray(
     try:
         import ray.train.torch
     except ImportError as error:
-        raise UserError("--ray-workers needs Ray: pip install 'flash-grpo[ray]'") from error
+        raise UserError(f"--ray-workers needs Ray: {install_hint('ray')}") from error
     on_gpu = torch.cuda.is_available()
     trainer = ray.train.torch.TorchTrainer(
         work,

@@ -62,19 +62,19 @@ class PipelineModel(ABC):
         self.device = world.device
         self.dtype: torch.dtype = getattr(torch, config.compute_dtype or config.dtype)
         self.seed = seed
+        self.say = say or (lambda _: None)
         self._residence: Residence | None = None
         self.pipeline.vae.requires_grad_(False)
         if world.device.type == "cpu":  # whose convolutions are a third faster so
             channels_last(self.pipeline.vae)
         self.latent_shape = self.shape_of_latents()
         self._conditions = Conditions(self._cache_folder(), self._row, self.takes_image)
-        self._encode_all(prompts, world, say or (lambda _: None))
+        self._encode_all(prompts, world)
         self.experts = self._prepare_experts(world)
         first, *others = self.experts.values()
         self.network: nn.Module = nn.ModuleDict(self.experts) if others else first
         self._residence = Residence({**self.experts, "vae": self.pipeline.vae}, self.device, config.offload)
-        keeps = keep_reference and not isinstance(config.train, Lora)
-        trained = trained_parameters(self.network) if keeps else {}
+        trained = trained_parameters(self.network) if keep_reference and not isinstance(config.train, Lora) else {}
         self._base = {name: parameter.detach().clone() for name, parameter in trained.items()}
         if config.attention:
             x, one = torch.zeros(1, *self.latent_shape, device=self.device), torch.ones(1)
@@ -147,12 +147,12 @@ class PipelineModel(ABC):
             return [0] * len(texts)
         return [len(ids) for ids in self.pipeline.tokenizer(list(texts)).input_ids]
 
-    def _encode_all(self, prompts: Sequence[Prompt], world: World, say: Callable[[str], None]) -> None:
+    def _encode_all(self, prompts: Sequence[Prompt], world: World) -> None:
         self._check_images(prompts)
         every = [negative := Prompt(self.config.negative_prompt, {}), *prompts]
         found = world.on_all(lambda: self._conditions.missing(every, *world.place_on_machine))
         if len(missing := [every[number] for number in sorted({number for part in found for number in part})]) > MANY:
-            say(f"encoding {len(missing)} of {len(every)} prompts, once")
+            self.say(f"encoding {len(missing)} of {len(every)} prompts, once")
         world.on_all(lambda: self._conditions.fill(missing, begin=world.rank / world.size))
         self._negative = self._conditions([negative], self.device)  # one row, the same for every sample
         self.source.drop(self.encoder_names)
@@ -164,23 +164,24 @@ class PipelineModel(ABC):
 
     @torch.no_grad()
     def _row(self, prompt: Prompt) -> Row:
-        """Return the row of a prompt; without an image that of its text alone, as the negative prompt has it."""
+        """Return the row of a prompt; without an image that of its text alone."""
         if self.source.random:
             text = self.random_text(prompt.text)
         else:
             self.source.load(self.encoder_names)
             for name in self.encoder_names:
-                if (encoder := getattr(self.pipeline, name, None)) is not None:
+                if encoder := getattr(self.pipeline, name, None):
                     encoder.requires_grad_(False).to(self.device)
             text = self.encode_text(prompt.text)
         image = prompt.columns.get("image") if self.takes_image else None
-        return {**text, **(self.encode_image(image) if image is not None else {})}
+        return text if image is None else {**text, **self.encode_image(image)}
 
     def _cache_folder(self) -> Path | None:
         config, folder = self.config, self.source.folder
         settings: dict[str, Any] = {"length": config.max_sequence_length, "dtype": config.dtype}
         if self.takes_image:
-            settings |= {"size": (config.num_frames, config.height, config.width), "vae": config.vae_dtype}
+            size = config.num_frames, config.height, config.width
+            settings |= {"size": size, "vae": config.vae_dtype, "pictures": "upright"}
         return entries_of(folder, self.cached_parts, settings, config.condition_cache) if folder else None
 
     # The network

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, install_hint
 from flashgrpo.rewards.frames import luma, reduced
 from flashgrpo.types import PlantedPair, Prompt
 
@@ -68,7 +68,7 @@ def _flows(video: Tensor, size: int) -> Iterator[Flow]:
     try:
         import cv2
     except ImportError as error:
-        raise UserError("rewards.motion needs OpenCV: pip install 'flash-grpo[rewards]'") from error
+        raise UserError(f"rewards.motion needs OpenCV: {install_hint('rewards')}") from error
     if len(video) < 2:
         raise ValueError("motion needs two frames at least")
     gray = reduced(luma(video.float())[:, None], size)

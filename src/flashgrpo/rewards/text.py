@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, install_hint
 from flashgrpo.rewards.frames import pick
 from flashgrpo.video import to_pictures
 
@@ -32,7 +32,7 @@ def spelling(
     Raises:
         ValueError: a video has no text to show.
     """
-    if any(not _letters(wanted) for wanted in text):
+    if any(not _letters(wanted or "") for wanted in text):
         raise ValueError("the column text must name what each video shows")
     scores = []
     for video, wanted in zip(videos, text, strict=True):
@@ -82,6 +82,6 @@ def _reader() -> Any:
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
-        raise UserError("rewards.text needs rapidocr: pip install 'flash-grpo[rewards]'") from error
+        raise UserError(f"rewards.text needs rapidocr: {install_hint('rewards')}") from error
     logging.getLogger("RapidOCR").setLevel(logging.WARNING)
     return RapidOCR(params={"Global.log_level": "warning"})

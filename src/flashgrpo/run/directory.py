@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from flashgrpo.config import RunConfig
 from flashgrpo.config.recipe import differences
@@ -80,12 +81,15 @@ class RunDirectory:
                 "take its settings to continue it, or choose another folder"
             )
 
-    def begin(self, config: RunConfig, world: World, prompts: Mapping[str, Sequence[Prompt]], model: str) -> None:
+    def begin(
+        self, config: RunConfig, world: World, prompts: Mapping[str, Sequence[Prompt]], model: str, images: bool
+    ) -> None:
         """Create the folder, take its lock, write settings and environment.
 
         Args:
             prompts: setting -> the prompts of its file, which may not change between the starts of one run.
             model: what tells the base weights from others; they may not change either.
+            images: whether a column `image` is what the model starts from, and not a column like any other.
 
         Raises:
             UserError: another process is training into it, it cannot be written, or prompts or weights have changed.
@@ -98,7 +102,7 @@ class RunDirectory:
             raise UserError(f"out: another process is training into {self.path}")
         for leftover in (*self.checkpoints.glob(".partial-*"), *self.checkpoints.glob(".removed-*")):
             shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed while it wrote
-        environment = {**_environment(world), "prompts": {key: _digest(file) for key, file in prompts.items()}}
+        environment = {**_environment(world), "prompts": {key: _digest(file, images) for key, file in prompts.items()}}
         environment["model"] = model
         try:
             self._check_prompts(environment["prompts"])
@@ -183,16 +187,19 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return values
 
 
-def _digest(prompts: Sequence[Prompt]) -> str:
+def _digest(prompts: Sequence[Prompt], images: bool) -> str:
     rows = [
-        [prompt.text, {name: _content(name, value) for name, value in prompt.columns.items()}] for prompt in prompts
+        [prompt.text, {name: _content(name, value, images) for name, value in prompt.columns.items()}]
+        for prompt in prompts
     ]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _content(name: str, value: Any) -> Any:
+def _content(name: str, value: Any, images: bool) -> Any:
     """Return a column's value; of an image what is in it, not where it lies."""
-    return hashlib.sha256(image_bytes(value)).hexdigest() if name == "image" else value
+    if isinstance(value, Image.Image) or (images and name == "image"):
+        return hashlib.sha256(image_bytes(value)).hexdigest()
+    return Path(value).name if name == "image" and isinstance(value, str) else value
 
 
 def _environment(world: World) -> dict[str, Any]:
