@@ -168,16 +168,64 @@ def test_a_reward_from_a_file(tmp_path):
     assert load_reward(f"{file}:f", "rewards.mine.call")(VIDEOS, ["a", "b", "c"]) == [1.0] * 3
 
 
-def test_a_bug_in_a_reward_keeps_its_traceback_and_a_refusal_becomes_a_sentence(tmp_path):
+def test_what_a_reward_raises_is_told_with_its_place_and_the_prompt(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "def bug(videos, prompts, **columns):\n    return prompts[99]\n"
         "def refuse(videos, prompts, **columns):\n    raise ValueError('no sound')\n"
     )
-    with pytest.raises(IndexError):
+    with pytest.raises(
+        UserError, match=r"reward r raised IndexError list index .* at .*mine.py:2, given the prompt"
+    ) as told:
         Rewards({"r": RewardConfig(call=f"{file}:bug")}).score(VIDEOS, PROMPTS[:3], watched=False)
-    with pytest.raises(UserError, match="reward r refused its input: no sound"):
+    assert str(told.value).count("  File ") == 1  # the user's own frame, and none of the library's
+    with pytest.raises(UserError, match=r"r raised ValueError no sound at .*mine.py:4, given the prompt 'prompt 0'"):
         Rewards({"r": RewardConfig(call=f"{file}:refuse")}).score(VIDEOS, PROMPTS[:3], watched=False)
+
+
+ENDS = ("import sys; sys.exit()", "raise SystemExit(0)", "raise BaseException('odd')", "raise GeneratorExit")
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("place", ["import", "constructor", "call"])
+def test_a_reward_cannot_end_a_run_with_success(tmp_path, end, place):
+    file = tmp_path / "ends.py"
+    lines = {name: end if name == place else "pass" for name in ("import", "constructor", "call")}
+    file.write_text(
+        f"{lines['import']}\nclass R:\n    def __init__(self):\n        {lines['constructor']}\n"
+        f"    def __call__(self, videos, prompts, **columns):\n        {lines['call']}\n"
+    )
+    with pytest.raises(UserError, match=r"rewards?.r.* raised \w+.* at .*ends.py:\d"):
+        Rewards({"r": RewardConfig(call=f"{file}:R")}).score(VIDEOS, PROMPTS[:3], watched=False)
+
+
+def test_an_interrupt_that_a_reward_raises_is_no_ctrl_c(tmp_path):
+    (tmp_path / "ends.py").write_text("def r(videos, prompts, **columns): raise KeyboardInterrupt\n")
+    with pytest.raises(UserError, match="reward r raised KeyboardInterrupt"):
+        Rewards({"r": RewardConfig(call=f"{tmp_path}/ends.py:r")}).score(VIDEOS, PROMPTS[:3], watched=False)
+
+
+@pytest.mark.parametrize("write", ["videos.mul_(2)", "videos.numpy()[:] = 0", "videos.data.zero_()"])
+def test_a_reward_that_writes_where_others_read_is_noticed(tmp_path, write):
+    (tmp_path / "w.py").write_text(
+        f"def w(videos, prompts, **columns):\n    {write}\n    return [0.0] * len(prompts)\n"
+        "def r(videos, prompts, **columns): return [0.0] * len(prompts)\n"
+    )
+    rewards = Rewards({name: RewardConfig(call=f"{tmp_path}/w.py:{name}") for name in ("w", "r")})
+    with pytest.raises(UserError, match="changed the videos in place"):
+        rewards.score(VIDEOS.clone(), PROMPTS[:3], watched=False)
+
+
+def test_the_components_of_a_reward_are_those_of_its_first_table(tmp_path):
+    (tmp_path / "c.py").write_text(
+        "calls = 0\ndef c(videos, prompts, **columns):\n    global calls\n    calls += 1\n"
+        "    return {name: [0.0] * len(prompts) for name in ['ab', 'ba', 'a'][calls - 1]}\n"
+    )
+    rewards = Rewards({"c": RewardConfig(call=f"{tmp_path}/c.py:c")})
+    for _ in range(2):
+        assert set(rewards.score(VIDEOS, PROMPTS[:3], watched=False).names) == {"c.a", "c.b"}
+    with pytest.raises(UserError, match=r"reward c returned the components \['a'\], and at first \['a', 'b'\]"):
+        rewards.score(VIDEOS, PROMPTS[:3], watched=False)
 
 
 def test_reward_table_total_by_hand():

@@ -2,15 +2,18 @@
 
 import tempfile
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from flashgrpo.errors import UserError, first_line
+from flashgrpo.errors import UserError
 from flashgrpo.prompts import columns_of
 from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels
+from flashgrpo.scoring.loading import told
 from flashgrpo.types import Latents, Prompt, Reward, Videos
 from flashgrpo.video import write_mp4
 
@@ -32,13 +35,16 @@ class Batch:
         self.prompts = prompts
         self._fps, self._videos, self._latents = fps, videos, latents
         self._forms: dict[Input, Any] = {}
+        self._sums: dict[Input, int] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.Lock()
         self._left = 0
+        self._several = False
 
     def wanted_by(self, count: int) -> None:
         """So many rewards will score it."""
         self._left = count
+        self._several = count > 1
 
     def done(self) -> None:
         """One of them has; after the last nothing of the batch is kept."""
@@ -59,13 +65,13 @@ class Batch:
         given = self._form(takes)
         version = given._version if isinstance(given, Tensor) else 0
         texts, columns = [prompt.text for prompt in self.prompts], columns_of(self.prompts)
-        try:
-            values = reward(given, texts, **columns)
-        except UserError as error:
-            raise UserError(f"reward {name}: {error}") from error
-        except ValueError as error:  # what a reward raises to refuse its input; any other keeps its trace, being a bug
-            raise UserError(f"reward {name} refused its input: {first_line(error)}") from error
-        if isinstance(given, Tensor) and given._version != version:
+        others = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+        with told(f"reward {name}", f", given the prompt {texts[0]!r}{others}"):
+            try:
+                values = reward(given, texts, **columns)
+            except UserError as error:
+                raise UserError(f"reward {name}: {error}") from error
+        if isinstance(given, Tensor) and (given._version != version or self._checksum(given) != self._sums[takes]):
             raise UserError(f"reward {name} changed the videos in place, which others read too; work on a copy")
         return values
 
@@ -73,7 +79,15 @@ class Batch:
         with self._lock:
             if takes not in self._forms:
                 self._forms[takes] = self._make(takes)
+                self._sums[takes] = self._checksum(self._forms[takes])
             return self._forms[takes]
+
+    def _checksum(self, form: Any) -> int:
+        """Return a number of the values, which a write past autograd's counter (`numpy()`, `.data`) changes too."""
+        if not self._several or not isinstance(form, Tensor):
+            return 0
+        values: Any = np.ascontiguousarray(form.numpy())
+        return zlib.crc32(values)
 
     def _make(self, takes: Input) -> Any:
         if isinstance(takes, LatentVideos):

@@ -4,12 +4,15 @@ A name stands for a function, `reward(videos, prompts, **columns)`, or for a cla
 instances need to be called in the same way: a recipe's `args` go to the function's call, or to the constructor.
 """
 
-import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,13 +40,11 @@ def load_reward(call: str, key: str) -> Any:
         raise UserError(
             f"{key}: {call!r} must have the form package.module:function, path/to/file.py:function or http://host:port"
         )
-    try:
-        if module_name.endswith(".py"):
-            module = _load_file(Path(module_name), key)
-        else:
-            module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{key}: {module_name} cannot be imported: {first_line(error)}") from error
+    with told(f"{key}: {module_name}"):
+        try:
+            module = _load_file(Path(module_name), key) if module_name.endswith(".py") else import_module(module_name)
+        except ImportError as error:
+            raise UserError(f"{key}: {module_name} cannot be imported: {first_line(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -96,7 +97,45 @@ def bind(found: Any, args: Mapping[str, Any], key: str) -> Reward:
         UserError: arguments that it does not take, or something that it needs is not there.
     """
     check_arguments(found, args, key)
-    return cast(Reward, found(**args) if makes_reward(found) else partial(found, **args))
+    if not makes_reward(found):
+        return cast(Reward, partial(found, **args))
+    with told(key.removesuffix(".args")):
+        return cast(Reward, found(**args))
+
+
+@contextmanager
+def told(what: str, about: str = "") -> Iterator[None]:
+    """Turn whatever a reward's code raises in here into one sentence, followed by the code's own frames.
+
+    That includes what would end the process, as `sys.exit()` does, perhaps with the code of success. A Ctrl-C is the
+    user's where it reaches the main thread, and passes.
+
+    Args:
+        what: begins the sentence: the reward.
+        about: what it was given.
+
+    Raises:
+        UserError: names the exception and its place; one that the code raised itself passes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        frames = _own_frames(error)
+        place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        said = f"{type(error).__name__} {first_line(error)}".strip()
+        lines = "".join(f"\n{line}" for line in "".join(traceback.format_list(frames)).splitlines())
+        raise UserError(f"{what} raised {said}{place}{about}{lines}") from error
+
+
+def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of a reward's code, of libraries only where there are no others."""
+    callers = (str(Path(__file__).parent), import_module.__code__.co_filename, "<frozen")
+    every = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(callers)]
+    return [frame for frame in every if "site-packages" not in frame.filename] or every
 
 
 def declared(reward: Any, name: str, default: Any = None) -> Any:

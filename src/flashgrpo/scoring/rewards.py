@@ -51,6 +51,7 @@ class Rewards:
         self._takes: dict[str, Input] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._failed: dict[str, BaseException] = {}
+        self._components: dict[str, set[str]] = {}
 
     def check_columns(self, prompt: Prompt, key: str) -> None:
         """Whether every reward takes the columns of a prompt file.
@@ -172,7 +173,7 @@ class Rewards:
         values: dict[str, dict[str, list[float]]] = {}
         for name, batches in futures.items():
             batch, *others = [future.result() for future in batches]
-            if any(list(other) != list(batch) for other in others):
+            if any(other.keys() != batch.keys() for other in others):
                 raise UserError(f"reward {name} returned {list(batch)} for some videos and others for the rest")
             values[name] = {part: [v for one in (batch, *others) for v in one[part]] for part in batch}
         failures = {name: count - before.get(name, 0) for name, count in self.failures().items() if name in futures}
@@ -189,6 +190,13 @@ class Rewards:
         components = [(name, part) for name, parts in ranks[0]["values"].items() for part in parts]
         if any([(n, part) for n, parts in r["values"].items() for part in parts] != components for r in ranks):
             raise SharedError(f"a reward's components differ from one process to another: {components}")
+        for name, parts in ranks[0]["values"].items():
+            before = self._components.setdefault(name, set(parts))
+            if before != set(parts):
+                raise SharedError(
+                    f"reward {name} returned the components {sorted(parts)}, and at first {sorted(before)}; "
+                    "a reward has to return the same ones each time"
+                )
         shares = {name: len(parts) for name, parts in ranks[0]["values"].items()}
         configs = [self.configs[name] for name, _ in components]
         weights = [
