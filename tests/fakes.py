@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flashgrpo.distributed.world import current_device
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.process import Cost, Record
 from flashgrpo.processes.calls import fixed_batches
 from flashgrpo.seeds import generator, keyed_bits, normal
-from flashgrpo.types import REWARD, Condition
+from flashgrpo.types import REWARD, Condition, index_rows, to_device
 
 WIDTH = 8  # numbers that stand for a text
 STD = 0.5  # of a colour around the policy's mean
@@ -36,26 +37,28 @@ class Fake:
 
     channels: Sequence[str] = (REWARD,)
     addends = 1
-    device = torch.device("cpu")
     identity = "fake"
     takes_image = False
 
     def __init__(self, inputs, outputs, micro_batch=4, prompts=2, group_size=4):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.network = nn.Sequential(nn.Linear(inputs, outputs))
+        self.device = current_device()
+        self.network.to(self.device)
         self.inputs, self.outputs, self.micro_batch = inputs, outputs, micro_batch
         self.prompts, self.group_size = prompts, group_size
         self._base = {name: weight.detach().clone() for name, weight in self.network.named_parameters()}
 
     def exact(self, x: Tensor) -> Tensor:
         """Call the network on `micro_batch` rows at a time, whatever there is: equal rows in, equal bits out."""
-        parts = [self.network(x[rows])[:new] for rows, new in fixed_batches(len(x), self.micro_batch)]
-        return torch.cat([torch.empty(0, self.outputs), *parts])
+        batches = fixed_batches(len(x), self.micro_batch)
+        parts = [self.network(index_rows(x, rows))[:new] for rows, new in batches]
+        return torch.cat([torch.empty(0, self.outputs, device=self.device), *parts])
 
     def encode(self, prompts):
         rows = [normal((1, WIDTH), prompt.text, "text") for prompt in prompts]
-        return Condition({"text": torch.cat([torch.empty(0, WIDTH), *rows])})
+        return Condition({"text": to_device(torch.cat([torch.empty(0, WIDTH), *rows]), self.device)})
 
     def token_counts(self, texts):
         return [len(text.split()) for text in texts]
@@ -71,7 +74,7 @@ class Fake:
         return self.network
 
     def idle(self, slot, columns):
-        return self.exact(torch.zeros(1, self.inputs))
+        return self.exact(torch.zeros(1, self.inputs, device=self.device))
 
     def media(self, outputs, frames=None):
         """Paint videos (B, F, 3, 16, 16), each in one colour, (B, 3) in [0, 1]."""
@@ -97,7 +100,7 @@ class Painted:
     action: Tensor
 
     def __getitem__(self, units: Tensor) -> "Painted":
-        return Painted(self.x[units], self.action[units])
+        return Painted(index_rows(self.x, units), index_rows(self.action, units))
 
 
 class Colour(Fake):
@@ -114,7 +117,7 @@ class Colour(Fake):
         rows, zero = torch.arange(len(samples)), torch.zeros(len(samples), dtype=torch.int64)
         on_drawn(rows, action.sigmoid())
         group = torch.tensor([sample.group.group for sample in samples], dtype=torch.int64)
-        weight, old = torch.ones(len(samples)), -_energy(action - mean)
+        weight, old = torch.ones(len(samples), device=self.device), -_energy(action - mean)
         record = Record(zero, rows, rows, group, zero, weight, old, Painted(x, action))
         return action.sigmoid(), record
 
@@ -147,7 +150,7 @@ class InTwo(Colour):
     def draw(self, samples, seed, on_drawn, uses=1):
         outputs, record = super().draw(samples, seed, on_drawn, uses)
         parts = [record[rows] for rows in torch.arange(len(record)).split(self.micro_batch) if len(record)]
-        old = torch.cat([torch.empty(0), *(whole_score(self, part) for part in parts)])
+        old = torch.cat([torch.empty(0, device=self.device), *(whole_score(self, part) for part in parts)])
         return outputs, replace(record, old=old)
 
     def replay(self, record, columns):
@@ -172,7 +175,7 @@ def whole_score(process, record, columns=()) -> Tensor:
 
 
 def _noise(names) -> Tensor:
-    return torch.cat([torch.empty(0, 3), *(normal((1, 3), *name) for name in names)])
+    return to_device(torch.cat([torch.empty(0, 3), *(normal((1, 3), *name) for name in names)]), current_device())
 
 
 def _energy(distance: Tensor) -> Tensor:
@@ -212,7 +215,7 @@ class Program(Fake):
     @torch.no_grad()
     def draw(self, samples, seed, on_drawn, uses=1):
         text = self.encode([sample.group.prompt for sample in samples]).tensors["text"]
-        outputs, units, old = torch.zeros(len(samples), 3), [], []
+        outputs, units, old = torch.zeros(len(samples), 3, device=self.device), [], []
         for row, sample in enumerate(samples):
             calls = self._write(text[row], (seed, "program", *sample.name))
             outputs[row] = _shares(calls)
@@ -223,18 +226,18 @@ class Program(Fake):
         of_term = torch.arange(len(units)).repeat_interleave(torch.tensor([len(one) for one in old], dtype=torch.int64))
         key, channel = (group * CALLS + call)[of_term], (call > 0).long()[of_term]
         state = Calls([unit[3] for unit in units], [unit[4] for unit in units])
-        weight, scores = torch.ones(len(of_term)), torch.cat([torch.empty(0), *old])
+        weight, scores = (torch.cat([torch.empty(0), *of]).to(self.device) for of in ([torch.ones(len(of_term))], old))
         return outputs, Record(call, of_term, sample[of_term], key, channel, weight, scores, state)
 
     def _write(self, text: Tensor, name) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Write the calls of a sample: inputs (L, inputs), tokens (L,) and log-probabilities (L,) of each."""
         calls = []
         for call, length in enumerate(_lengths(name)):
-            x, tokens, scores = torch.zeros(length, self.inputs), [0], []
+            x, tokens, scores = torch.zeros(length, self.inputs, device=self.device), [0], []
             for place in range(length):
                 x[place, :WIDTH] = text
                 x[place, WIDTH + call] = x[place, WIDTH + CALLS + tokens[-1]] = 1
-                log_p = self.exact(x[place : place + 1])[0]
+                log_p = self.exact(x[place : place + 1])[0].cpu()
                 uniform = torch.rand(TOKENS, generator=generator(*name, call, place))
                 tokens.append(int((log_p - (-uniform.log()).log()).argmax()))
                 scores.append(log_p[tokens[-1]])
@@ -242,7 +245,8 @@ class Program(Fake):
         return calls
 
     def replay(self, record, columns):
-        x, token = torch.cat(list(record.state.inputs)), torch.cat(list(record.state.tokens))
+        x = torch.cat(list(record.state.inputs))
+        token = to_device(torch.cat(list(record.state.tokens)), self.device)
         log_p = self.exact(x)
         score = log_p.gather(1, token[:, None])[:, 0]
         if "kl" not in columns:
@@ -253,7 +257,8 @@ class Program(Fake):
 
     @torch.no_grad()
     def sample(self, prompts, names, on_drawn, num_steps=None):
-        text, outputs = self.encode(prompts).tensors["text"], torch.zeros(len(prompts), 3)
+        text = self.encode(prompts).tensors["text"]
+        outputs = torch.zeros(len(prompts), 3, device=self.device)
         for row, name in enumerate(names):
             outputs[row] = _shares(self._write(text[row], name))
         on_drawn(torch.arange(len(prompts)), outputs)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed.memory import explain_shortage
 from flashgrpo.distributed.world import World, use_threads
 from flashgrpo.learning.experience import Compared, Drawn, Phases, compare, draw_and_score
 from flashgrpo.learning.optim import GradientSum, Optimizer
@@ -50,7 +51,8 @@ class Assembly:
         self.used = [*{id(g.prompt): g.prompt for update in drawn for g in update}.values(), *self.heldout]
         if config.rollout.deterministic_dtype == "float8":
             check_float8(world.device)  # before anything is loaded
-        self.process = make_process(config, world, self.used, say)
+        with explain_shortage("what lies on the GPU: model.dtype=bfloat16, model.offload or parallel.shard"):
+            self.process = make_process(config, world, self.used, say)
         self.rewards.check_channels(self.process.channels)
         self.rewards.load(world)  # after the prompts' encoders have made room, and before anything is drawn
         self.objective = config.algorithm.objective
@@ -71,7 +73,8 @@ class Assembly:
         config = self.config
         scoring = self.scoring([group.prompt for group in groups for _ in range(group.size)], clock)
         uses = uses or config.optim.passes * config.optim.minibatches
-        return draw_and_score(self.process, scoring, groups, config.seed, self.world, clock, uses)
+        with explain_shortage("rollout.micro_batch, or optim.micro_batch, which the trained steps are computed by"):
+            return draw_and_score(self.process, scoring, groups, config.seed, self.world, clock, uses)
 
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
         """The trained rewards of samples that are about to be drawn, of all ranks."""
@@ -87,7 +90,8 @@ class Assembly:
     def learn(self, record: Any, optimizer: GradientSum | None = None) -> dict[str, Any]:
         """Make the optimizer steps of one update; returns its metrics."""
         optimizer = optimizer or self.optimizer
-        return policy_update(self.process, self.objective, optimizer, record, self.config.optim, self.world)
+        with explain_shortage("optim.micro_batch, or set model.gradient_checkpointing"):
+            return policy_update(self.process, self.objective, optimizer, record, self.config.optim, self.world)
 
     def describe(self, drawn: Drawn, compared: Compared) -> dict[str, Any]:
         """The part of a metrics line that tells of rewards and compute; stds are over all samples of the update."""

@@ -3,9 +3,25 @@
 import contextlib
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from flashgrpo.errors import UserError, first_line
+
+
+@contextlib.contextmanager
+def explain_shortage(remedy: str) -> Iterator[None]:
+    """Turn a GPU's shortage of memory into a sentence that says which settings take less.
+
+    Raises:
+        UserError: memory ran out inside of this context.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory: lower {remedy}; {first_line(error)[:200]}") from error
 
 
 def peak(device: torch.device, reset: bool = False) -> int:

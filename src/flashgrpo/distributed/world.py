@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flashgrpo.distributed.gpus import refuse_shared_gpus
 from flashgrpo.distributed.heartbeat import connect
 from flashgrpo.distributed.messages import from_bytes, outcome_of, to_bytes, values_of
 from flashgrpo.distributed.settings import ParallelConfig
@@ -251,6 +252,7 @@ def process_group(parallel: ParallelConfig, compute_dtype: str | None = None, st
         if heartbeat:
             dist.barrier(group=cpu_group)
             heartbeat.start()
+        refuse_shared_gpus(device, world.all_gather_json)
         yield world
         if heartbeat:
             dist.barrier(group=cpu_group)  # nobody leaves, and takes the store away, while others still watch

@@ -13,7 +13,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.learning.advantage import advantages_by_key
 from flashgrpo.learning.settings import Credit
 from flashgrpo.process import Outputs, Process, Record
-from flashgrpo.types import PromptGroup, RewardTable, Sample
+from flashgrpo.types import PromptGroup, RewardTable, Sample, to_device
 
 Phases = Callable[[str], AbstractContextManager[None]]
 """A clock: `with clock("rollout"): ...`"""
@@ -95,5 +95,5 @@ def compare(drawn: Drawn, channels: Sequence[str], credit: Credit, world: World)
     key, channel, sample = pairs
     advantage = advantages_by_key(drawn.rewards, channels, credit, key, channel, sample)
     before = sum(len(of_rank[0]) for of_rank in everyone[: world.data_rank])
-    mine = advantage[before : before + own.shape[1]][of_term].to(record.old.device)
+    mine = to_device(advantage[before : before + own.shape[1]][of_term], record.old.device)
     return Compared(key, channel, sample, advantage, replace(record, advantage=mine))

@@ -14,6 +14,7 @@ from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.work import Work
 from flashgrpo.process import Columns, Process, Record
+from flashgrpo.types import to_device
 
 
 @runtime_checkable
@@ -137,7 +138,7 @@ def _judged(
             known = {"old": part.old, "advantage": part.advantage, "weight": part.weight, "key": part.key}
             parts.append({**_summed(process.replay(part, objective.columns)), **known})
         _idle(process, objective, slots, idle if world.uses_fsdp else 0)
-    own = {name: torch.cat([part[name].cpu() for part in parts]) for name in (parts[0] if parts else ())}
+    own = {name: torch.cat([part[name] for part in parts]).cpu() for name in (parts[0] if parts else ())}
     ranks, rank = [own], 0
     if objective.coupled:
         everyone = world.gather({name: values.tolist() for name, values in own.items()})
@@ -178,7 +179,7 @@ def _by_part(gradients: Columns, parts: Sequence[Columns]) -> list[Columns]:
     """Cut derivatives into those of each part, on its device."""
     counts = [len(part["score"]) for part in parts]
     cut = {name: values.split(counts) for name, values in gradients.items()}
-    return [{name: cut[name][i].to(part["score"].device) for name in cut} for i, part in enumerate(parts)]
+    return [{name: to_device(cut[name][i], part["score"].device) for name in cut} for i, part in enumerate(parts)]
 
 
 class UpdateMetrics:

@@ -6,6 +6,7 @@ import torch
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor, nn
 
+from flashgrpo.errors import UserError
 from flashgrpo.models.architectures import checked_size
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.pipeline import PipelineModel, Size
@@ -73,6 +74,12 @@ class LtxModel(PipelineModel):
 
     def shape_of_latents(self) -> Size:
         """Return (C, F, H, W) for the configured size."""
+        length, attention = self.config.max_sequence_length, self.config.attention
+        if self.device.type == "cuda" and length % 128 == 64 and attention in (None, "native", "_native_cudnn"):
+            raise UserError(
+                f"model.max_sequence_length: masked attention of cuDNN over {length} places of text can give NaN on "
+                "a GPU (at 64 more than a multiple of 128); take a multiple of 128"
+            )
         vae = self.pipeline.vae
         scale, patch = vae.spatial_compression_ratio, self._patch()
         frames = checked_size(self.config, scale * patch[0], vae.temporal_compression_ratio)

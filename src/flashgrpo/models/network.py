@@ -60,6 +60,8 @@ def explain_attention(network: Any, backend: str | None) -> Iterator[None]:
     """Turn what a back end refuses into one sentence, and take it out again: diffusers has one for all networks."""
     try:
         yield
+    except torch.OutOfMemoryError:  # which says nothing of the back end
+        raise
     except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
         network.set_attention_backend("native")
         reason = " ".join(str(error).split())[:300]

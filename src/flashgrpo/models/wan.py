@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class WanModel(PipelineModel):
             frames = self.config.num_frames - 1
             frame = torch.cat([frame, frame.new_zeros(1, 3, frames, *frame.shape[-2:])], dim=2)
         encoded = vae.encode(frame.to(vae.dtype)).latent_dist.mode().float()
-        mean, std = self._latent_statistics()
+        mean, std = self._latent_statistics
         encoded = (encoded - mean) / std
         if self.pipeline.config.expand_timesteps:
             return encoded
@@ -158,13 +159,14 @@ class WanModel(PipelineModel):
 
     def decode_latents(self, vae: Any, latents: Latents) -> Tensor:
         """Undo the latents' normalisation and decode."""
-        mean, std = self._latent_statistics()
+        mean, std = self._latent_statistics
         return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
 
     def latents_for(self, frames: int) -> int:
         """Count the latent frames: the first stands for one frame, each further one for four."""
         return 1 + -(-(frames - 1) // self.pipeline.vae.config.scale_factor_temporal)
 
+    @cached_property
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         config = self.pipeline.vae.config
         return tuple(  # type: ignore[return-value]

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from flashgrpo.distributed.memory import explain_shortage
 from flashgrpo.distributed.transfer import Piece, hand_over, pieces
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Media, Outputs
@@ -140,7 +141,7 @@ class Scoring:
     def _decode(self, latents: Outputs, numbers: Sequence[int]) -> Tensor:
         if self._frames == 0:
             return torch.empty(0)
-        with self._clock("decode"):
+        with self._clock("decode"), explain_shortage("rollout.decode_micro_batch, or set model.vae_tiling"):
             videos = decode(self._media, latents, self._micro_batch, self._frames)
         self.videos |= {n: videos[i].clone() for i, n in enumerate(numbers) if n in self._keep}
         return videos

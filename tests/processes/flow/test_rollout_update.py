@@ -297,3 +297,31 @@ def test_no_velocity_is_computed_twice_for_a_ratio(model, monkeypatch):
     parts = micro_batches(process, record)
     updated(process, judged(record, torch.tensor([1.0, -1.0, 0.5, -0.5])), passes=2)
     assert len(calls) == 2 * len(parts)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_kernel_that_differs_where_gradients_are_asked_for_moves_no_ratio(
+    make_model, monkeypatch, retain, checkpointing
+):
+    """As cuDNN's attention does: with planted rounding the trained step of the rollout still is that of the replay."""
+    usual, kinds = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def attention(query, key, value, *arguments, **options):
+        kinds.add(torch.is_grad_enabled())
+        out = usual(query, key, value, *arguments, **options)
+        return out if torch.is_grad_enabled() else out * (1 + 1e-3)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    model = make_model()
+    perturb(model)
+    if checkpointing:
+        model.network.enable_gradient_checkpointing()
+    process, _, record = draw(model, FLASH_GRPO, groups=2, steps=4, retain=retain, uses=1)
+    assert kinds == {True, False}
+    assert bool(record.state.kept) == retain
+    for part in process.micro_batches(record):
+        score, _ = process.replay(part, ())[0]
+        assert torch.equal(score, part.old)
+    assert not record.state.x_next.requires_grad
+    assert not record.old.requires_grad

@@ -36,7 +36,7 @@ from flashgrpo.processes.flow.settings import Recorded, RolloutConfig, SamplingC
 from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders
 from flashgrpo.processes.flow.state import FlowState
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, Condition, Latents, LoraStyle, Prompt, Sample, Videos
+from flashgrpo.types import REWARD, Condition, Latents, LoraStyle, Prompt, Sample, Videos, to_device
 
 
 class FlowProcess:
@@ -191,7 +191,7 @@ class FlowProcess:
         weight = torch.empty(0, device=self.device)
         old = state.log_prob
         if len(state):
-            weight = self.score.weighting.weights(self.table, candidates, state.k).to(self.device)
+            weight = to_device(self.score.weighting.weights(self.table, candidates, state.k), self.device)
             _, old = self.score.ratio.scores(self.table, state.k, state.log_prob, state.log_prob, state.x, state.x)
         group = torch.tensor([sample.group.group for sample in samples], dtype=torch.int64)
         key, channel = group[state.sample], torch.zeros_like(state.sample)

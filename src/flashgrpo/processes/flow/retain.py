@@ -40,17 +40,14 @@ class Graphs:
         self._made = 0
 
     @contextmanager
-    def of(self, network: nn.Module) -> Iterator[None]:
-        """Around one call of the network, which leaves a graph while graphs are kept."""
+    def of(self, network: nn.Module) -> Iterator[bool]:
+        """Around one call of the network, made with a graph as a replay is; says whether that is to be kept."""
         self._made += 1
         if self.bytes_each is not None:
             self._decide()
-        if not self.kept:
-            yield
-            return
-        if self.bytes_each is not None:
+        if not self.kept or self.bytes_each is not None:
             with torch.enable_grad():
-                yield
+                yield self.kept
             return
         saved, weights = dict[int, int](), {parameter.data_ptr() for parameter in network.parameters()}
 
@@ -61,7 +58,7 @@ class Graphs:
             return tensor.detach()  # itself would hold the graph that holds it
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            yield
+            yield True
         self.bytes_each = sum(saved.values())
         self._decide()
 

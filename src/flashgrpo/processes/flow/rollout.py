@@ -4,7 +4,7 @@ The samples of a micro-batch share one pattern of stochastic steps, so that a wa
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,7 +25,7 @@ from flashgrpo.processes.flow.table import StepTable
 from flashgrpo.seeds import Name, normal
 from flashgrpo.types import Condition, Latents, index_rows, to_device
 
-Around = Callable[[], AbstractContextManager[object]]
+Around = Callable[[], AbstractContextManager[bool | None]]
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,14 @@ def exact_velocities(
     """Velocities at step k, bit for bit the same for a sample whatever else is computed with it; `size` rows a call.
 
     Args:
-        around: a context around each call.
+        around: a context around each call; it says False where the call's graph is to be dropped at once.
     """
     parts = []
     for rows, new in fixed_batches(len(x), size):
-        with around():
-            parts.append(network.velocity(k, index_rows(x, rows), condition[rows])[:new])
+        with around() as kept:
+            v = network.velocity(k, index_rows(x, rows), condition[rows])[:new]
+        parts.append(v.detach() if kept is False else v)
+        del v
     return parts
 
 
@@ -216,6 +218,16 @@ def shared_starts(names: Sequence[tuple[int, int, int, int]], shared: bool) -> l
     return [(seed, "noise", update, group, 0 if shared else member) for seed, update, group, member in names]
 
 
+@contextmanager
+def with_a_graph() -> Iterator[bool]:
+    """Around a call that is to give what its replay gives: attention takes other kernels without gradients.
+
+    The graph itself is not kept.
+    """
+    with torch.enable_grad():
+        yield False
+
+
 class Recorder:
     """The trained steps of a rollout as they are drawn."""
 
@@ -229,7 +241,7 @@ class Recorder:
 
     def around(self, network: nn.Module) -> Around:
         """What goes around each call for a trained step: the call's graph is left where it is to be kept."""
-        return partial(self._graphs.of, network) if self._graphs else nullcontext
+        return partial(self._graphs.of, network) if self._graphs else with_a_graph
 
     def add(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 from flashgrpo.processes.flow.noise import Ode
 from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.flow.table import Latents, Latents32
+from flashgrpo.types import to_device
 
 
 class EulerWalk:
@@ -35,6 +36,7 @@ class UniPCWalk:
 
     def step(self, k: int, x: Latents, v: Latents) -> Latents32:
         if self._scheduler is None:
+            self._sigmas = to_device(self._sigmas, x.device)  # once: the solver would fetch single numbers at each step
             self._scheduler = self._begin(self._number[k])
         timestep = self._scheduler.timesteps[self._number[k]]
         return self._scheduler.step(v.float(), timestep, x.float(), return_dict=False)[0]

@@ -169,6 +169,6 @@ class NormalizedRatio:
 
         Where they are the same bits, and the log-probabilities are, the ratio is exactly 1.
         """
-        std = table.std[k.to(table.std.device)].float().to(log_prob.device)
+        std = table.std[k.to(table.std.device)].float().to(log_prob.device, non_blocking=True)
         log_ratio = std * (log_prob - old_log_prob.detach() + table.kl(k, v, old_v.detach()))
         return log_ratio, log_ratio.new_zeros(log_ratio.shape)
