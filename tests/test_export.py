@@ -15,6 +15,7 @@ from flashgrpo.export import export
 from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.run import checkpoint
+from flashgrpo.run.directory import read_lines
 from flashgrpo.train import train
 from flashgrpo.types import Prompt
 from tests.conftest import WEIGHTS, small_run
@@ -67,7 +68,8 @@ def test_adapters_give_diffusers_the_trained_velocity(lora, style):
     torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
     card = (folder / "README.md").read_text()
     assert "rank 4, alpha 10" in card
-    assert "above the base" in card or "below the base" in card or "not evaluated" in card
+    line = read_lines(run / "evaluations.jsonl")[-1]
+    assert f"Held-out reward {line['reward']:.3f}" in card
 
 
 def test_comfyui_gets_the_original_names(lora):

@@ -14,8 +14,8 @@ def demo(out: Path | None, seed: int, reporter: Reporter) -> tuple[Path, dict[st
     """Run `recipes/tiny.yaml`, or resume it where it was interrupted.
 
     Returns:
-        The report, and the last evaluation's record.
+        The report, and the record of the best update on noise that selected nothing.
     """
     folder = out or Path("runs") / f"demo-seed{seed}"
     run = train(RunConfig.load("tiny", [f"seed={seed}"]).model_copy(update={"out": str(folder)}), reporter)
-    return write_report(run), RunDirectory(run).evaluations()[-1]
+    return write_report(run), RunDirectory(run).result()

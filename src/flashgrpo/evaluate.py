@@ -11,7 +11,8 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     """Evaluate a run's checkpoint (the best by default) against its base model; of a recipe, the base model alone.
 
     Returns:
-        A record as in evaluations.jsonl. Nothing is written.
+        A record as in evaluations.jsonl. A checkpoint that was selected as the best of several evaluations is scored on
+        other noise than they were, as in confirmation.json; `selected_from` then says of how many. Nothing is written.
 
     Raises:
         UserError: `target` is neither a run with a checkpoint nor a recipe, or an override or setting is bad.
@@ -22,6 +23,6 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
             raise UserError(f"override {override!r} has no effect on an evaluation")
     if checkpoint_update is not None and not is_run:
         raise UserError(f"--checkpoint: {target} is no run directory, so it has no checkpoints")
-    from flashgrpo.session import evaluate_checkpoint  # brings torch, which `import flashgrpo` does without
+    from flashgrpo.evaluation import evaluate_checkpoint  # brings torch, which `import flashgrpo` does without
 
     return evaluate_checkpoint(target, overrides, checkpoint_update)

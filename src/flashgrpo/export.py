@@ -49,7 +49,7 @@ def export(
             use = ['DiffusionPipeline.from_pretrained("this/folder")']
         else:
             use = _how_to_load(process.save_lora(aside, averaged, style=format), format)
-        (aside / "README.md").write_text(_card(config, use, update, directory.evaluations()), encoding="utf-8")
+        (aside / "README.md").write_text(_card(config, use, update, _evaluated(directory, update)), encoding="utf-8")
     return folder
 
 
@@ -64,10 +64,15 @@ def _how_to_load(files: list[str], format: Format) -> list[str]:
     ]
 
 
-def _card(config: RunConfig, use: list[str], update: int, evaluations: list[dict[str, Any]]) -> str:
+def _evaluated(directory: RunDirectory, update: int) -> dict[str, Any] | None:
+    """Return the evaluation of an update, on noise that selected nothing where it was selected among several."""
+    lines = [directory.confirmation() or {}, *directory.evaluations()]
+    return next((line for line in lines if line.get("update") == update), None)
+
+
+def _card(config: RunConfig, use: list[str], update: int, evaluated: dict[str, Any] | None) -> str:
     """Write what a reader of the files needs to know: base, data, reward, settings, and the paired result."""
     train, algorithm = config.model.train, config.algorithm
-    evaluated = next((line for line in evaluations if line["update"] == update and update), None)
     result = "This checkpoint was not evaluated."
     if evaluated:
         result = f"{describe(evaluated).capitalize()}, on {len(evaluated['samples'])} held-out videos, paired by noise."

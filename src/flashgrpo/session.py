@@ -1,7 +1,7 @@
 """A run in progress: resumes, evaluates, saves."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,24 +9,23 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from flashgrpo.assembly import Assembly, make_evaluator, make_process
+from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
 from flashgrpo.config.settings import TrackingConfig
-from flashgrpo.distributed.world import World, full_tensor, process_group, use_threads
+from flashgrpo.distributed.world import World, full_tensor, process_group
 from flashgrpo.doctor import refuse_unsound
 from flashgrpo.errors import SharedError, UserError
+from flashgrpo.evaluation import confirmation
 from flashgrpo.files import write_aside
-from flashgrpo.models.lora import trained_parameters, weights_replaced
+from flashgrpo.models.lora import weights_replaced
 from flashgrpo.models.settings import Lora
-from flashgrpo.prompts import read_prompts
 from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.gallery import Gallery
-from flashgrpo.run.progress import Clock, Interrupt, Reporter, traced
+from flashgrpo.run.progress import Clock, Interrupt, Reporter, describe, traced
 from flashgrpo.run.trackers import Trackers, check_installed
-from flashgrpo.scoring.heldout import evaluation_record, guard
-from flashgrpo.scoring.rewards import Rewards
+from flashgrpo.scoring.heldout import evaluation_record, guard, selected
 
 
 class Session:
@@ -218,6 +217,31 @@ class Session:
         self.reporter.evaluation(line)
         return line
 
+    def confirm(self) -> None:
+        """Score the checkpoint that was selected once more, on noise that selected nothing, once the run has ended.
+
+        Without the base model, which a full training does not keep beside its weights, `evaluate` does it instead.
+        """
+        update, ended = selected(self._evaluations), self.progress.update >= self.config.updates or self.ending
+        if not ended or update is None or self.world.any(self._interrupt.requested):
+            return
+        if self.world.on_main(lambda: self.directory.confirmation() is not None):
+            return
+        if not isinstance(self.config.model.train, Lora):
+            self.reporter.say(f"update {update} is the best of several: `flashgrpo evaluate` scores it on other noise")
+            return
+        self.save()
+        self._finish_writing()
+        try:
+            self.world.on_main(lambda: checkpoint.read_progress(self.directory.checkpoints, update))
+        except UserError as error:
+            self.reporter.warn(str(error))
+            return
+        self.reporter.say(f"scoring the best update, {update}, and the base model on noise that selected nothing")
+        record = confirmation(self.parts, self.directory, update, self._evaluations)
+        self.world.on_main(lambda: self.directory.write_confirmation(record))
+        self.reporter.say(f"update {update}: {describe(record)}")
+
     def save_if_due(self) -> None:
         """Write a checkpoint when it is due and after every evaluation."""
         update = self.progress.update
@@ -243,35 +267,3 @@ class Session:
             self._begun = self._saved
             raise
         self._saved = self._begun
-
-
-def evaluate_checkpoint(target: str | Path, overrides: Sequence[str], update: int | None) -> dict[str, Any]:
-    """Evaluate the checkpoint of an update (None: the best) against its base model; of a recipe, the base model alone.
-
-    Raises:
-        UserError: there is no such run or checkpoint, or a setting is bad.
-    """
-    is_run = Path(target).is_dir()
-    directory, config = RunDirectory.existing(Path(target)) if is_run else (None, RunConfig.load(target, overrides))
-    if is_run and overrides:
-        config = RunConfig.load(Path(target) / "config.yaml", overrides)
-    use_threads(config.parallel.threads)
-    rewards = Rewards(config.rewards, config.model.fps)
-    prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
-    rewards.check_columns(prompts[0], "prompts.heldout")
-    update = directory.choose_checkpoint(update, Reporter().warn) if directory else None
-    group = process_group(config.parallel, config.model.compute_dtype, strict=False)
-    with group as world, closing(rewards):
-        process = make_process(config, world, prompts, Reporter().say)
-        if directory:
-            directory.check_model(process.identity)
-        rewards.load(world)
-        evaluator, each = make_evaluator(config, process, prompts, rewards, world), config.evaluation.samples_per_prompt
-        base = evaluation_record(0, evaluator(), None, each)
-        if directory is None or update is None:
-            return base
-        averaged = {name: tensor.detach().clone() for name, tensor in trained_parameters(process.network).items()}
-        checkpoint.read_into(directory.checkpoints, update, {"ema": averaged}, world)
-        with weights_replaced(process.network, averaged):
-            record = evaluation_record(update, evaluator(), base, each)
-        return record | {"average_moved": config.optim.average_moved(update)}

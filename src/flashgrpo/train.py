@@ -31,6 +31,7 @@ def train(config: RunConfig, reporter: "Reporter | None" = None) -> Path:
             session.log(metrics)
             session.evaluate_if_due()
             session.save_if_due()
+        session.confirm()
         return session.directory.path
 
 

@@ -19,7 +19,7 @@ from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory, read_lines
 from flashgrpo.run.progress import Clock, Interrupt
 from flashgrpo.sample import sample
-from flashgrpo.scoring.heldout import Evaluator
+from flashgrpo.scoring.heldout import Evaluator, selected
 from flashgrpo.train import train
 from flashgrpo.types import Prompt
 from tests.conftest import small_run
@@ -101,6 +101,36 @@ def test_the_videos_that_changed_most_are_kept_with_the_bases(finished, make_run
     expected = read_mp4(both / first["samples"][1]["video"]).float()
     assert (read_mp4(run / again["base_video"]).float() - expected).abs().max() < 0.02
     assert (read_mp4(run / again["video"]).float() - expected).abs().max() > 0.02
+
+
+def test_the_best_of_several_is_scored_once_more_on_other_noise(finished, monkeypatch):
+    """Once, also after a kill between the last checkpoint and the end; `evaluate` gives the same digits."""
+    config, run = finished
+    lines, file = read_lines(run / "evaluations.jsonl"), run / "confirmation.json"
+    best = selected(lines)
+    assert best, "else this run cannot tell"
+    before = file.read_bytes()
+    record, line = json.loads(before), next(line for line in lines if line["update"] == best)
+    assert (record["update"], record["selected_from"]) == (best, 3)
+    assert record["reward"] != line["reward"]
+    assert record["base_reward"] != line["base_reward"], "the base has the same other noise"
+    assert record["difference"] == pytest.approx(record["reward"] - record["base_reward"])
+    assert json.loads(json.dumps(evaluate(run))) == record
+    file.unlink()
+    metrics = (run / "metrics.jsonl").read_bytes()
+    train(config)
+    assert (file.read_bytes(), (run / "metrics.jsonl").read_bytes()) == (before, metrics)
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_, **__: pytest.fail("it is done once"))
+    train(config)
+
+
+def test_what_counts_as_selected():
+    def lines(*best: bool) -> list[dict]:
+        return [{"update": 2 * i, "best": one} for i, one in enumerate(best)]
+
+    assert selected(lines(True, False, False)) is None, "none beat the base"
+    assert selected(lines(True, True)) is None, "there was no choice"
+    assert selected(lines(True, True, False, True, False)) == 6
 
 
 def test_old_checkpoints_go_but_not_the_newest_or_the_best(finished):

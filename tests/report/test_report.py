@@ -143,7 +143,7 @@ def test_the_whole_page(whole: Path) -> None:
     page = whole.read_text(encoding="utf-8")
     text = words(page)
     assert "Held-out reward rose by 0.18 [0.15, 0.21] (95 % interval, 72 paired videos, 36 prompts)." in text
-    assert "after update 40, the best of 6 evaluations" in text
+    assert "after update 40, the best of 6 evaluations and selected by this number, which flatters it" in text
     assert "the last, after update 60, stands at +0.16 [0.13, 0.19]" in text
     for figure in ("0.56 → 0.74", "+0.18", "3,840", "31 July 2026, 03:41 UTC", "36 prompts", "flash_grpo", "−0.01"):
         assert figure in text
@@ -196,6 +196,19 @@ def test_the_same_run_gives_the_same_page(whole: Path, tmp_path: Path) -> None:
 )
 def test_the_result_in_one_sentence(changes: dict[str, Any], sentence: str) -> None:
     assert sentence in spoken([evaluation(10, **changes)])
+
+
+def test_the_result_is_the_confirmed_number_where_there_is_one(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run", videos=0)
+    record = evaluation(40, 0.14) | {"selected_from": 6, "average_moved": 0.43}
+    (run / "confirmation.json").write_text(json.dumps(record), encoding="utf-8")
+    text = words(page_of(run))
+    assert "Held-out reward rose by 0.14 [0.11, 0.17] (95 % interval, 72 paired videos, 36 prompts)." in text
+    assert "the best of 6 evaluations, on other noise than selected it; the evaluation that it was selected on" in text
+    assert "selected on says +0.18." in text
+    assert "Averaged weights 43 %" in text
+    (run / "confirmation.json").write_text(json.dumps(record | {"update": 30}), encoding="utf-8")
+    assert "rose by 0.18" in words(page_of(run)), "of another update than the best: it is not this run's result"
 
 
 def test_base_never_beaten() -> None:

@@ -11,7 +11,8 @@ from flashgrpo.compare import statistics
 from flashgrpo.compare.folder import ComparisonFolder, RunFiles
 from flashgrpo.report.record import Row
 from flashgrpo.run import checkpoint
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.directory import RunDirectory, read_lines
+from flashgrpo.scoring.heldout import selected
 from flashgrpo.scoring.intervals import mean_interval
 
 NOT_TRAINING = ("evaluate", "checkpoint", "total")  # phases that a comparison by seconds leaves out
@@ -92,20 +93,22 @@ def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
                 "grad_norm_by_step": line["grad_norm_by_step"],
             }
         )
+    each = settings["evaluation"]["samples_per_prompt"]
     points = [
         {
-            **{key: line[key] for key in ("update", "reward", "base_reward", "difference", "interval", "rewards")},
-            **{key: line[key] for key in ("watched", "base_watched", "watched_intervals", "watch")},
+            **_point(line, each),
+            "watch": line["watch"],
             "compute": compute[line["update"]],
             "seconds": round(seconds[line["update"]], 3),
-            "prompts": _by_prompt(line["samples"], settings["evaluation"]["samples_per_prompt"]),
         }
         for line in evaluations
         if line["update"] < len(compute)
     ]
+    confirmed = RunDirectory(files.path).confirmation()
     status, reason = _status(files, points, entry)
     run: dict[str, Any] = {"algorithm": files.algorithm, "seed": files.seed, "status": status, "reason": reason}
     run |= {"folder": f"{files.path.parent.name}/{files.path.name}", "points": points, "updates": updates}
+    run |= {"selected": selected(evaluations), "confirmed": _point(confirmed, each) if confirmed else None}
     run = _finite(run)
     environment = files.path / "environment.json"
     return {
@@ -114,6 +117,12 @@ def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
         "gradients": statistics.gradient_spread(run["updates"]),
         "environment": json.loads(environment.read_text()) if environment.exists() else {},
     }
+
+
+def _point(line: Row, each: int) -> dict[str, Any]:
+    kept = ("update", "reward", "base_reward", "difference", "interval", "rewards")
+    watched = ("watched", "base_watched", "watched_intervals")
+    return {**{key: line[key] for key in (*kept, *watched)}, "prompts": _by_prompt(line["samples"], each)}
 
 
 def _by_prompt(samples: Sequence[Row], each: int) -> list[float]:
@@ -140,9 +149,14 @@ def _status(files: RunFiles, points: Sequence[Row], entry: Mapping[str, Any]) ->
 
 
 def is_done(files: RunFiles, entry: Mapping[str, Any]) -> bool:
-    """Return whether there is nothing left to do for a run, not even to save its last checkpoint."""
+    """Return whether there is nothing left to do for a run, not even to save its last checkpoint or confirm its best.
+
+    A full training, whose base model is gone when it ends, confirms nothing.
+    """
     run = read_run(files, entry)
     saved = checkpoint.updates(files.path / "checkpoints")[-1:]
+    if run["selected"] and not run["confirmed"] and entry["settings"]["model"]["train"]["kind"] == "lora":
+        return False
     return run["status"] in ENDED and saved == [run["points"][-1]["update"]] and not files.busy
 
 
@@ -154,7 +168,8 @@ def _final(run: Row) -> Row:
 
 
 def _best(run: Row) -> Row:
-    return max(run["points"], key=lambda point: point["reward"])
+    """Return the best update on noise that selected nothing, where it was confirmed."""
+    return run["confirmed"] or max(run["points"], key=lambda point: point["reward"])
 
 
 def _score(runs: Sequence[Row], choose: Any) -> dict[str, Any] | None:

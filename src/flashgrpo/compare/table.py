@@ -32,8 +32,8 @@ def as_markdown(comparison: Row) -> str:
             ],
         ),
         "Held-out reward and its difference to the base model; 95 % intervals by Student's t over seeds and "
-        "prompts (crossed effects), of one seed over prompts alone. `best` is each run's best evaluation, which "
-        "flatters it. "
+        "prompts (crossed effects), of one seed over prompts alone. `best` is each run's best update, scored once more "
+        "on noise that had no part in selecting it. "
         f"`above {first}` is paired, by seed and prompt. Runs that failed or are unfinished are not in these figures.",
     ]
     if comparison["levels"]:

@@ -57,7 +57,7 @@ def write_report(run: Path) -> Path:
 
 
 def render(run: Run) -> str:
-    shown = headline_evaluation(run.evaluations)
+    shown = run.result
     form = findings.Numbers(findings.decimals(shown))
     prompts = findings.by_prompt(samples_of(shown))
     return template("template.html.j2").render(
@@ -76,7 +76,7 @@ def render(run: Run) -> str:
             for title, of_changes in (("Tuned videos", False), ("Changes, tuned − base", True))
             if findings.correlations(shown, of_changes)
         ],
-        pairs=video_pairs(run, shown),
+        pairs=video_pairs(run, headline_evaluation(run.evaluations)),
         prompts=prompts,
         lowest=prompts[:EXTREMES],
         highest=prompts[: -EXTREMES - 1 : -1],
@@ -99,7 +99,8 @@ def plain_text(value: object) -> str:
 
 def reward_charts(run: Run, shown: Row | None) -> dict[str, Any]:
     """Draw the large chart in two shapes, for wide and narrow screens; the difference; a panel for each component."""
-    best = shown["update"] if shown and shown.get("best") is True else None
+    headline = headline_evaluation(run.evaluations)
+    best = headline["update"] if headline and headline.get("best") is True else None
     panels = []
     watched = names(run.evaluations, "watched")
     rewards = [name for name in names([*run.metrics, *run.evaluations], "rewards") if name not in watched]

@@ -69,20 +69,26 @@ def result(shown: Row, evaluations: Sequence[Row], form: Numbers) -> Result:
 
 
 def choice(shown: Row, evaluations: Sequence[Row], form: Numbers) -> str:
-    """Say which evaluation the result is from. The best of several is chosen by the reward it reports, so say so."""
+    """Say which evaluation the result is from. The best of several is selected by the reward it reports, so say so."""
     last, tuned = evaluations[-1], [row for row in evaluations if row["update"] > 0]
     when = f"Measured after update {shown['update']}"
     if len(tuned) == 1:
         return f"{when}, the only evaluation of the tuned model so far."
+    if "selected_from" in shown:
+        selection = next((row for row in tuned if row["update"] == shown["update"]), {})
+        return (
+            f"{when}, the best of {len(tuned)} evaluations, on other noise than selected it; the evaluation that "
+            f"it was selected on says {form.signed(selection.get('difference'))}."
+        )
     if shown.get("best") is not True:
         beaten = any(row.get("best") is True for row in evaluations)
         return f"{when}, the last of {len(tuned)} evaluations" + ("; none of them beat the base." if beaten else ".")
     if shown is last:
-        return f"{when}, the last of {len(tuned)} evaluations and the best."
+        return f"{when}, the last of {len(tuned)} evaluations and the best; selected by this number, which flatters it."
     (low,), (high,) = bounds([last])
     return (
-        f"{when}, the best of {len(tuned)} evaluations, which flatters it a little; the last, after update "
-        f"{last['update']}, stands at {form.signed(last.get('difference'))} {form.interval(low, high)}."
+        f"{when}, the best of {len(tuned)} evaluations and selected by this number, which flatters it; the last, after "
+        f"update {last['update']}, stands at {form.signed(last.get('difference'))} {form.interval(low, high)}."
     )
 
 

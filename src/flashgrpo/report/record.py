@@ -25,6 +25,7 @@ class Run:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]  # by update, one row each
     evaluations: list[dict[str, Any]]
+    result: Row | None  # the best checkpoint on noise that selected nothing, or else the headline evaluation
     notes: list[str]  # what is missing, in sentences
 
 
@@ -40,15 +41,23 @@ def read_run(path: Path) -> Run:
         notes.append("No update has finished yet, so there are no training curves.")
     if not any(row["update"] > 0 for row in evaluations):
         notes.append("The tuned model has not been evaluated yet, so nothing is known about held-out prompts.")
-    try:
-        environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        environment = None
-    if not isinstance(environment, dict):
+    environment = read_mapping(path / "environment.json")
+    if environment is None:
         notes.append("environment.json is missing or unreadable.")
         environment = {}
     config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
-    return Run(path, config, environment, metrics, evaluations, notes)
+    headline, confirmed = headline_evaluation(evaluations), read_mapping(path / "confirmation.json") or {}
+    result = confirmed if headline and confirmed.get("update") == headline["update"] else headline
+    return Run(path, config, environment, metrics, evaluations, result, notes)
+
+
+def read_mapping(file: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -68,7 +77,7 @@ def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def headline_evaluation(evaluations: Sequence[Row]) -> Row | None:
-    """Return the evaluation that the page leads with: the best checkpoint's, or the last where none beat the base."""
+    """Return the evaluation whose videos are shown: the best checkpoint's, or the last where none beat the base."""
     best = [row for row in evaluations if row.get("best") is True]
     if best and best[-1]["update"] > 0:
         return best[-1]

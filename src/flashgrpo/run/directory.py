@@ -22,6 +22,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, explain_os_errors, json_lines, lock, write_text
 from flashgrpo.run import checkpoint
+from flashgrpo.scoring.heldout import selected
 from flashgrpo.types import Prompt
 from flashgrpo.video import image_bytes
 
@@ -36,6 +37,7 @@ class RunDirectory:
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.evaluations_file = path / "evaluations.jsonl"
+        self.confirmation_file = path / "confirmation.json"
         self.checkpoints = path / "checkpoints"
         self.lora = path / "lora"
         self.videos = path / "videos"
@@ -157,6 +159,22 @@ class RunDirectory:
     def evaluations(self) -> list[dict[str, Any]]:
         """Read all evaluations, the base model's first (update 0)."""
         return read_lines(self.evaluations_file)
+
+    def write_confirmation(self, record: Mapping[str, Any]) -> None:
+        """Write confirmation.json, whole or not at all."""
+        write_text(self.confirmation_file, json.dumps(record) + "\n")
+
+    def confirmation(self) -> dict[str, Any] | None:
+        """Read the evaluation of the best checkpoint on noise that selected nothing, where there is one."""
+        try:
+            record = json.loads(self.confirmation_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) and record.get("update") == selected(self.evaluations()) else None
+
+    def result(self) -> dict[str, Any]:
+        """Return what a run has come to: its confirmation, or else its last evaluation."""
+        return self.confirmation() or self.evaluations()[-1]
 
     def choose_checkpoint(self, update: int | None, warn: Callable[[str], None]) -> int:
         """`update` itself; without one, that of the best held-out reward, or the newest where none beat the base.

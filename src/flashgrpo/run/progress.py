@@ -86,7 +86,8 @@ def describe(record: Mapping[str, Any]) -> str:
     between = f" (95 % interval {interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
     still = 1 - record.get("average_moved", 1.0)
     lag = f", of averaged weights that are still the base model to {100 * still:.0f} %" if still > 0.5 else ""
-    return f"held-out reward {record['reward']:.3f}, {abs(difference):.3f} {side} the base{between}{lag}"
+    fresh = ", on noise that selected nothing" if "selected_from" in record else ""
+    return f"held-out reward {record['reward']:.3f}, {abs(difference):.3f} {side} the base{between}{fresh}{lag}"
 
 
 class Clock:
