@@ -1,11 +1,12 @@
 """Files and folders that appear whole or not at all: written aside, flushed to disk, renamed."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from flashgrpo.errors import UserError
 PACKAGE = Path(__file__).parent
 SHIPPED = (PACKAGE / "models", PACKAGE / "shipped", PACKAGE.parent.parent)
 """Where the package's own files lie: installed, and in a checkout."""
+
+UNSUPPORTED = {
+    *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY, errno.EBADF),
+    *(errno.EACCES, errno.EPERM, errno.EISDIR),
+}
+"""What a file system answers that has no locks, or does not flush a folder: it took the bytes, and that has to do."""
 
 
 def resolve_path(path: str) -> str:
@@ -83,15 +90,22 @@ def publish(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line; a full disk leaves the file as it was, a kill at most one line without its newline."""
+    """Append one line and flush it to disk.
+
+    A full disk leaves the file as it was, a kill at most one line without its newline.
+    """
     assert "\n" not in line
     with explain_os_errors(path):
         size = path.stat().st_size if path.exists() else 0
         try:
             with path.open("ab") as file:
                 file.write(line.encode() + b"\n")
+            _flush_to_disk(path)  # before a checkpoint knows of the line
+            if not size:
+                _flush_to_disk(path.parent)
         except OSError:
-            os.truncate(path, size)
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
             raise
 
 
@@ -119,15 +133,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def lock(file: Any) -> bool:
+def lock(file: Any, warn: Callable[[str], None] = lambda _: None) -> bool:
     """Take the exclusive lock of an open file without waiting; returns whether no other process holds it.
 
-    The system releases it when the file is closed, also after kill -9.
+    The system releases it when the file is closed, also after kill -9. A file system without locks keeps nobody out,
+    and `warn` is told.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        warn(f"{file.name} cannot be locked ({reason}), so nothing keeps a second process out of its folder")
     return True
 
 
@@ -151,11 +169,15 @@ def explain_os_errors(path: Path) -> Iterator[None]:
 
 
 def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def _delete(path: Path) -> None:

@@ -1,8 +1,9 @@
 """A run in progress: resumes, evaluates, saves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flashgrpo.distributed.world import World, full_tensor, process_group
 from flashgrpo.doctor import refuse_unsound
 from flashgrpo.errors import SharedError, UserError
 from flashgrpo.evaluation import confirmation
-from flashgrpo.files import write_aside
+from flashgrpo.files import remove, write_aside
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.models.settings import Lora
 from flashgrpo.run import checkpoint
@@ -60,7 +61,8 @@ class Session:
         self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, world)
         process = self.parts.process
         prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}
-        world.on_main(lambda: self.directory.begin(config, world, prompts, process.identity, process.takes_image))
+        begin = partial(self.directory.begin, config, world, prompts, process.identity, process.takes_image)
+        world.on_main(lambda: begin(reporter.warn))
         shown = config.tracking if world.is_main else TrackingConfig()
         self.trackers = Trackers(shown, self.directory.path, config.model_dump(mode="json"), reporter.warn)
 
@@ -83,30 +85,47 @@ class Session:
         if not self._evaluations:
             self.reporter.say("scoring the base model on the held-out prompts")
             self._evaluate(0)
+        self.progress = self._saved = self._begun = self._as_evaluated(0)
         if saved:
-            state = self.optimizer.state()
-            self.progress = Progress(**saved)
-            checkpoint.read_into(self.directory.checkpoints, self.progress.update, state, self.world)
+            state, folder = self.optimizer.state(), self.directory.path
+            known = Progress.of(saved)
+            checkpoint.read_into(self.directory.checkpoints, known.update, state, self.world)
             self.optimizer.restored(state)
-            self._saved = self._begun = self.progress
-            self.progress = self._as_evaluated(self.progress.update)
-            done = self.progress.update >= self.config.updates
-            self.reporter.say(
-                f"{self.directory.path} is complete; another run needs another folder"
-                if done
-                else f"continuing {self.directory.path} after update {self.progress.update}"
-            )
+            self.progress = self._as_evaluated(known.update, known.best_update)
+            self._saved = self._begun = replace(known, evaluated=self.progress.evaluated)
+            update = known.update
+            more = f"is complete; updates={2 * update} goes on, another `out` begins anew"
+            done = update >= self.config.updates
+            self.reporter.say(f"{folder} {more}" if done else f"continuing {folder} after update {update}")
+        self._export_again()
         self.world.check_replicas(self.optimizer.weights())
 
-    def _as_evaluated(self, update: int) -> Progress:
-        """Where the run stands by its evaluations; the last may have been made up for after the checkpoint."""
-        best = max((line["update"] for line in self._evaluations if line["best"]), default=0)
-        return Progress(update, best, sum(line["update"] > best for line in self._evaluations))
+    def _as_evaluated(self, update: int, best: int = 0) -> Progress:
+        """Where the run stands by its evaluations, and by the best update that a checkpoint knows."""
+        best = max([best, *(line["update"] for line in self._evaluations if line["best"])])
+        evaluated = tuple(line["update"] for line in self._evaluations)
+        return Progress(update, best, sum(other > best for other in evaluated), evaluated)
 
-    def _find_checkpoint(self) -> tuple[dict[str, int] | None, list[dict[str, Any]]]:
-        update = checkpoint.newest_whole(self.directory.checkpoints, self.reporter.warn)
-        self.directory.forget_after(update or 0)
-        progress = checkpoint.read_progress(self.directory.checkpoints, update) if update else None
+    def _export_again(self) -> None:
+        """Make the exported adapters those of the best evaluation: an export may have failed, or been interrupted."""
+        best, folder, lora = self.progress.best_update, self.directory.checkpoints, self.directory.lora
+        if not isinstance(self.config.model.train, Lora):
+            return
+        if not best:  # what lies there is of an update after the checkpoint that the run resumes from
+            self.world.on_main(lambda: remove(lora) if lora.exists() else None)
+            return
+        averaged = {name: tensor.detach().clone() for name, tensor in self.optimizer.ema.items()}
+        if best < self.progress.update:
+            try:
+                self.world.on_main(lambda: asdict(checkpoint.read_progress(folder, best)))
+            except UserError as error:
+                self.reporter.warn(f"{lora} may not be of the best evaluation, update {best}: {error}")
+                return
+            checkpoint.read_into(folder, best, {"ema": averaged}, self.world)
+        self._export(averaged)
+
+    def _find_checkpoint(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        progress = self.directory.newest_checkpoint(self.reporter.warn)
         base, later = (lines := self.directory.evaluations())[:1], lines[1:]
         # Of the samples only the base's are looked at again, and all of them would be most of what travels.
         short = [{key: value for key, value in line.items() if key != "samples"} for line in later]
@@ -176,23 +195,27 @@ class Session:
     def _evaluate_average(self, update: int) -> None:
         with weights_replaced(self.parts.process.network, self.optimizer.ema):
             line = self._evaluate(update)
+        self.progress = self._as_evaluated(update, self.progress.best_update)
         if update == self.config.updates:
             self._warn_of_a_slow_average()
         if not line["best"]:
-            self.progress = replace(self.progress, stale=self.progress.stale + 1)
             return
         if isinstance(self.config.model.train, Lora):
-            averaged = {name: full_tensor(tensor) for name, tensor in self.optimizer.ema.items()}
-            self.world.on_main(lambda: self._export(averaged))
-        self.progress = replace(self.progress, best_update=update, stale=0)
+            self._export(self.optimizer.ema)
 
     def _warn_of_a_slow_average(self) -> None:
         if lags := self.config.optim.average_lags(self.config.updates):
             self.reporter.warn(lags)
 
-    def _export(self, tensors: dict[str, Tensor]) -> None:
-        with write_aside(self.directory.lora) as aside:
-            self.parts.process.save_lora(aside, tensors)
+    def _export(self, averaged: Mapping[str, Tensor]) -> None:
+        """Write adapters, of which each rank may hold a part, into `lora/`."""
+        whole = {name: full_tensor(tensor) for name, tensor in averaged.items()}
+
+        def write() -> None:
+            with write_aside(self.directory.lora) as aside:
+                self.parts.process.save_lora(aside, whole)
+
+        self.world.on_main(write)
 
     def _evaluate(self, update: int) -> dict[str, Any]:
         evaluation = self.parts.evaluator()

@@ -44,7 +44,7 @@ class RunFiles:
         path = self.path / ".lock"
         if not path.exists():
             return False
-        with path.open("w") as file:
+        with explain_os_errors(path), path.open("w") as file:
             return not lock(file)
 
 

@@ -10,8 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import pathlib
-import pickle
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flashgrpo.distributed.world import World, single_process, use_in_thread
 from flashgrpo.errors import UserError
 from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, remove
+from flashgrpo.run.index import ShardReader, check_shards
 from flashgrpo.run.shards import Tensors, digests, own_part
 
 FORMAT = 2
@@ -42,11 +41,22 @@ class Progress:
         update: updates done.
         best_update: the update of the best held-out reward so far; 0 is the base model.
         stale: evaluations since then.
+        evaluated: the updates that have an evaluation; empty in checkpoints of older versions.
     """
 
     update: int = 0
     best_update: int = 0
     stale: int = 0
+    evaluated: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Progress":
+        """Build it from JSON, which has lists only."""
+        return cls(**{**values, "evaluated": tuple(values.get("evaluated", ()))})
+
+
+class OtherFormat(UserError):
+    """A checkpoint of another version of this package: it is not damaged, and so none before it is taken."""
 
 
 class Writer:
@@ -96,19 +106,32 @@ class Writer:
             raise
 
 
-def newest_whole(folder: Path, warn: Callable[[str], None]) -> int | None:
+def newest_whole(
+    folder: Path, warn: Callable[[str], None], lost: Callable[[Progress], str | None] = lambda _: None
+) -> int | None:
     """Return the update of the newest whole checkpoint, or None; `warn` is called for each that is passed over.
 
+    Args:
+        lost: says what the run's other files lack of what a checkpoint knows, if anything.
+
     Raises:
-        UserError: there are checkpoints and none is whole.
+        UserError: there are checkpoints and none is whole, or the newest is of another version.
     """
-    saved = updates(folder)
+    saved, why = updates(folder), None
     for update in reversed(saved):
         try:
-            read_progress(folder, update)
-            return update
+            progress = read_progress(folder, update)
+        except OtherFormat:
+            raise
         except UserError as error:
             warn(f"{error}; trying the one before")
+            continue
+        if not (lines := lost(progress)):
+            return update
+        why = why or lines
+        warn(f"{lines}, which checkpoint {update} knows; trying the one before")
+    if why:
+        raise UserError(f"{why}; put them back, or empty the file to go on without what it held")
     if saved:
         raise UserError(f"no checkpoint in {folder} is whole; remove the folder of the run to start over")
     return None
@@ -142,16 +165,20 @@ def read_progress(folder: Path, update: int) -> Progress:
     path = _path(folder, update)
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        if state["format"] != FORMAT:
-            raise UserError(f"checkpoint {path} has format {state['format']}; this version reads {FORMAT}")
+        if isinstance(state["format"], int) and state["format"] != FORMAT:
+            raise OtherFormat(
+                f"checkpoint {path} has format {state['format']} and this version of flashgrpo reads {FORMAT}; "
+                "take the version that wrote it"
+            )
         if state.pop("digest") != _digest_of(state) or state["progress"]["update"] != update:
             raise UserError(f"checkpoint {path} is damaged: state.json has changed since it was written")
         found = digests(path, list(state["files"]), single_process(computes=False))
         for name, digest in state["files"].items():
             if found[name] != digest:
                 raise UserError(f"checkpoint {path} is damaged: {name} has changed since it was written")
-        return Progress(**state["progress"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_shards(path)
+        return Progress.of(state["progress"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"checkpoint {path} is not whole") from error
@@ -163,7 +190,7 @@ def read_into(folder: Path, update: int, tensors: Tensors, world: World) -> None
     Raises:
         UserError: the names or shapes are those of another network or adapter.
     """
-    reader = _Reader(_path(folder, update))
+    reader = ShardReader(_path(folder, update))
     saved = reader.read_metadata().state_dict_metadata
     wanted = {f"{kind}.{name}": tensor for kind, named in tensors.items() for name, tensor in named.items()}
     kinds = tuple(f"{kind}." for kind in tensors)
@@ -179,55 +206,19 @@ def load(
     folder: Path, update: int, kinds: Sequence[str] = ("policy", "ema", "optimizer")
 ) -> dict[str, dict[str, Tensor]]:
     """Load the whole tensors of `folder/UPDATE` on the CPU, by kind and name, whatever number of ranks wrote them."""
-    metadata = _Reader(_path(folder, update)).read_metadata()
+    metadata = ShardReader(_path(folder, update)).read_metadata()
     state: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for full_name, there in metadata.state_dict_metadata.items():
         kind, _, name = full_name.partition(".")
         if kind in state and isinstance(there, TensorStorageMetadata):
             state[kind][name] = torch.empty(there.size, dtype=there.properties.dtype)
-    dcp.load(state, storage_reader=_Reader(_path(folder, update)))
+    dcp.load(state, storage_reader=ShardReader(_path(folder, update)))
     return state
 
 
 def updates(folder: Path) -> list[int]:
     """List the updates that have a checkpoint, rising."""
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, with its index (a pickle) read by an unpickler that knows the index's own types and nothing else.
-
-    The tensors are read by DCP with `weights_only=True`.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        try:
-            with (Path(self.path) / ".metadata").open("rb") as file:
-                metadata = _IndexUnpickler(file).load()
-            if not isinstance(metadata, Metadata):
-                raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
-        except (OSError, EOFError, ValueError, AttributeError, ImportError, pickle.UnpicklingError) as error:
-            raise UserError(f"checkpoint {self.path} is damaged: its index cannot be read ({error})") from error
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds the classes of DCP's metadata, sizes, dtypes and paths."""
-
-    DCP = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in self.DCP and name.isidentifier():
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ in self.DCP:
-                return found
-        if (module, name) == ("torch", "Size") or (module, name) == ("torch.serialization", "_get_layout"):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.startswith("pathlib") and name in ("PosixPath", "Path", "PurePosixPath"):
-            return pathlib.PurePosixPath
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
 
 def _write_shards(tensors: Tensors, folder: Path, group: Any) -> None:
@@ -273,6 +264,7 @@ def _seal(folder: Path, progress: Progress, world: World) -> None:
     """Write state.json, with the digests that the ranks compute; all ranks call this together."""
 
     def written() -> list[str]:
+        check_shards(folder)
         with explain_os_errors(folder):
             return sorted(file.name for file in folder.iterdir())
 

@@ -2,12 +2,13 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, explain_os_errors, json_lines, lock, write_text
 from flashgrpo.run import checkpoint
+from flashgrpo.run.checkpoint import Progress
 from flashgrpo.scoring.heldout import selected
 from flashgrpo.types import Prompt
 from flashgrpo.video import image_bytes
@@ -71,7 +73,7 @@ class RunDirectory:
             if foreign:
                 raise UserError(f"out: {self.path} holds {foreign[0]!r} and is no run; choose a new or empty folder")
             return
-        if not self.evaluations() and not any(self.checkpoints.glob("*")):
+        if not self._has_lines() and not any(self.checkpoints.glob("*")):
             return  # nothing was done yet that other settings could contradict
         before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
         different = differences(before, now)
@@ -84,7 +86,13 @@ class RunDirectory:
             )
 
     def begin(
-        self, config: RunConfig, world: World, prompts: Mapping[str, Sequence[Prompt]], model: str, images: bool
+        self,
+        config: RunConfig,
+        world: World,
+        prompts: Mapping[str, Sequence[Prompt]],
+        model: str,
+        images: bool,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Create the folder, take its lock, write settings and environment.
 
@@ -92,6 +100,7 @@ class RunDirectory:
             prompts: setting -> the prompts of its file, which may not change between the starts of one run.
             model: what tells the base weights from others; they may not change either.
             images: whether a column `image` is what the model starts from, and not a column like any other.
+            warn: told of a file system without locks.
 
         Raises:
             UserError: another process is training into it, it cannot be written, or prompts or weights have changed.
@@ -99,7 +108,7 @@ class RunDirectory:
         with explain_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-        if not lock(self._lock):
+        if not lock(self._lock, warn):
             self.close()
             raise UserError(f"out: another process is training into {self.path}")
         for leftover in (*self.checkpoints.glob(".partial-*"), *self.checkpoints.glob(".removed-*")):
@@ -108,7 +117,7 @@ class RunDirectory:
         environment["model"] = model
         try:
             self._check_prompts(environment["prompts"])
-            if self.evaluations():
+            if self._has_lines():
                 self.check_model(model)
         except UserError:
             self.close()
@@ -118,7 +127,7 @@ class RunDirectory:
 
     def _check_prompts(self, now: Mapping[str, str]) -> None:
         file = self.path / "environment.json"
-        if not file.exists() or not self.evaluations():
+        if not file.exists() or not self._has_lines():
             return
         before = json.loads(file.read_text()).get("prompts", {})
         for key, digest in now.items():
@@ -149,12 +158,32 @@ class RunDirectory:
         """Append a line to evaluations.jsonl."""
         append_line(self.evaluations_file, json.dumps(record))
 
-    def forget_after(self, update: int) -> None:
-        """Drop the lines of updates that the checkpoint to resume from does not know, and a line cut short."""
+    def newest_checkpoint(self, warn: Callable[[str], None]) -> Progress | None:
+        """Find the checkpoint to resume from, and drop the lines of updates that it does not know.
+
+        `warn` is told of checkpoints that are passed over: damaged ones, and those that know updates whose lines are
+        gone, for instance after a power cut.
+
+        Raises:
+            UserError: there are checkpoints and none of them will do.
+        """
+        update = checkpoint.newest_whole(self.checkpoints, warn, self._lost_lines)
         for file in (self.metrics_file, self.evaluations_file):
             if file.exists():
-                kept = [json.dumps(line) for line in read_lines(file) if line["update"] <= update]
+                kept = [json.dumps(line) for line in _whole_lines(file) if line["update"] <= (update or 0)]
+                if update and not kept:
+                    warn(f"{file} holds no line of the {update} updates that are done")
                 write_text(file, "".join(f"{line}\n" for line in kept))
+        return checkpoint.read_progress(self.checkpoints, update) if update else None
+
+    def _lost_lines(self, progress: Progress) -> str | None:
+        """Say which lines of what a checkpoint knows are missing; a file that was emptied is meant to be empty."""
+        known = {self.metrics_file: range(1, progress.update + 1), self.evaluations_file: progress.evaluated}
+        for file, updates in known.items():
+            there = {line["update"] for line in _whole_lines(file)}
+            if there and (lost := _ranges(sorted({*updates} - there))):
+                return f"{file} has lost the lines of updates {lost}"
+        return None
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Read all evaluations, the base model's first (update 0)."""
@@ -176,6 +205,10 @@ class RunDirectory:
         """Return what a run has come to: its confirmation, or else its last evaluation."""
         return self.confirmation() or self.evaluations()[-1]
 
+    def _has_lines(self) -> bool:
+        """Whether something was evaluated, and so begun."""
+        return bool(_whole_lines(self.evaluations_file))
+
     def choose_checkpoint(self, update: int | None, warn: Callable[[str], None]) -> int:
         """`update` itself; without one, that of the best held-out reward, or the newest where none beat the base.
 
@@ -194,15 +227,34 @@ class RunDirectory:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a .jsonl file; what a kill left of a last line is passed over."""
+    """Read the whole lines of a .jsonl file; what a kill left of a last line is passed over.
+
+    Raises:
+        UserError: a line is none that a run writes.
+    """
+    lines = _read_lines(file)
+    if None in lines:
+        raise UserError(f"{file} has a line that is no JSON, so it was changed by something else")
+    return [line for line in lines if line]
+
+
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """Read the lines before the first that is none that a run writes: what a power cut leaves may hold anything."""
+    return list(itertools.takewhile(bool, _read_lines(file)))  # type: ignore[arg-type]
+
+
+def _read_lines(file: Path) -> list[dict[str, Any] | None]:
     if not file.exists():
         return []
-    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
-    values = [value for _, value in json_lines(whole)]
-    for value in values:
-        if isinstance(value, ValueError):
-            raise UserError(f"{file} has a line that is no JSON, so it was changed by something else") from value
-    return values
+    whole = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
+    return [value if isinstance(value, dict) and "update" in value else None for _, value in json_lines(whole)]
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Write rising numbers in short: '3, 7 to 12'."""
+    groups = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def _digest(prompts: Sequence[Prompt], images: bool) -> str:
