@@ -54,3 +54,8 @@ def install_hint(extra: str) -> str:
         return f"pip install -e '{folder}[{extra}]'"
     lines = [line.partition(";") for line in metadata.requires("flash-grpo") or ()]
     return f"pip install {' '.join(repr(line[0].strip()) for line in lines if f'extra == {extra!r}' in line[2])}"
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold a text: no half of a surrogate pair, which bytes of a command line may become."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -29,7 +29,7 @@ def resolve_path(path: str) -> str:
     """`flashgrpo:NAME` is a file or folder that ships with the package (prompts/train.txt); else the path itself."""
     head, colon, tail = path.partition("flashgrpo:")
     if head or not colon:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
+        return path
     return str(next((folder / tail for folder in SHIPPED if (folder / tail).exists()), SHIPPED[0] / tail))
 
 

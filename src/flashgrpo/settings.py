@@ -1,8 +1,53 @@
 """What the settings of every part have in common. Each part keeps its own beside what they set, free of torch."""
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated, Any
 
-FORBID_EXTRA = {"extra": "forbid"}
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def expand_home(path: str) -> str:
+    """Replace `~` and `~user` at the beginning of a path, or of the folder in `datasets:FOLDER`.
+
+    Raises:
+        ValueError: nobody knows the user's home, or the path holds the character NUL, which no path can.
+    """
+    if "\0" in path:
+        raise ValueError(f"{path!r} is no path, for it holds the character NUL")
+    before, colon, name = path.rpartition("datasets:")
+    home = os.path.expanduser(name)
+    if home.startswith("~"):
+        raise ValueError(f"no home is known for {name.split('/')[0]}; write ./{name} if that is its name")
+    return before + colon + home
+
+
+MANY = 1_000_000
+"""More than there is of anything that a setting counts; a larger number is a slip, which could take hours to notice."""
+LONG = 10_000_000.0
+"""Seconds that nothing takes: four months."""
+Count = Annotated[int, Field(ge=1, le=MANY)]
+
+PathText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "path"}), AfterValidator(expand_home)]
+"""A path, or what may be one: a name on the hub, `datasets:NAME`, a reward's `file.py:function`. `~` is the home."""
+
+
+def describe(schema: dict[str, Any], part: type) -> None:
+    """Give each setting of a dataclass the description that stands under `Args:` in its docstring."""
+    lines = (part.__doc__ or "").partition("Args:\n")[2].splitlines()
+    name, told = "", {"kind": "Which of the choices this is."}
+    for line in lines:
+        if line.strip() and not line.startswith(" " * 8):
+            break  # the next section
+        head, colon, text = line.strip().partition(": ")
+        if colon and line[8:9] != " ":
+            name, told[head] = head, text
+        elif name:
+            told[name] += f" {line.strip()}"
+    for key, setting in schema.get("properties", {}).items():
+        setting.setdefault("description", told.get(key, "").strip())
+
+
+FORBID_EXTRA: dict[str, Any] = {"extra": "forbid", "json_schema_extra": describe}
 """Of a dataclass that is a setting and the component at once (`__pydantic_config__`): an unknown key is an error."""
 
 

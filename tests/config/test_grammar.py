@@ -116,10 +116,10 @@ def test_a_setting_given_twice_is_refused(stored, tmp_path, algorithm, names):
         ("algorithm.grouping.sdt=group", "unknown key algorithm.grouping.sdt; did you mean 'std'?"),
         ("algorithm.grouping=group", "algorithm.grouping is a mapping of std, combine, shared_noise, not 'group'"),
         ("algorithm.grouping=null", "algorithm.grouping is a mapping of std, combine, shared_noise, not None"),
-        ("algorithm.explore.kind=stochastics", "algorithm.explore.kind: input should be 'stochastic', not 'stocha"),
-        ("algorithm.behaviour.kind=frozen", "algorithm.behaviour.kind: input should be 'current', not 'frozen'"),
-        ("algorithm.objective.kind=clippd", "algorithm.objective.kind: input should be 'clipped', not 'clippd'"),
-        ("algorithm.score.kind=renoisd", "algorithm.score.kind: input should be 'recorded', not 'renoisd'"),
+        ("algorithm.explore.kind=stochastics", "algorithm.explore.kind must be 'stochastic', not 'stocha"),
+        ("algorithm.behaviour.kind=frozen", "algorithm.behaviour.kind must be 'current', not 'frozen'"),
+        ("algorithm.objective.kind=clippd", "algorithm.objective.kind must be 'clipped', not 'clippd'"),
+        ("algorithm.score.kind=renoisd", "algorithm.score.kind must be 'recorded', not 'renoisd'"),
     ],
 )
 def test_an_unknown_key_or_kind_is_refused_with_what_is_known(make_run, override, sentence):

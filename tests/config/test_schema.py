@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from flashgrpo.config import RunConfig
+from flashgrpo.config.reading import read_recipe
 from flashgrpo.errors import UserError
 from flashgrpo.presets import PRESETS
 
@@ -26,14 +26,12 @@ def problems():
 
 def recipe_with(algorithm: object) -> dict:
     """The bundled recipe with another algorithm, as a mapping."""
-    tree = OmegaConf.to_container(OmegaConf.load(next(file for file in RECIPES if file.stem == "tiny")))
-    assert isinstance(tree, dict)
-    return {**tree, "algorithm": algorithm}
+    return {**read_recipe(next(file for file in RECIPES if file.stem == "tiny")), "algorithm": algorithm}
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_the_schema_accepts_every_shipped_recipe_as_it_is_written(problems, file):
-    assert problems(OmegaConf.to_container(OmegaConf.load(file))) == []
+    assert problems(read_recipe(file)) == []
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from flashgrpo.assembly import planned_cost
-from flashgrpo.config import RunConfig
+from flashgrpo.config import RunConfig, read_override
 from flashgrpo.config.algorithm import GROUPING, SHORT, read_tree
 from flashgrpo.config.recipe import merge_choices, parse_override
 from flashgrpo.errors import UserError, suggest
@@ -140,7 +140,7 @@ def _sorted_overrides(
         if not colon or "=" in name:  # the colon is one of the value
             name, rest = "", override
         key = rest.partition("=")[0]
-        change = parse_override(rest)
+        change = read_override(rest)
         if name and name not in names:
             raise UserError(f"override {override!r}: no algorithm is called {name!r}; {suggest(name, names)}")
         if key in OF_THE_PLAN:

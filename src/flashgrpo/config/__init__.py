@@ -1,30 +1,31 @@
 """A run is one YAML file: RunConfig, and the sentences that bad input gets.
 
-OmegaConf reads files and `key=value` overrides, pydantic validates the result. Every key is used; an unknown one
+`reading.py` reads files and `key=value` overrides, pydantic validates the result. Every key is used; an unknown one
 is refused with the nearest known name.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from flashgrpo.config.algorithm import Written, algorithm_from, read_tree
 from flashgrpo.config.explain import explain
+from flashgrpo.config.reading import read_recipe, write_yaml
 from flashgrpo.config.recipe import find_recipe, merge_choices, parse_override
+from flashgrpo.config.schema import typed_text
 from flashgrpo.config.settings import CheckpointConfig, EvaluationConfig, PromptsConfig, TrackingConfig
 from flashgrpo.distributed.settings import ParallelConfig
-from flashgrpo.errors import UserError, first_line
+from flashgrpo.errors import UserError
 from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.presets import PRESETS, Algorithm
 from flashgrpo.processes.flow.settings import RolloutConfig, check_steps
 from flashgrpo.scoring.settings import RewardConfig, check_rewards
-from flashgrpo.settings import Part
+from flashgrpo.settings import MANY, Count, Part, PathText
 
 
 def without_null(value: Any) -> Any:
@@ -35,29 +36,43 @@ def without_null(value: Any) -> Any:
 class RunConfig(Part):
     """All settings of a run."""
 
-    out: str
+    out: PathText
     """The run directory."""
-    seed: int = Field(default=0, ge=0)
-    updates: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the prompts, the steps and the noise."""
+    updates: Count
+    """Rollouts, each followed by its optimizer steps."""
     model: ModelConfig
+    """The checkpoint, the size of its videos, and what is trained of it."""
     algorithm: Annotated[Algorithm, BeforeValidator(algorithm_from, json_schema_input_type=Written)] = PRESETS[
         "flash-grpo"
     ]
+    """A preset's name, or changes to one."""
     rollout: RolloutConfig = RolloutConfig()
+    """Prompts, samples, steps and guidance of an update."""
     optim: OptimConfig = OptimConfig()
+    """AdamW, micro-batches, and the moving average."""
     prompts: PromptsConfig
+    """The files of prompts."""
     rewards: Annotated[dict[str, RewardConfig], BeforeValidator(without_null)] = Field(min_length=1)
     """Name -> reward; `rewards.NAME=null` takes one out of a recipe."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """How held-out prompts are scored, and how often."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """How often the run is saved."""
     parallel: ParallelConfig = ParallelConfig()
+    """How the processes of the run divide its work."""
     tracking: TrackingConfig = TrackingConfig()
+    """What is shown of a run, and the checks before it."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
         """Each part says what it cannot go with; here they only meet."""
         check_rewards(self.rewards)
-        self.optim.check(self.rollout.prompts * self.rollout.group_size, self.updates)
+        samples = self.rollout.prompts * self.rollout.group_size
+        if samples > MANY:
+            raise ValueError(f"rollout.prompts: an update has {MANY:,} samples at most, not {samples:,}")
+        self.optim.check(samples, self.updates)
         self.model.check(self.sharded)
         frozen, held_between = isinstance(self.model.train, Lora), self.sharded or self.parallel.context > 1
         check_steps(self.algorithm.explore, self.rollout.num_steps)
@@ -75,8 +90,10 @@ class RunConfig(Part):
 
         def absolute(path: str) -> str:
             kind, colon, name = path.rpartition("datasets:")  # the name of a data set may be a folder
-            there = Path(name).expanduser()
-            return f"{kind}{colon}{there.absolute()}" if there.exists() else path
+            with contextlib.suppress(OSError):  # too long for a path: it is none
+                if Path(name).exists():
+                    return f"{kind}{colon}{Path(name).absolute()}"
+            return path
 
         def absolute_call(call: str) -> str:
             file, colon, function = call.rpartition(":")
@@ -98,25 +115,39 @@ class RunConfig(Part):
             UserError: the file is missing or no YAML mapping, or a setting is unknown or out of range.
         """
         path = find_recipe(str(recipe))
-        try:
-            tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{path} is no readable YAML file: {first_line(error)}") from error
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} must hold a mapping of settings, not a list")
-        tree = read_tree(tree, str(path))
+        layers = [(str(path), read_tree(read_recipe(path), str(path)))]
         for override in overrides:
-            tree = merge_choices(tree, read_tree(parse_override(override), f"override {override!r}"))
-        return cls.parse(tree, str(path))
+            source = f"override {override!r:.200}"
+            layers.append((source, merge_choices(layers[-1][1], read_tree(read_override(override), source))))
+        return cls._validated(layers)
 
     @classmethod
-    def parse(cls, tree: Any, source: str) -> "RunConfig":
-        """Validate settings; the first problem becomes a `UserError` that names `source`, the key and the fix."""
+    def parse(cls, tree: Mapping[Any, Any], source: str) -> "RunConfig":
+        """Validate settings; what is wrong becomes a `UserError` that names `source`, the keys and the fix."""
+        return cls._validated([(source, read_tree(tree, source))])
+
+    @classmethod
+    def _validated(cls, layers: Sequence[tuple[str, Mapping[Any, Any]]]) -> "RunConfig":
         try:
-            return cls.model_validate(read_tree(tree, source) if isinstance(tree, dict) else tree)
+            return cls.model_validate(layers[-1][1])
         except ValidationError as error:
-            raise UserError(f"{source}: {explain(error, cls.model_json_schema())}") from error
+            raise UserError(explain(layers, cls.model_validate, recipe_schema())) from error
 
     def to_yaml(self) -> str:
         """Return the resolved settings; loading the text again gives an equal RunConfig."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump(mode="json"))
+
+
+@cache
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of what a recipe may hold."""
+    return RunConfig.model_json_schema()
+
+
+def read_override(override: str) -> dict[Any, Any]:
+    """Read `key=value` as nested settings: what was typed where the setting is text, and YAML where it is another.
+
+    Raises:
+        UserError: it has another form.
+    """
+    return parse_override(override, lambda keys, typed: typed_text(keys, typed, recipe_schema()))

@@ -36,8 +36,11 @@ class ShortGrouping(Part):
     """How the samples of a prompt group are compared, by its short names."""
 
     std: Literal["group", "batch"] = "group"
+    """Short for credit.std."""
     combine: Literal["normalized", "raw"] = "normalized"
+    """Short for credit.combine."""
     shared_noise: bool = False
+    """Short for explore.shared_noise."""
 
 
 class AlgorithmRecipe(Part):
@@ -49,19 +52,33 @@ class AlgorithmRecipe(Part):
     """
 
     preset: str = Field(default="flash-grpo", json_schema_extra={"enum": list(PRESETS)})
+    """The algorithm that the other settings change."""
     explore: Stochastic
+    """How the samples of a group come to differ."""
     score: Recorded
+    """What is replayed and judged."""
     credit: Credit
+    """How rewards become advantages."""
     objective: Clipped
+    """What is minimised."""
     behaviour: Current
+    """Whose weights draw."""
     steps: Steps
+    """Short for explore.steps."""
     noise: Noise
+    """Short for explore.noise."""
     weighting: Weighting
+    """Short for score.weighting."""
     ratio: Ratio
+    """Short for score.ratio."""
     grouping: ShortGrouping
+    """Short for how the samples of a group are compared."""
     clip_range: ClipRange
+    """Short for objective.clip_range."""
     kl_coef: float
+    """Short for objective.kl_coef."""
     adv_clip: float
+    """Short for credit.clip."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:

@@ -1,14 +1,12 @@
 """Where recipes lie, and how settings merge."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from flashgrpo.errors import UserError, first_line
+from flashgrpo.config.reading import check_tree, read_yaml
+from flashgrpo.errors import UserError
 from flashgrpo.files import PACKAGE
 
 RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent.parent / "recipes")  # installed; in a checkout
@@ -17,25 +15,38 @@ RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent.parent / "recipes")  # ins
 def find_recipe(recipe: str) -> Path:
     """Find the file itself, or `recipes/NAME.yaml` of the package."""
     path = Path(recipe)
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError, ValueError):  # too long for a path, or with NUL: it is none
+        if path.is_file():
+            return path
     shipped = {file.stem: file for folder in RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
     if recipe in shipped:
         return shipped[recipe]
     raise UserError(f"there is no recipe {recipe}; give a YAML file or one of: {', '.join(sorted(shipped))}")
 
 
-def parse_override(override: str) -> dict[Any, Any]:
-    """`optim.lr=1e-4` as nested settings; the value is read as YAML."""
-    key, equals, _ = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"override {override!r} must have the form key=value, for example optim.lr=1e-4")
+def parse_override(
+    override: str, is_text: Callable[[Sequence[str], str], bool] = lambda keys, typed: False
+) -> dict[Any, Any]:
+    """`optim.lr=1e-4` as nested settings; the value is read as YAML, or is what was typed where a setting is text.
+
+    Args:
+        is_text: whether a setting, by its keys, means the text that was typed.
+
+    Raises:
+        UserError: it has no key, or the value is no YAML.
+    """
+    key, equals, typed = override.partition("=")
+    keys = key.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r:.200} must have the form key=value, for example optim.lr=1e-4")
     try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"override {override!r} cannot be read: {first_line(error)}") from error
-    assert isinstance(tree, dict)
-    return tree
+        check_tree(override)
+        value = typed if is_text(keys, typed) else read_yaml(typed)
+    except ValueError as error:
+        raise UserError(f"override {override!r:.200} cannot be read: {error}") from error
+    for part in reversed(keys):
+        value = {part: value}
+    return cast(dict[Any, Any], value)
 
 
 def merge_choices(old: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -6,14 +6,16 @@ from pydantic import Field
 
 from flashgrpo.processes.flow.settings import SamplingConfig
 from flashgrpo.scoring.settings import HeldoutConfig
-from flashgrpo.settings import Part
+from flashgrpo.settings import MANY, Count, Part, PathText
 
 
 class PromptsConfig(Part):
     """Prompt files: .txt, a prompt a line; .jsonl, .csv, .parquet, whose columns beside `prompt` reach the rewards."""
 
-    train: str
-    heldout: str
+    train: PathText
+    """Prompts to train on, or `datasets:NAME` of the hub; `datasets:NAME:SPLIT` where the split is not train."""
+    heldout: PathText
+    """Prompts to evaluate on, which training never sees."""
 
 
 class EvaluationConfig(HeldoutConfig, SamplingConfig):
@@ -23,8 +25,9 @@ class EvaluationConfig(HeldoutConfig, SamplingConfig):
 class CheckpointConfig(Part):
     """When the run is saved; every evaluation is followed by a checkpoint as well."""
 
-    every: int = Field(default=10, ge=1)
-    keep: int = Field(default=2, ge=1)
+    every: Count = 10
+    """Updates between two checkpoints."""
+    keep: Count = 2
     """Number of the newest checkpoints that are kept, beside the best."""
 
 
@@ -32,13 +35,14 @@ class TrackingConfig(Part):
     """What is shown of a run in progress, and to whom."""
 
     progress: bool = True
+    """Show a bar, and a line for each evaluation."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow"], ...] = ()
     """Trackers that get what metrics.jsonl and evaluations.jsonl get; each needs its package."""
     project: str = "flash-grpo"
     """The runs' common name there."""
     offline: bool = True
     """Nothing leaves this machine; a tracker with an account sends only where this is false."""
-    profile: int = Field(default=0, ge=0)
+    profile: int = Field(default=0, ge=0, le=MANY)
     """Number of updates, after the first, that are traced by torch.profiler into profile/, for Perfetto or chrome://tracing."""
     preflight: Literal["refuse", "warn", "skip"] = "refuse"
     """What `train` does where the doctor's quick checks, before the first update, find the run unsound."""

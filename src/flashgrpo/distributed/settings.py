@@ -4,23 +4,23 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flashgrpo.settings import Part
+from flashgrpo.settings import LONG, MANY, Count, Part
 
 
 class ParallelConfig(Part):
     """Use of the machine, and of many: what torchrun started is cut into replicate x shard x context."""
 
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=10_000)
     """CPU threads of the tensor library; its own choice when not given."""
-    shard: int = Field(default=1, ge=1)
+    shard: Count = 1
     """Processes that hold one copy of the network between them (FSDP2); the rest of the processes are copies."""
-    context: int = Field(default=1, ge=1)
+    context: Count = 1
     """Processes that compute one sample together, each a part of its tokens (Ulysses); it divides heads and tokens."""
-    shares: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    shares: tuple[Annotated[float, Field(ge=0, le=1e9)], ...] | None = None
     """How much of an update's samples each data rank takes, in any unit; equal parts when not given."""
-    reward_ranks: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    reward_ranks: tuple[Annotated[int, Field(ge=0, le=MANY)], ...] = ()
     """The processes that compute the rewards of all videos; when none is given, each scores what it has drawn."""
-    dead_after: float = Field(default=60, gt=2)
+    dead_after: float = Field(default=60, gt=2, le=LONG)
     """Seconds without a sign of life after which a process counts as dead, and all end."""
-    timeout: float = Field(default=1800, gt=0)
+    timeout: float = Field(default=1800, gt=0, le=LONG)
     """Seconds that a process waits for the others, for instance until their rewards are there."""

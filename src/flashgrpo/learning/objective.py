@@ -37,7 +37,7 @@ class Clipped:
     kl_coef: float = 0.0
     coupled: ClassVar[bool] = False
     kind: Literal["clipped"] = "clipped"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         bounds = self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range,)

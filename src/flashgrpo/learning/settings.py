@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from flashgrpo.settings import FORBID_EXTRA, Part
+from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Credit:
     std: Literal["group", "batch"] = "group"
     combine: Literal["normalized", "raw"] = "normalized"
     clip: float = 5.0
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         check_choice("baseline", self.baseline, ("mean",))
@@ -41,7 +41,7 @@ class Current:
     """Samples are drawn by the weights that are trained."""
 
     kind: Literal["current"] = "current"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -53,7 +53,8 @@ class EmaConfig(Part):
     """Exponential moving average of the trained weights; evaluation and export use it."""
 
     decay: float = Field(default=0.9, ge=0, lt=1)
-    every: int = Field(default=8, ge=1)
+    """Share of the average that stays when the weights of the moment are averaged in."""
+    every: Count = 8
     """Optimizer steps between two averagings."""
 
     def moved(self, steps: int) -> float:
@@ -68,21 +69,27 @@ class EmaConfig(Part):
 class OptimConfig(Part):
     """AdamW and how an update is cut into optimizer steps and micro-batches."""
 
-    lr: float = Field(default=1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0, le=1e3)
+    """Learning rate, once `warmup` is over."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    eps: float = Field(default=1e-8, gt=0)
-    warmup: int = Field(default=0, ge=0)
+    """Decay of the averages of the gradient and of its square."""
+    weight_decay: float = Field(default=1e-4, ge=0, le=1e3)
+    """Decoupled: the share of a weight that an optimizer step takes away is this times the learning rate."""
+    eps: float = Field(default=1e-8, gt=0, le=1)
+    """Added to the root of the second moment."""
+    warmup: int = Field(default=0, ge=0, le=MANY)
     """Optimizer steps over which the learning rate rises linearly."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    micro_batch: int = Field(default=16, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
+    """A larger norm of the gradient is cut to this."""
+    micro_batch: Count = 16
     """Transitions in one backward pass; it changes memory and speed, never the gradient."""
-    minibatches: int = Field(default=1, ge=1)
+    minibatches: Count = 1
     """Optimizer steps per pass over a rollout; each takes an equal share of its prompt groups, whole ones where there
     are as many."""
-    passes: int = Field(default=1, ge=1)
+    passes: Count = 1
     """Passes over a rollout."""
     ema: EmaConfig = EmaConfig()
+    """Average of the trained weights, which is what is evaluated and exported."""
     grad_norm_by_step: bool | None = None
     """Record the gradient norm by denoising step; it takes the memory of two more copies of the gradients. When not
     given, where ranks do not hold the network between them, since there it costs network calls."""

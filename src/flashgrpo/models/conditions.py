@@ -54,7 +54,7 @@ def entries_of(folder: Path, parts: Sequence[str], settings: Mapping[str, Any], 
     packages = {name: metadata.version(name) for name in ("diffusers", "transformers")}  # they clean and cut texts
     weights = {"weights": "checked"}  # older entries may be of encoders that lacked some
     digest = fingerprint(folder, parts, {**settings, **packages, **weights})[:32]
-    return (Path(cache).expanduser() if cache else cache_folder() / "conditions") / digest
+    return (Path(cache) if cache else cache_folder() / "conditions") / digest
 
 
 class Conditions:

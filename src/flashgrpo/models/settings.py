@@ -4,15 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flashgrpo.settings import Part
+from flashgrpo.settings import Count, Part, PathText
 
 
 class Lora(Part):
     """Train low-rank adapters on the named linear layers (through peft)."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
+    """Which of the choices this is."""
+    rank: int = Field(default=16, ge=1, le=10_000)
+    """Width of the adapters."""
+    alpha: Count = 32
+    """Their outputs are multiplied by alpha / rank."""
     targets: tuple[str, ...] = (
         "to_q",
         "to_k",
@@ -30,24 +33,29 @@ class Full(Part):
     """Train every parameter of the network."""
 
     kind: Literal["full"] = "full"
+    """Which of the choices this is."""
 
 
 class ModelConfig(Part):
     """The video model: a diffusers pipeline folder or hub id, and the size of its videos."""
 
-    path: str
+    path: PathText
     """A local folder, a hub id, or `flashgrpo:tiny/weights`, the bundled model."""
-    height: int = Field(ge=1)
+    height: int = Field(ge=1, le=16_384)
     """Pixels."""
-    width: int = Field(ge=1)
-    num_frames: int = Field(ge=1)
-    fps: float = Field(default=16, gt=0)
-    max_sequence_length: int = Field(default=512, ge=1)
+    width: int = Field(ge=1, le=16_384)
+    """Pixels."""
+    num_frames: int = Field(ge=1, le=100_000)
+    """Frames of a video."""
+    fps: float = Field(default=16, gt=0, le=1_000)
+    """Frames a second."""
+    max_sequence_length: int = Field(default=512, ge=1, le=100_000)
     """Text tokens; the pipeline pads to it."""
     negative_prompt: str = ""
+    """What guidance leads away from."""
     from_image: bool = False
     """Start each video from its prompt's image, with a checkpoint that does both (Wan 2.2 TI2V-5B)."""
-    shift: float | None = Field(default=None, gt=0)
+    shift: float | None = Field(default=None, gt=0, le=1_000)
     """Overrides the flow shift of the checkpoint's scheduler."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights; adapters, latents and densities are always float32."""
@@ -56,6 +64,7 @@ class ModelConfig(Part):
     vae_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of the autoencoder; `auto` is bfloat16 where the device has units for it, and float32 where it is slow."""
     train: Annotated[Lora | Full, Field(discriminator="kind")] = Lora()
+    """Adapters (`lora`), or every weight (`full`)."""
     gradient_checkpointing: bool = False
     """Compute a block again in the backward pass rather than keep what is inside of it."""
     offload: bool = False
@@ -68,7 +77,7 @@ class ModelConfig(Part):
     """Attention back end, by diffusers' name for it (flash, sage, _native_cudnn); torch's choice when not given."""
     compile: bool = False
     """Compile the blocks for the deterministic steps (torch.compile); the step that is trained is never compiled."""
-    condition_cache: str | None = None
+    condition_cache: PathText | None = None
     """Folder of computed text embeddings; `$FLASHGRPO_CACHE` or ~/.cache/flashgrpo when not given."""
     random_init: bool = False
     """Random weights in place of the checkpoint's, to measure shapes, memory and speed without a download."""

@@ -31,7 +31,7 @@ class Pixels:
     size: int | None = None
     first: int | None = None
     kind: Literal["pixels"] = "pixels"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         if self.stride < 1:
@@ -77,7 +77,7 @@ class LatentVideos:
     """The model's own latents, (B, C, F, H, W) float32 on the CPU: nothing is decoded for it."""
 
     kind: Literal["latents"] = "latents"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class VideoFiles:
     """Paths of B H.264 mp4 files at the model's frame rate, there as long as the call lasts."""
 
     kind: Literal["files"] = "files"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
 
 Input = Pixels | LatentVideos | VideoFiles

@@ -6,21 +6,21 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from flashgrpo.scoring.inputs import LatentVideos, Pixels, VideoFiles
-from flashgrpo.settings import Part
+from flashgrpo.settings import MANY, Count, Part, PathText
 
 
 class RewardConfig(Part):
     """A reward: any callable, or a class whose instances are."""
 
-    call: str
+    call: PathText
     """`package.module:function`, `path/to/file.py:function`, or `http://host:port` of a server; several with commas."""
     channel: str = "reward"
     """What the reward is credited to, of a model that judges parts of a sample apart; most have this one only."""
-    weight: float = 1.0
+    weight: float = Field(default=1.0, ge=-1e9, le=1e9)
     """Negative to train against a quantity."""
     watched: bool = False
     """Scored at evaluation only and never trained on: a watch for reward hacking."""
-    max_fall: float | None = Field(default=None, ge=0)
+    max_fall: float | None = Field(default=None, ge=0, le=1e9)
     """Of a watched reward: end the run when it has fallen by more than this, with 95 % confidence, in every component's
     own units, while the trained reward has risen."""
     input: Annotated[Pixels | LatentVideos | VideoFiles, Field(discriminator="kind")] | None = None
@@ -48,11 +48,13 @@ def check_rewards(rewards: Mapping[str, RewardConfig]) -> None:
 class HeldoutConfig(Part):
     """Held-out prompts on fixed noise, paired with the base model."""
 
-    every: int = Field(default=10, ge=1)
+    every: Count = 10
     """Updates between two evaluations; the last update is always evaluated."""
-    samples_per_prompt: int = Field(default=1, ge=1)
-    seed: int = Field(default=1_000, ge=0)
-    videos: int = Field(default=8, ge=0)
+    samples_per_prompt: Count = 1
+    """Videos of each held-out prompt."""
+    seed: int = Field(default=1_000, ge=0, lt=2**63)
+    """Of the noise that all evaluations start from."""
+    videos: int = Field(default=8, ge=0, le=MANY)
     """So many samples, spread evenly over the prompts, are kept as mp4 of the base and of each new best."""
-    patience: int | None = Field(default=None, ge=1)
+    patience: Count | None = None
     """Stop after this number of evaluations without a new best."""

@@ -41,7 +41,7 @@ LOG = logging.getLogger("flashgrpo")
 PACKAGE = Path(__file__).parent.parent
 SHIPPED = PACKAGE / "rewards/requirements"
 # What importing the package, its command line and the server takes; diffusers, transformers and peft are not in it.
-NEEDS = ["torch", "numpy", "scipy", "safetensors", "jaxtyping", "omegaconf", "pydantic", "rich", "typer"]
+NEEDS = ["torch", "numpy", "scipy", "safetensors", "jaxtyping", "pydantic", "pyyaml", "rich", "typer"]
 NEEDS += ["imageio", "imageio-ffmpeg", "fastapi", "uvicorn", "httpx", "tenacity"]
 
 

@@ -68,7 +68,7 @@ class Ode(NoiseKind):
     """No noise: one Euler step of the probability-flow ODE, `c = sigma_next`, that is `x_next = x - d v`."""
 
     kind: Literal["ode"] = "ode"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def coefficients(self, sigmas: Sigmas) -> tuple[Steps, Steps]:
         return _sde(sigmas, 0 * sigmas[1:])
@@ -79,11 +79,14 @@ class LinearSde(NoiseKind):
     """`g = eta (sigma_N + (sigma_1 - sigma_N) sigma)`; sigma_1 is the grid's second point, sigma_N its last.
 
     The diffusion of the released Flash-GRPO and of Flow-GRPO's Wan runs, with eta = 1.
+
+    Args:
+        eta: the strength of the noise, above 0.
     """
 
     eta: float = 1.0
     kind: Literal["linear"] = "linear"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         _check_eta(self.kind, self.eta)
@@ -101,11 +104,14 @@ class FlowSde(NoiseKind):
     and so misses grids that start at 0.99967 or 0.999999. Here it is `max(1 - sigma, 1 - sigma_1)`: the published value
     at sigma = 1 and from the second step on, and sane in between (0.99967 gives g = 5.3, std 0.69). On the published
     grid lambda then spreads 66x over the twenty steps; with the equality test it would be 387x.
+
+    Args:
+        eta: the strength of the noise, above 0.
     """
 
     eta: float = 0.7
     kind: Literal["flow"] = "flow"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         _check_eta(self.kind, self.eta)
@@ -117,11 +123,15 @@ class FlowSde(NoiseKind):
 
 @dataclass(frozen=True)
 class ConstantSde(NoiseKind):
-    """`g = eta` at every step, as in DanceGRPO (arXiv 2505.07818) with eta = 0.3."""
+    """`g = eta` at every step, as in DanceGRPO (arXiv 2505.07818) with eta = 0.3.
+
+    Args:
+        eta: the strength of the noise, above 0.
+    """
 
     eta: float = 0.3
     kind: Literal["constant"] = "constant"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         _check_eta(self.kind, self.eta)
@@ -137,11 +147,14 @@ class Cps(NoiseKind):
     `std = sigma_next sin(eta pi / 2)` and `c = sqrt(sigma_next^2 - std^2) = sigma_next cos(eta pi / 2)`: old and new
     noise together have exactly the level that the grid asks for, none is left over, and the step onto sigma_next = 0 is
     deterministic. eta = 1 replaces all of the noise at every step. To first order in d these are the rows of the SDE.
+
+    Args:
+        eta: the share of the noise that is new, above 0 and at most 1.
     """
 
     eta: float = 0.7
     kind: Literal["cps"] = "cps"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         _check_eta(self.kind, self.eta, at_most=1.0)

@@ -6,7 +6,9 @@ reuse. The hooks are taken off the network before a stochastic step, which is al
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from flashgrpo.settings import FORBID_EXTRA
 
@@ -17,11 +19,14 @@ class FirstBlock:
 
     ParaAttention's first-block cache, after TeaCache (arXiv 2411.19108). The decision is one for all rows of a call,
     and waits for the device.
+
+    Args:
+        threshold: the relative change from which on a step is computed, between 0 and 1.
     """
 
     threshold: float = 0.05
     kind: Literal["first-block"] = "first-block"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
@@ -39,13 +44,14 @@ class TaylorSeer:
     """Compute every `interval`-th step, and extrapolate the network's output in between (arXiv 2503.06923).
 
     Args:
+        interval: steps from one that is computed to the next, 2 or more.
         order: of the Taylor series in the number of the step; that many steps and one more are computed first.
     """
 
-    interval: int = 2
-    order: int = 1
+    interval: Annotated[int, Field(le=10_000)] = 2
+    order: Annotated[int, Field(le=10)] = 1
     kind: Literal["taylorseer"] = "taylorseer"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         if self.interval < 2 or self.order < 0:

@@ -1,7 +1,7 @@
 """Settings of the flow process: how it explores, what it scores, and how its samples are drawn."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,9 @@ from flashgrpo.processes.flow.reuse import FirstBlock, TaylorSeer
 from flashgrpo.processes.flow.solvers import Euler, UniPC
 from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, Rectified, StepLength, Uniform
-from flashgrpo.settings import FORBID_EXTRA, Part
+from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part
+
+MOST_STEPS = 10_000
 
 Steps = Annotated[AllSteps | Window | OneStep, Field(discriminator="kind")]
 Noise = Annotated[LinearSde | FlowSde | ConstantSde | Cps, Field(discriminator="kind")]
@@ -33,7 +35,7 @@ class Stochastic:
     noise: Noise
     shared_noise: bool = False
     kind: Literal["stochastic"] = "stochastic"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
 
 @dataclass(frozen=True)
@@ -49,25 +51,25 @@ class Recorded:
     weighting: Weighting = field(default_factory=Uniform)
     ratio: Ratio = field(default_factory=PlainRatio)
     kind: Literal["recorded"] = "recorded"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
 
 class RolloutConfig(Part):
     """How the samples of an update are drawn."""
 
-    prompts: int = Field(default=8, ge=1)
+    prompts: Count = 8
     """Prompt groups per update, P."""
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = Field(default=8, ge=2, le=MANY)
     """Samples per prompt, G; the baseline of a sample is the mean of its group, so one is not enough."""
-    num_steps: int = Field(default=20, ge=2)
+    num_steps: int = Field(default=20, ge=2, le=MOST_STEPS)
     """Denoising steps, N."""
-    guidance_scale: float = Field(default=4.5, ge=1)
+    guidance_scale: float = Field(default=4.5, ge=1, le=1_000)
     """Classifier-free guidance in rollout and update; 1 turns it off."""
-    guidance_scale_2: float | None = Field(default=None, ge=1)
+    guidance_scale_2: float | None = Field(default=None, ge=1, le=1_000)
     """Where the second of two experts computes (Wan 2.2 A14B); as the first when not given."""
     solver: Solver = Euler()
     """Of the deterministic steps."""
-    deterministic_steps: int | None = Field(default=None, ge=1)
+    deterministic_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Points of the grid at which a deterministic walk stops at most, evenly spread, with both ends of each stochastic
     step besides; all N when not given."""
     guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
@@ -80,9 +82,9 @@ class RolloutConfig(Part):
     retain: bool | None = None
     """Keep the graph of a trained step from rollout to update rather than replay it; when not given, where a rollout
     serves one optimizer step and all graphs take at most a quarter of the device's memory and half of what is free."""
-    micro_batch: int = Field(default=64, ge=1)
+    micro_batch: Count = 64
     """Samples denoised at once."""
-    decode_micro_batch: int = Field(default=64, ge=1)
+    decode_micro_batch: Count = 64
     """Latents decoded at once."""
 
     @model_validator(mode="after")
@@ -140,9 +142,11 @@ def check_steps(explore: Stochastic, num_steps: int) -> None:
 class SamplingConfig(Part):
     """How a video is drawn without noise at its steps: evaluation, and `flashgrpo sample`."""
 
-    num_steps: int = Field(default=50, ge=2)
-    guidance_scale: float | None = Field(default=None, ge=1)
+    num_steps: int = Field(default=50, ge=2, le=MOST_STEPS)
+    """Denoising steps."""
+    guidance_scale: float | None = Field(default=None, ge=1, le=1_000)
     """The rollout's when not given."""
-    guidance_scale_2: float | None = Field(default=None, ge=1)
+    guidance_scale_2: float | None = Field(default=None, ge=1, le=1_000)
     """The rollout's when neither is given."""
     solver: Solver = Euler()
+    """How a step without noise is computed."""

@@ -33,7 +33,7 @@ class Euler:
     """First-order steps of the probability-flow ODE, `x_next = x - (sigma_k - sigma_{k+1}) v`; the formula is Ode's."""
 
     kind: Literal["euler"] = "euler"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def walk(self, grid: Any, points: Sequence[int]) -> Walk:
         """A walk along the grid that stops at these points, rising, and ends at the grid's end."""
@@ -52,7 +52,7 @@ class UniPC:
 
     order: Literal[1, 2, 3] = 2
     kind: Literal["unipc"] = "unipc"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def walk(self, grid: Any, points: Sequence[int]) -> Walk:
         """A walk along the grid that stops at these points, rising, and ends at the grid's end."""

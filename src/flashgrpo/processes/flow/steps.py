@@ -38,11 +38,14 @@ class AllSteps:
     Flow-GRPO (arXiv 2505.05470) trains all of them, DanceGRPO (arXiv 2505.07818) a random 60 %. The number is rounded
     to the nearest, at least 1: 19 steps at 0.6 are 11. DanceGRPO's code draws the fraction for each sample; here the
     samples of an update share it, so that a group's advantages always weigh the same steps.
+
+    Args:
+        fraction: of the steps but the last, those that are trained in an update.
     """
 
     fraction: float = 1.0
     kind: Literal["all"] = "all"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -72,6 +75,13 @@ class Window:
     included; None is the last step, which is never stochastic) it returns to `start` and goes round again; the last
     position before that is pulled back where needed, so that the window always has its full size. With 10 steps, size 4
     and stride 2 the windows are 0-3, 2-5, 4-7, 5-8, 0-3, ...
+
+    Args:
+        size: steps in the window.
+        start: the first step of its first place.
+        stop: the step that it never reaches; the last one when not given.
+        stride: steps that it moves by.
+        every: updates between two moves.
     """
 
     size: int = 4
@@ -80,7 +90,7 @@ class Window:
     stride: int = 1
     every: int = 25
     kind: Literal["window"] = "window"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         for name in ("size", "stride", "every"):
@@ -139,7 +149,7 @@ class OneStep:
     draw: Literal["iid", "stratified"] = "iid"
     count: Literal[1, 2] = 1
     kind: Literal["one"] = "one"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         if len(self.window) != 2 or not 0 <= self.window[0] < self.window[1] <= 1:

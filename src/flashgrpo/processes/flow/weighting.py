@@ -33,7 +33,7 @@ class Uniform:
     """Every transition weighs 1."""
 
     kind: Literal["uniform"] = "uniform"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def weights(self, table: StepTable, candidates: Sequence[int], k: Int[Any, " batch"]) -> Rows:
         return table.std.new_ones(k.shape).float().to(k.device)
@@ -52,7 +52,7 @@ class Rectified:
     """
 
     kind: Literal["rectified"] = "rectified"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def weights(self, table: StepTable, candidates: Sequence[int], k: Int[Any, " batch"]) -> Rows:
         return _relative(table.rectification, table, candidates, k)
@@ -71,7 +71,7 @@ class NoiseLevel:
     """
 
     kind: Literal["noise-level"] = "noise-level"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def weights(self, table: StepTable, candidates: Sequence[int], k: Int[Any, " batch"]) -> Rows:
         return _relative(table.std, table, candidates, k)
@@ -88,7 +88,7 @@ class StepLength:
     """
 
     kind: Literal["step-length"] = "step-length"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def weights(self, table: StepTable, candidates: Sequence[int], k: Int[Any, " batch"]) -> Rows:
         return _relative(-1 / table.sigmas.diff(), table, candidates, k)
@@ -117,7 +117,7 @@ class PlainRatio:
 
     needs_old_velocity: ClassVar[bool] = False
     kind: Literal["plain"] = "plain"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def scores(
         self,
@@ -154,7 +154,7 @@ class NormalizedRatio:
 
     needs_old_velocity: ClassVar[bool] = True
     kind: Literal["normalized"] = "normalized"
-    __pydantic_config__: ClassVar[dict[str, str]] = FORBID_EXTRA
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def scores(
         self,
