@@ -48,14 +48,14 @@ def served(name: str) -> Iterator[tuple[str, int]]:
             process.terminate()
 
 
-def measure(name: str, rounds: int, encoding: str) -> dict[str, Any]:
+def measure(name: str, rounds: int, encoding: str, batch: int) -> dict[str, Any]:
     """Seconds of both ways, in turn."""
     coarse = torch.rand(SHAPE[0], 3, SHAPE[1], 8, 8, generator=torch.Generator().manual_seed(0))
     smooth = torch.nn.functional.interpolate(coarse, size=(SHAPE[1], *SHAPE[3:]), mode="trilinear")
     videos, prompts = smooth.transpose(1, 2).contiguous(), [""] * SHAPE[0]
     here = bind(load_reward(full_name(name), name), {}, name)
     with served(name) as (url, server):
-        there = Remote([url], encoding=encoding)
+        there = Remote([url], encoding=encoding, batch=batch)
         seconds: dict[str, list[float]] = {"here": [], "there": []}
         busy = {"here": 0.0, "there": 0.0}
         for number in range(rounds + 1):  # the first warms up
@@ -81,14 +81,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="pairs of measurements of each reward")
     parser.add_argument("--encoding", default="uint8", help="uint8, float32 or mp4")
+    parser.add_argument("--batch", type=int, default=8, help="clips in a request")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # read when it is imported
     os.environ.pop("FLASHGRPO_REWARD_TOKEN", None)
-    results = {name: measure(name, arguments.rounds, arguments.encoding) for name in REWARDS}
+    results = {name: measure(name, arguments.rounds, arguments.encoding, arguments.batch) for name in REWARDS}
     if arguments.json:
-        print(json.dumps({"clips": SHAPE, "encoding": arguments.encoding, "rewards": results}))
+        print(
+            json.dumps({"clips": SHAPE, "encoding": arguments.encoding, "batch": arguments.batch, "rewards": results})
+        )
         return
     table = Table("reward", "s here", "s there", "added", "processor s here", "there", "clips a second there")
     for name, row in results.items():

@@ -18,7 +18,8 @@ import httpx
 import torch
 
 from flashgrpo.scoring.inputs import LatentVideos, VideoFiles
-from flashgrpo.serving.answers import FORMAT
+from flashgrpo.serving.messages import FORMAT
+from flashgrpo.serving import wire
 from flashgrpo.serving.http import Endpoint
 from flashgrpo.serving.server import bound, make_server
 from flashgrpo.serving.service import Options
@@ -41,6 +42,8 @@ def tagged(videos, prompts, **columns):
             raise KeyError("planted")
         if prompt == "exit":
             raise SystemExit(3)
+        if prompt == "say half":
+            raise ValueError("half of \ud83d")
         if prompt == "refuse":
             raise ValueError("such a prompt is not for me")
     SEEN.extend(tags)
@@ -117,6 +120,13 @@ class Served:
         assert self.process.exitcode is not None
 
 
+def unpack(body: bytes, limit: int = 2**30) -> wire.Request:
+    """What a server makes of a request."""
+    with wire.buffer() as file:
+        file.write(body)
+        return wire.unpack(file, limit)
+
+
 INFO = {"format": FORMAT, "name": "fake", "version": "1", "takes": {"kind": "pixels"}, "max_bytes": 2**30}
 
 
@@ -177,4 +187,4 @@ def answer(status: int, body: str, *headers: str) -> bytes:
 
 
 def endpoint(url: str, timeout: float = 20.0) -> Endpoint:
-    return Endpoint(url, "FLASHGRPO_REWARD_TOKEN", timeout)
+    return Endpoint(url, None, "FLASHGRPO_REWARD_TOKEN", timeout)

@@ -238,7 +238,7 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; 
 Batch = Annotated[int, typer.Option(min=1, help="Videos that the reward is called with at most.")]
 Queue = Annotated[int, typer.Option(min=1, help="Requests held at a time; others are told to come back.")]
 MaxMib = Annotated[float, typer.Option(min=0.001, help="MiB that a request may have.")]
-TokenEnv = Annotated[str, typer.Option(help="Environment variable with the token that clients have to know.")]
+TokenEnv = Annotated[str | None, typer.Option(help="Variable with its clients' token; else FLASHGRPO_REWARD_TOKEN.")]
 
 
 @reward_app.command("serve")
@@ -250,7 +250,7 @@ def serve_reward(
     batch: Batch = 16,
     queue: Queue = 16,
     max_mib: MaxMib = 1024.0,
-    token_env: TokenEnv = "FLASHGRPO_REWARD_TOKEN",
+    token_env: TokenEnv = None,
 ) -> None:
     """Serve a reward over HTTP, for recipes with `call: "http://HOST:PORT"`."""
     from flashgrpo.serving.server import serve
@@ -271,12 +271,13 @@ def reward_environment(
     batch: Batch = 16,
     queue: Queue = 16,
     max_mib: MaxMib = 1024.0,
-    token_env: TokenEnv = "FLASHGRPO_REWARD_TOKEN",
+    token_env: TokenEnv = None,
 ) -> None:
     """Serve a reward in a virtual environment of its own, with the versions that it needs; made at the first call."""
     from flashgrpo.serving.environment import Environment, start
 
-    options = {"host": host, "port": port, "batch": batch, "queue": queue, "max-mib": max_mib, "token-env": token_env}
+    options = {"host": host, "port": port, "batch": batch, "queue": queue, "max-mib": max_mib}
+    options |= {} if token_env is None else {"token-env": token_env}
     start(Environment.of(name, requirements, constraint), args or [], options, rebuild)
 
 

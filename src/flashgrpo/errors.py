@@ -59,3 +59,8 @@ def install_hint(extra: str) -> str:
 def is_text(text: str) -> bool:
     """Whether UTF-8 can hold a text: no half of a surrogate pair, which bytes of a command line may become."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """Return a stranger's text as one line without control and escape codes, or halves of characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]

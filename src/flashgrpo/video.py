@@ -26,14 +26,19 @@ def to_pictures(frames: Float[Tensor, "frames 3 height width"]) -> UInt8[np.ndar
     return (frames.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def write_mp4(path: Path, video: Video, fps: float) -> None:
-    """Write one video (F, 3, H, W) in [0, 1] as an mp4 that browsers play.
+def enlargement(height: int, width: int) -> int:
+    """Return how many times larger small videos are written, by whole pixels, to have at least 192 px.
 
-    Small videos are enlarged by whole pixels to at least 192 px, for below that the chroma subsampling of H.264
-    (yuv420p, the only one that every browser decodes) smears colours over whole objects.
+    Below that the chroma subsampling of H.264 (yuv420p, the only one that every browser decodes) smears colours over
+    whole objects.
     """
+    return max(1, -(-192 // min(height, width)))
+
+
+def write_mp4(path: Path, video: Video, fps: float) -> None:
+    """Write one video (F, 3, H, W) in [0, 1] as an mp4 that browsers play; `enlargement` times larger."""
     frames = to_pictures(video.cpu())
-    scale = max(1, -(-192 // min(frames.shape[1:3])))
+    scale = enlargement(*frames.shape[1:3])
     frames = np.ascontiguousarray(frames.repeat(scale, axis=1).repeat(scale, axis=2))
     even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # yuv420p has no odd sizes
     with write_aside(path) as aside:

@@ -5,7 +5,6 @@
 
 import json
 import logging
-import os
 import re
 import signal
 import socket
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,12 +26,10 @@ from flashgrpo.serving import wire
 from flashgrpo.serving.client import Remote, remote
 from flashgrpo.serving.http import is_loopback, run
 from flashgrpo.serving.server import bound, make_server, serve
-from flashgrpo.serving.service import Options
+from flashgrpo.serving.service import SLOWEST, Options
 from flashgrpo.video import write_mp4
 from tests.nursery import free_port
-from tests.reward_servers import INFO, Fake, Served, answer, brightness, endpoint
-
-POST = {"Content-Type": wire.MEDIA_TYPE}
+from tests.reward_servers import INFO, Fake, Served, answer, brightness, endpoint, unpack
 
 
 def videos(count: int, first: int = 0) -> torch.Tensor:
@@ -40,12 +38,16 @@ def videos(count: int, first: int = 0) -> torch.Tensor:
 
 
 def body(prompts: list[str], first: int = 0, id: str = "a") -> bytes:
-    return wire.pack(id, "pixels", videos(len(prompts), first), prompts, {})
+    return b"".join(wire.pack(id, "pixels", videos(len(prompts), first), prompts, {}))
 
 
-def post(url: str, content, timeout: float = 60, **headers: str) -> httpx.Response:
+def head(content: bytes, **headers: str) -> dict[str, str]:
+    return {"Content-Type": wire.MEDIA_TYPE, wire.DIGEST: f"{zlib.crc32(content):08x}", **headers}
+
+
+def post(url: str, content: bytes, timeout: float = 60, **headers: str) -> httpx.Response:
     with httpx.Client(verify=False, trust_env=False, timeout=timeout) as client:  # reads no certificates each time
-        return client.post(f"{url}/score", content=content, headers={**POST, **headers})
+        return client.post(f"{url}/score", content=content, headers=head(content, **headers))
 
 
 def tags(count: int, first: int = 0) -> list[float]:
@@ -142,18 +144,11 @@ def test_a_plain_reward_in_every_encoding_and_kind(tmp_path):
         served.kill()
 
 
-def test_many_clients_share_calls_and_get_their_own(server, gate):
-    with ThreadPoolExecutor(9) as pool:
-        slow = pool.submit(post, server.url, body([gate.prompt]))
-        gate.wait()
-        waiting = [pool.submit(post, server.url, body(["p"], tag, f"r{tag}")) for tag in range(8)]
-        time.sleep(0.5)  # until most have arrived
-        gate.open()
-        answers = [future.result().json() for future in waiting]
-        assert slow.result().status_code == 200
+def test_many_clients_get_their_own_numbers(server):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda tag: post(server.url, body(["p"], tag, f"r{tag}")).json(), range(8)))
     assert close_to([answer["components"]["tag"][0] for answer in answers], tags(8))
     assert [answer["id"] for answer in answers] == [f"r{tag}" for tag in range(8)]
-    assert 1 < max(answer["components"]["batch"][0] for answer in answers) <= 4
 
 
 # What a server withstands; each test leaves it alive for the next
@@ -162,13 +157,10 @@ def test_many_clients_share_calls_and_get_their_own(server, gate):
 @pytest.mark.parametrize(
     ("content", "status", "what"),
     [
-        (b"", 400, "too short"),
-        (b"\x80\x04\x95pickled, perhaps, but never unpickled", 400, "no request of format 1"),
-        (body(["p"])[:-1], 400, "damaged"),
-        (body(["p"]) + b"x", 400, "damaged"),
+        (b"", 422, "no request"),
+        (b"\x80\x04\x95pickled, perhaps, but never unpickled", 422, "no safetensors file of two tensors"),
         (bytes(2**20 + 1), 413, "may have 1 MiB"),
-        ((bytes(2**16) for _ in range(64)), 413, "may have 1 MiB"),  # no length is announced: counted while it arrives
-        (wire.pack("a", "latents", torch.zeros(1, 4, 1, 2, 2), ["p"], {}), 422, "takes pixels, not latents"),
+        (b"".join(wire.pack("a", "latents", torch.zeros(1, 4, 1, 2, 2), ["p"], {})), 422, "takes pixels, not latents"),
         (body(["refuse"]), 422, "such a prompt is not for me"),
         (body(["raise"]), 500, "the reward failed: KeyError: 'planted'"),
         (body(["exit"]), 500, "the reward failed: SystemExit"),
@@ -186,22 +178,76 @@ def test_requests_that_a_server_survives(server, content, status, what):
     assert close_to(post(server.url, body(["p"], 7)).json()["components"]["tag"], [7.0])
 
 
-def test_other_content_types_and_addresses(server):
+def test_requests_that_are_damaged_or_of_unknown_length(server):
+    assert post(server.url, body(["p"])[:-1], **{wire.DIGEST: head(body(["p"]))[wire.DIGEST]}).status_code == 400
+    assert post(server.url, body(["p"]), **{wire.DIGEST: ""}).status_code == 400
     assert post(server.url, body(["p"]), **{"Content-Type": "application/octet-stream"}).status_code == 415
+    endless = httpx.post(
+        f"{server.url}/score", content=(bytes(9) for _ in range(9)), headers=head(b""), trust_env=False
+    )
+    assert endless.status_code == 411
     assert httpx.get(f"{server.url}/docs", trust_env=False).status_code == 404
     assert httpx.get(f"{server.url}/score", trust_env=False).status_code == 405
 
 
-def test_a_large_body_takes_no_memory(server):
-    def memory() -> int:
-        return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def test_half_a_character_is_refused_on_both_sides(server):
+    text = body(["??????"]).replace(b"??????", b"\\ud83d")
+    refused = post(server.url, text)
+    assert refused.status_code == 422
+    assert "Invalid JSON: unexpected end of hex escape" in refused.json()["error"]
+    assert post(server.url, body(["say half"])).json()["error"].startswith("tagged refused its input: half of")
+    with pytest.raises(ValueError, match="half a character"):
+        remote(server.url)(videos(1), ["\ud83d"])
 
-    before = memory()
-    assert post(server.url, (bytes(2**20) for _ in range(60))).status_code == 413
-    assert memory() - before < 30 * 2**20
+
+def connect(server: Served, sent: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    connection.sendall(sent)
+    return connection
 
 
-def test_a_bad_request_spoils_no_other_of_its_batch(server, gate):
+def test_slow_clients_hold_no_place_and_are_sent_away():
+    """As many as the queue has places send heads and bodies a byte at a time; a good client is served all the while."""
+    server = Served(queue=2, arrival_seconds=1)
+    lines = [f"{key}: {value}" for key, value in head(b"").items()]
+    whole = "\r\n".join(["POST /score HTTP/1.1", "Host: x", *lines, f"Content-Length: {SLOWEST}", "", ""]).encode()
+    slow = [connect(server, sent) for sent in [whole, whole[:20], b""] * 6]
+    for _ in range(3):
+        assert close_to(remote(server.url)(videos(3), ["p"] * 3)["tag"], tags(3))
+        for connection in slow:
+            connection.sendall(b"x")
+    with ThreadPoolExecutor(len(slow)) as pool:
+        ends = list(pool.map(lambda connection: connection.recv(1000), slow))
+    for connection in slow:
+        connection.close()
+    assert [end[:12] for end in ends[::3]] == [b"HTTP/1.1 408"] * 6
+    assert {bytes(end) for end in ends[1::3]} == {b""}
+    server.stop()
+    assert server.process.exitcode == 0
+
+
+def memory(server: Served, key: str) -> int:
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1])
+
+
+def test_memory_is_bounded_by_what_is_decoded():
+    """Eight mp4 requests of a few kB, of 8 MiB each as pixels: `queue` and five times 8 MiB, however many there are."""
+    server = Served("brightness", max_mib=8.0, queue=8)
+    clips = wire.pack("a", "pixels", torch.full((1, 42, 3, 256, 256), 0.5), ["p"], {}, "mp4")
+    coded = b"".join(clips)
+    assert len(coded) < 50_000
+    assert post(server.url, coded).status_code == 200  # loads what is loaded once
+    before = memory(server, "VmRSS")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: post(server.url, coded), range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert memory(server, "VmHWM") - before < (8 + 5) * 8 * 2**20
+    more = b"".join(wire.pack("a", "pixels", torch.full((2, 42, 3, 256, 256), 0.5), ["p"] * 2, {}, "mp4"))
+    assert "decode to more than 8388608 bytes" in post(server.url, more).json()["error"]
+    server.kill()
+
+
+def test_a_bad_request_spoils_no_other(server, gate):
     with ThreadPoolExecutor(5) as pool:
         slow = pool.submit(post, server.url, body([gate.prompt]))
         gate.wait()
@@ -227,6 +273,18 @@ def test_work_of_a_client_that_has_gone_is_left_out(server, gate):
         gate.open()
         slow.result()
     assert post(server.url, body(["p"])).json()["components"]["seen"][0] == seen + 2
+
+
+@pytest.mark.parametrize("named", ["", "UNSET_VARIABLE", "EMPTY_VARIABLE", "no name"])
+def test_a_token_that_is_not_there(named, monkeypatch):
+    monkeypatch.setenv("EMPTY_VARIABLE", "")
+    with pytest.raises(UserError, match=r"no name of an|must hold a token"):
+        serve("frames:exposure", [], Options(token_env=named))
+    with pytest.raises(UserError, match="must begin with FLASHGRPO_"):
+        Remote(["http://127.0.0.1:1"], token_env=named)
+    monkeypatch.setenv("FLASHGRPO_REWARD_TOKEN", " ")
+    with pytest.raises(UserError, match="FLASHGRPO_REWARD_TOKEN is empty"):
+        serve("frames:exposure", [], Options())
 
 
 def test_tokens(monkeypatch, caplog):
@@ -315,7 +373,7 @@ def test_an_address_that_is_taken():
             server = make_server(brightness, "b", "1", options)
             with pytest.raises(UserError, match="already in use"):
                 pool.submit(server.run, [second]).result()
-            server.batcher.close()
+            server.scorer.close()
     with pytest.raises(UserError, match="is a server already"):
         serve("http://127.0.0.1:1", [], Options())
     with pytest.raises(UserError, match="above 0"):
@@ -393,8 +451,8 @@ def test_servers_of_one_reward_are_alike(fake):
         Remote([server.url for server in servers])
     servers[0].kill()
     servers[1].kill()
-    old = fake(lambda *_: None, {**INFO, "format": 2})
-    with pytest.raises(UserError, match="speaks format 2 and this is format 1"):
+    old = fake(lambda *_: None, {**INFO, "format": 1})
+    with pytest.raises(UserError, match="speaks format 1 and this is format 2"):
         remote(old.url)
     with pytest.raises(UserError, match="no reward server of this release"):
         remote(fake(lambda *_: None, {**INFO, "takes": {"kind": "code"}}).url)
@@ -414,8 +472,8 @@ def reply(**changes):
     """An answer that is right but for the changes."""
 
     def act(connection, received, number) -> None:
-        request = wire.unpack(bytearray(received))
-        told = {"id": request.id, "reward": "fake 1", "components": {"": [0.5] * request.count}}
+        request = unpack(received)
+        told = {"id": request.about.id, "reward": "fake 1", "components": {"": [0.5] * request.count}}
         connection.sendall(answer(200, json.dumps({**told, **changes})))
 
     return act
@@ -426,12 +484,19 @@ def reply(**changes):
     [
         (reply(components={"": [0.5]}), "1 numbers for 2 videos"),
         (reply(components={"": [0.5, 0.5, 0.5]}), "3 numbers for 2 videos"),
-        (reply(components={"": [0.5, float("nan")]}), "no JSON"),
+        (reply(components={"": [0.5, float("nan")]}), "is nan for video 1"),
         (reply(components={}), "an empty mapping"),
         (reply(id="x"), "another request"),
-        (lambda connection, *_: connection.sendall(answer(200, "<html>it works</html>")), "no JSON"),
-        (lambda connection, *_: connection.sendall(answer(200, "")), "no JSON"),
-        (lambda connection, *_: connection.sendall(answer(400, '{"error": "so\\nnot"}')), "HTTP 400: so not"),
+        (
+            lambda connection, *_: connection.sendall(answer(200, "<html>it works</html>")),
+            "no valid answer: the answer: Invalid JSON",
+        ),
+        (lambda connection, *_: connection.sendall(answer(200, "")), "no valid answer: the answer: Invalid JSON"),
+        (reply(components={"\x1b[2J": [0.5, 0.5]}), "no short line of text"),
+        (
+            lambda connection, *_: connection.sendall(answer(400, '{"error": "so\\nn\\u001bo\\u202et"}')),
+            "HTTP 400: so n o t",
+        ),
         (lambda connection, *_: connection.sendall(answer(403, "no")), "HTTP 403: no.*FLASHGRPO_REWARD_TOKEN"),
         (lambda connection, *_: connection.sendall(answer(404, "")), "HTTP 404.*is this its address"),
         (lambda connection, *_: connection.sendall(answer(413, "")), "HTTP 413.*fewer videos at once"),
@@ -523,7 +588,7 @@ def test_one_request_has_one_deadline(fake):
         server = fake(act)
         reward = remote(server.url, timeout=0.4, patience=0.0)
         started = time.monotonic()
-        with pytest.raises(UserError, match=r"had not answered after 0.4 s, at the last of 1 attempts"):
+        with pytest.raises(UserError, match=r"had not answered after 0.4 s, at the last of 1 .*; raise `timeout` if"):
             reward(videos(1), ["p"])
         assert 0.4 <= time.monotonic() - started < 5
         server.close()

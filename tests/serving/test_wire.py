@@ -1,124 +1,193 @@
 """The wire format: what comes out is what went in, and whatever else comes in is one sentence."""
 
+import asyncio
 import json
-import tracemalloc
-import zlib
+import os
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
+from flashgrpo.errors import UserError, printable
 from flashgrpo.scoring.loading import checked_values
-from flashgrpo.serving import answers, mp4, wire
+from flashgrpo.serving import messages, mp4, service, wire
+from flashgrpo.serving.http import _chunks
+from flashgrpo.serving.server import make_server
+from tests.reward_servers import INFO, brightness, unpack
 
-LIMIT = 2**30
+ALL = slice(None)
 
 
 def packed(encoding="uint8", shape=(3, 2, 3, 4, 5), **changes) -> bytes:
     videos = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     given = {"id": "abc-1", "kind": "pixels", "inputs": videos, "prompts": ["é", "", "x"], "columns": {"n": [1, 2, 3]}}
-    return wire.pack(**{**given, "encoding": encoding, **changes})
+    return b"".join(wire.pack(**{**given, "encoding": encoding, **changes}))
 
 
-def signed(header: object, payload: bytes = b"", magic: bytes = b"FGRW") -> bytearray:
-    """A body with any header at all, whose lengths and checksum are right."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    text += b" " * (-(wire.PREFIX.size + len(text)) % wire.ALIGNMENT)
-    return bytearray(wire.PREFIX.pack(magic, len(text), zlib.crc32(text + payload)) + text + payload)
+def again(*args) -> torch.Tensor:
+    with unpack(b"".join(wire.pack(*args))).inputs(ALL) as videos:
+        return videos
 
 
-HEADER = {
+ABOUT = {
     "id": "a",
     "kind": "pixels",
     "encoding": "uint8",
-    "shape": [2, 3, 4, 5],
-    "sizes": [],
     "prompts": ["x"],
     "columns": {},
+    "shape": [],
+    "sizes": [],
 }
-PAYLOAD = bytes(2 * 3 * 4 * 5)
+VIDEOS = torch.zeros(1, 2, 3, 4, 5, dtype=torch.uint8)
+
+
+def file(about: object = None, videos: torch.Tensor = VIDEOS, **changes) -> bytes:
+    """A request that says anything at all."""
+    text = about if isinstance(about, bytes) else json.dumps({**ABOUT, **changes}).encode()
+    return safetensors.torch.save({"request": torch.tensor(list(text), dtype=torch.uint8), "videos": videos})
 
 
 @given(st.tuples(st.integers(1, 3), st.integers(1, 4), st.just(3), st.integers(1, 6), st.integers(1, 6)))
 @settings(max_examples=20, deadline=None)
 def test_pixels_come_back(shape):
     videos = torch.rand(shape)
-    exact = wire.unpack(bytearray(wire.pack("a", "pixels", videos, ["p"] * shape[0], {}, "float32")))
-    assert torch.equal(wire.read([exact], LIMIT), videos)
-    rounded = wire.unpack(bytearray(wire.pack("a", "pixels", videos, ["p"] * shape[0], {})))
-    assert torch.equal(wire.read([rounded], LIMIT), (videos * 255).round() / 255)
+    assert torch.equal(again("a", "pixels", videos, ["p"] * shape[0], {}, "float32"), videos)
+    assert torch.equal(again("a", "pixels", videos, ["p"] * shape[0], {}), (videos * 255).round() / 255)
 
 
-def test_prompts_columns_and_requests_that_are_alike():
-    first, second = wire.unpack(bytearray(packed())), wire.unpack(bytearray(packed(id="b")))
-    assert first.prompts == ["é", "", "x"]
-    assert first.columns == {"n": [1, 2, 3]}
-    assert first.id == "abc-1"
-    assert first.alike == second.alike
-    assert first.alike != wire.unpack(bytearray(packed(columns={}))).alike
-    both = wire.read([first, second], LIMIT)
-    assert both.shape == (6, 2, 3, 4, 5)
-    assert torch.equal(both[:3], both[3:])
-
-
-def test_latents_are_exact_and_files_are_as_they_are():
+def test_prompts_columns_latents_and_files():
+    request = unpack(packed())
+    assert request.about.prompts == ["é", "", "x"]
+    assert request.about.columns == {"n": [1, 2, 3]}
+    assert (request.about.id, request.count) == ("abc-1", 3)
+    with request.inputs(slice(1, 3)) as some, request.inputs(ALL) as every:
+        assert torch.equal(some, every[1:])
     latents = torch.randn(2, 4, 3, 2, 2)
-    request = wire.unpack(bytearray(wire.pack("a", "latents", latents.bfloat16(), ["p", "q"], {})))
-    assert torch.equal(wire.read([request], LIMIT), latents.bfloat16().float())
+    assert torch.equal(again("a", "latents", latents.bfloat16(), ["p", "q"], {}), latents.bfloat16().float())
     files = [b"\0\0\0\x18ftypmp42" + bytes(number) for number in (3, 5)]
-    request = wire.unpack(bytearray(wire.pack("a", "files", files, ["p", "q"], {})))
-    assert [bytes(file) for file in request.files()] == files
+    request = unpack(b"".join(wire.pack("a", "files", files, ["p", "q"], {})))
+    with request.inputs(slice(1, 2)) as paths:
+        assert [Path(path).read_bytes() for path in paths] == files[1:]
+    assert not Path(paths[0]).exists()
+
+
+def peak_bytes(work: Callable[[], object]) -> tuple[object, int]:
+    """What is returned, and by how much this process was larger meanwhile than before; torch's memory is in it."""
+
+    def status(key: str) -> int:
+        return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        pytest.skip("this kernel counts no peaks")
+    before = status("VmRSS")
+    return work(), status("VmHWM") - before
+
+
+def sent(body: list[memoryview]) -> Request:
+    """A request as it comes to the server, chunk by chunk."""
+    chunks = _chunks(body)
+
+    async def receive() -> dict:
+        chunk = await anext(chunks, b"")
+        return {"type": "http.request", "body": chunk, "more_body": bool(chunk)}
+
+    return Request({"type": "http", "headers": [(wire.DIGEST.lower().encode(), b"00000000")]}, receive)
+
+
+def test_each_side_copies_the_videos_once_at_most(monkeypatch):
+    """64 MiB: the client sends float32 from where it lies, and the reward is called with what arrived."""
+    monkeypatch.setattr(service.zlib, "crc32", lambda *_: 0)
+    size = 64 * 2**20
+    videos = torch.full((4, 16, 3, 256, 341), 0.5)
+    assert abs(videos.nbytes - size) < 2**20
+    body, extra = peak_bytes(lambda: wire.pack("a", "pixels", videos, ["p"] * 4, {}, "float32"))
+    assert extra < size // 4
+    assert any(part.nbytes == videos.nbytes for part in body)
+    length = sum(map(len, body))
+    server = make_server(brightness, "brightness", "1", service.Options())
+    here = service.Service(server.scorer, messages.Info(**INFO), service.Options(), "")
+    arrived, extra = peak_bytes(lambda: asyncio.run(here._arrived(sent(body), length)))
+    server.scorer.close()
+    assert extra < size // 4  # beside the file in memory
+    assert os.fstat(arrived.fileno()).st_blocks * 512 < size + 2**20
+    with arrived:
+        request = wire.unpack(arrived, 2**30)
+    with request.inputs(ALL) as seen:
+        assert seen.data_ptr() == request.videos.data_ptr()  # where it arrived
+        assert torch.equal(seen, videos)
 
 
 @pytest.mark.parametrize("size", [(33, 47), (200, 201)])  # enlarged by the codec, and odd
 def test_mp4_comes_back_at_its_own_size(size):
     coarse = torch.rand(1, 3, 5, 4, 4, generator=torch.Generator().manual_seed(0))
     video = torch.nn.functional.interpolate(coarse, (5, *size), mode="trilinear")[0].transpose(0, 1)
-    request = wire.unpack(bytearray(wire.pack("a", "pixels", video[None], ["p"], {}, "mp4")))
-    seen = wire.read([request], LIMIT)
+    seen = again("a", "pixels", video[None], ["p"], {}, "mp4")
     assert seen.shape == (1, *video.shape)
     assert (seen[0] - video).abs().mean() < 0.02
     with pytest.raises(ValueError, match="decode to more than 1000 bytes"):
-        wire.read([request], 1000)
+        unpack(b"".join(wire.pack("a", "pixels", video[None], ["p"], {}, "mp4")), 1000)
 
 
 def test_mp4_of_another_shape_is_no_larger_allocation():
     file = mp4.to_mp4(torch.rand(4, 3, 200, 200))
     for shape, what in (
+        ((4, 3, 192, 200), "200 x 200 pixels came for one of 192 x 200"),
         ((4, 3, 64, 64), "200 x 200 pixels came for one of 64 x 64"),
         ((3, 3, 200, 200), "more than 3 frames"),
         ((9, 3, 200, 200), "4 frames in place of 9"),
     ):
         with pytest.raises(ValueError, match=what):
-            mp4.from_mp4(file, shape, LIMIT)
-    with pytest.raises(ValueError, match="200 x 200"):
-        mp4.from_mp4(file, (4, 3, 20, 20), 1000)
+            mp4.read_mp4(file, torch.empty(shape))
+    large = mp4.to_mp4(torch.zeros(1, 3, 600, 600))  # ffmpeg itself makes no room for it
+    with pytest.raises(ValueError, match=r"cannot be decoded|600 x 600 pixels came"):
+        mp4.read_mp4(large, torch.empty(1, 3, 200, 200))
     with pytest.raises(ValueError, match=r"cannot be decoded|frames in place"):
-        mp4.from_mp4(file[:300], (4, 3, 200, 200), LIMIT)
+        mp4.read_mp4(file[:300], torch.empty(4, 3, 200, 200))
     with pytest.raises(ValueError, match="no mp4"):  # ffmpeg would open what a playlist names
-        mp4.from_mp4(b"#EXTM3U\nfile:///etc/passwd", (4, 3, 200, 200), LIMIT)
+        mp4.read_mp4(b"#EXTM3U\nfile:///etc/passwd", torch.empty(4, 3, 200, 200))
+
+
+def unpacked(body: bytes) -> wire.Request | None:
+    """What is read, or None where it is refused in one sentence."""
+    said = ""
+    try:
+        return unpack(body)
+    except ValueError as error:
+        said = str(error)
+    assert re.fullmatch(r"\w[^\n]*", said)
+    return None
 
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_damaged_requests_are_refused(data):
+def test_damaged_requests_give_a_sentence_or_a_request(data):
+    """Whatever passes the checksum's notice is whole, or refused in a sentence."""
     body = bytearray(packed())
     if data.draw(st.booleans(), "cut"):
         body = body[: data.draw(st.integers(0, len(body) - 1), "length")]
     else:
         place = data.draw(st.integers(0, len(body) - 1), "place")
         body[place] ^= data.draw(st.integers(1, 255), "flipped")
-    with pytest.raises(ValueError, match=r"\w"):
-        wire.unpack(body)
+    if request := unpacked(bytes(body)):
+        with request.inputs(ALL) as videos:
+            assert len(videos) == request.count == len(request.about.prompts)
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_noise_is_refused(noise):
-    for body in (noise, wire.MAGIC + noise, bytes(signed(noise))):
-        with pytest.raises(ValueError, match=r"\w"):
-            wire.unpack(bytearray(body))
+    for body in (noise, struct.pack("<Q", len(noise)) + noise, file(noise)):
+        with pytest.raises(ValueError, match=r"^\w[^\n]*$"):
+            unpack(body)
 
 
 anything = st.recursive(
@@ -128,74 +197,63 @@ anything = st.recursive(
 )
 
 
-@given(st.sampled_from(sorted(HEADER)), anything)
-@settings(max_examples=200, deadline=None)
-def test_headers_that_are_signed_and_wrong(key, value):
-    body = signed({**HEADER, key: value}, PAYLOAD)
-    try:
-        request = wire.unpack(body)
-    except ValueError:
-        return
-    assert wire.read([request], LIMIT).shape == (1, 2, 3, 4, 5)  # the value happened to be a right one
+@given(st.sampled_from(sorted(ABOUT)), anything)
+@settings(max_examples=100, deadline=None)
+def test_fields_that_are_wrong(key, value):
+    if request := unpacked(file(**{key: value})):  # the value happened to be a right one
+        with request.inputs(ALL) as videos:
+            assert videos.shape == (1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("body", "what"),
     [
-        ({"shape": [2**39, 3, 2**39, 2**39]}, "the header asks for another number"),
-        ({"shape": [2, 4, 4, 5]}, "no shape"),
-        ({"shape": [2, 3, 4, 0]}, "whole numbers above 0"),
-        ({"shape": [True, 3, 4, 5]}, "whole numbers above 0"),
-        ({"encoding": "pickle"}, "kind and encoding"),
-        ({"kind": ["pixels"]}, "kind and encoding"),
-        ({"kind": "latents"}, "kind and encoding"),
-        ({"sizes": [1]}, "another number"),
-        ({"encoding": "mp4", "sizes": [2**39]}, "add up"),
-        ({"encoding": "mp4", "sizes": [120]}, "no mp4"),
-        ({"prompts": []}, "one text or more"),
-        ({"prompts": ["x", "y"]}, "another number"),
-        ({"columns": {"videos": [1]}}, "other than videos"),
-        ({"columns": {"n": [1, 2]}}, "one for each prompt"),
-        ({"id": "../x"}, "letters"),
-        ({"more": 1}, "exactly the keys"),
+        (file(videos=torch.zeros(2, 2, 3, 4, 5, dtype=torch.uint8)), "1 pixels must be one uint8 tensor"),
+        (file(videos=torch.zeros(1, 2, 3, 4, 5)), "1 pixels must be one uint8 tensor"),
+        (file(videos=torch.zeros(1, 2, 3, 0, 5, dtype=torch.uint8)), "1 pixels must be one uint8 tensor"),
+        (file(videos=torch.zeros(1, 2, 4, 4, 5, dtype=torch.uint8)), "no shape of a video"),
+        (file(encoding="pickle"), "encoding: Input should be 'uint8'"),
+        (file(kind=["pixels"]), "kind: Input should be 'pixels'"),
+        (file(kind="latents"), "latents are not sent as uint8"),
+        (file(kind="files", encoding="mp4", sizes=[2**39]), "sizes must be those of 1 files"),
+        (file(encoding="mp4", sizes=[120], videos=VIDEOS.flatten(), shape=[2, 3, 4, 5]), "no mp4"),
+        (file(prompts=[]), "prompts: List should have at least 1 item"),
+        (file(prompts=["x", "y"]), "2 pixels must be"),
+        (file(columns={"n": [1, 2]}), "one for each prompt"),
+        (file(id="../x"), "id: String should match"),
+        (file(more=1), "more: Extra inputs are not permitted"),
+        (file(b"[" * 100_000), "Invalid JSON"),
+        (file(b'{"prompts": ["\\ud800"]}'), "Invalid JSON"),
+        (file(b'{"prompts": ["\xff"]}'), "Invalid JSON"),
+        (file(b" " * (wire.ABOUT_LIMIT + 1)), "take more than 4194304 bytes"),
+        (safetensors.torch.save({"videos": VIDEOS}), "the tensors request, as uint8, and videos"),
+        (safetensors.torch.save({"request": torch.zeros(9), "videos": VIDEOS}), "the tensors request, as uint8"),
+        (struct.pack("<Q", 2**40), "no safetensors file of two tensors"),
     ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-def test_sentences(changes, what):
-    body = signed({**HEADER, **changes}, PAYLOAD)
-    tracemalloc.start()
-    try:
+def test_sentences(body, what):
+    def refused() -> None:
         with pytest.raises(ValueError, match=what):
-            wire.unpack(body)
-        assert tracemalloc.get_traced_memory()[1] < 10_000_000  # nothing of what the header names was allocated
-    finally:
-        tracemalloc.stop()
+            unpack(body)
 
-
-def test_deep_and_long_headers():
-    with pytest.raises(ValueError, match="no JSON"):
-        wire.unpack(signed(b"[" * 100_000))
-    with pytest.raises(ValueError, match="no JSON"):
-        wire.unpack(signed(b'{"id": NaN}'))
-    with pytest.raises(ValueError, match="longer than"):
-        wire.unpack(bytearray(wire.PREFIX.pack(wire.MAGIC, 2**32 - wire.PREFIX.size, 0)))
+    assert peak_bytes(refused)[1] < 64 * 2**20  # nothing of what the numbers name was allocated
 
 
 def test_what_cannot_be_sent():
-    with pytest.raises(ValueError, match="cannot be sent as JSON"):
-        packed(columns={"n": [object()] * 3})
-    with pytest.raises(ValueError, match="cannot be sent as JSON"):
-        packed(columns={"n": [float("nan")] * 3})
+    for column, what in (([object()] * 3, "as JSON"), ([float("nan")] * 3, "as JSON"), (["\ud83d"] * 3, "half a char")):
+        with pytest.raises(ValueError, match=what):
+            packed(columns={"n": column})
     with pytest.raises(ValueError, match="not finite"):
         packed(inputs=torch.full((3, 2, 3, 4, 5), torch.nan))
-    header = {**HEADER, "encoding": "float32"}
-    request = wire.unpack(signed(header, torch.full((120,), torch.inf).numpy().tobytes()))
-    with pytest.raises(ValueError, match="not finite"):
-        wire.read([request], LIMIT)
+    request = unpack(file(encoding="float32", videos=torch.full((1, 2, 3, 4, 5), torch.inf)))
+    with pytest.raises(ValueError, match="not finite"), request.inputs(ALL):
+        pass
 
 
 def test_an_answer_comes_back():
     values = {"": [0.1, -1e300, 3.0]}
-    assert answers.unpack_answer(answers.pack_answer("a", "r 1", values), "a", "r 1", 3) == values
+    assert messages.unpack_answer(messages.pack_answer("a", "r 1", values), "a", "r 1", 3) == values
     assert checked_values(torch.tensor([1, 2]), 2) == {"": [1.0, 2.0]}
     assert checked_values({"x": (1, 2)}, 2) == {"x": [1.0, 2.0]}
 
@@ -206,14 +264,14 @@ GOOD = {"id": "a", "reward": "r 1", "components": {"x": [1, 2.5]}}
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        (b"", "no JSON"),
-        (b"\xff", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
-        (json.dumps(GOOD).encode()[:-1], "no JSON"),
+        (b"", "Invalid JSON"),
+        (b"\xff", "Invalid JSON"),
+        (b"[" * 100_000, "Invalid JSON"),
+        (json.dumps(GOOD).encode()[:-1], "Invalid JSON"),
         ({**GOOD, "id": "b"}, "another request"),
         ({**GOOD, "reward": "r 2"}, "another reward"),
-        ({**GOOD, "more": 1}, "exactly the keys"),
-        ({**GOOD, "components": [1, 2]}, "must be an object"),
+        ({**GOOD, "more": 1}, "more: Extra inputs"),
+        ({**GOOD, "components": [1, 2]}, "components: Input should be"),
         ({**GOOD, "components": {}}, "an empty mapping"),
         ({**GOOD, "components": {"x": [1]}}, "1 numbers for 2"),
         ({**GOOD, "components": {"x": [1, 2, 3]}}, "3 numbers for 2"),
@@ -222,18 +280,29 @@ GOOD = {"id": "a", "reward": "r 1", "components": {"x": [1, 2.5]}}
         ({**GOOD, "components": {"x": [1, "2"]}}, "not str"),
         ({**GOOD, "components": {"x": [1, None]}}, "not NoneType"),
         ({**GOOD, "components": {"x": [1, 10**400]}}, "inf"),
-        (json.dumps(GOOD).replace("2.5", "NaN").encode(), "no JSON"),
+        ({**GOOD, "components": {"x\x1b[2J": [1, 2]}}, "no short line"),
+        (json.dumps(GOOD).replace("2.5", "NaN").encode(), "is nan"),
         (json.dumps(GOOD).replace("2.5", "1e999").encode(), "inf"),
     ],
 )
 def test_wrong_answers(body, what):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(ValueError, match=what):
-        answers.unpack_answer(body, "a", "r 1", 2)
+        messages.unpack_answer(body, "a", "r 1", 2)
 
 
 @given(st.binary(max_size=60) | anything.map(lambda value: json.dumps(value).encode()))
 @settings(max_examples=100, deadline=None)
 def test_any_other_answer_is_one_sentence(body):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
-        answers.unpack_answer(body, "a", "r 1", 2)
+        messages.unpack_answer(body, "a", "r 1", 2)
+    with pytest.raises(UserError, match=r"^x [^\n]+$"):
+        messages.Info.read(body, "x")
+
+
+@given(st.text())
+def test_what_a_terminal_is_shown(text):
+    shown = printable(text)
+    assert shown.isprintable()
+    assert len(shown) <= 300
+    shown.encode()

@@ -31,11 +31,11 @@ from flashgrpo.errors import UserError, first_line, suggest
 from flashgrpo.rewards.frames import pick
 from flashgrpo.scoring.inputs import Pixels
 from flashgrpo.scoring.loading import as_float
-from flashgrpo.serving.answers import load_json
 from flashgrpo.serving.http import Endpoint, Transient, all_of, persist, run
 from flashgrpo.video import to_pictures
 
 ADVICE = "is the judge's server running there, and can this machine reach it?"
+JSON = {"Content-Type": "application/json"}
 AGAIN = "That is not an answer of the form that was asked for. Answer again, in exactly that form."
 
 
@@ -57,7 +57,7 @@ class Judge:
         concurrency: requests at a time.
         timeout: seconds that one request may take.
         patience: seconds for which failures of the server are repeated.
-        token_env: environment variable with the API key; none is sent where it is not set.
+        token_env: environment variable with the API key, FLASHGRPO_...; by default FLASHGRPO_JUDGE_TOKEN, if set.
 
     Raises:
         UserError: arguments that do not fit together.
@@ -80,7 +80,7 @@ class Judge:
         concurrency: int = 8,
         timeout: float | int = 120.0,  # a recipe may well say 120
         patience: float | int = 600.0,
-        token_env: str = "FLASHGRPO_JUDGE_TOKEN",
+        token_env: str | None = None,
     ) -> None:
         if (pattern is None) == (key is None):
             raise UserError("a judge's answer is read by a pattern or by a key: give one of the two")
@@ -92,7 +92,7 @@ class Judge:
             )
         if len(score_range) != 2 or not -math.inf < score_range[0] < score_range[1] < math.inf:
             raise UserError(f"score_range must be a lowest and a highest number, not {list(score_range)}")
-        self._endpoint = Endpoint(url, token_env, float(timeout))
+        self._endpoint = Endpoint(url, token_env, "FLASHGRPO_JUDGE_TOKEN", float(timeout))
         self._model, self._template, self._image = model, template, image
         self._pattern, self._key = _compiled(pattern), key
         self._frames, self._max_tokens, self._attempts = frames, max_tokens, attempts
@@ -149,15 +149,15 @@ class Judge:
 
         async def ask() -> bytes:
             try:
-                return await self._endpoint.ask(client, "POST", "/chat/completions", body)
+                return await self._endpoint.ask(client, "POST", "/chat/completions", [body], JSON)
             except Transient:
                 self.failures += 1
                 raise
 
         answer = await persist(ask, self._patience, ADVICE)
         try:
-            content = load_json(answer, "what it answers")["choices"][0]["message"]["content"]
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+            content = json.loads(answer)["choices"][0]["message"]["content"]
+        except (ValueError, RecursionError, TypeError, LookupError) as error:
             raise UserError(f"{self._endpoint.url} gave no chat completion; is this the URL of an API?") from error
         return content if isinstance(content, str) else ""
 
@@ -169,8 +169,8 @@ class Judge:
         else:
             fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", answer, re.DOTALL)
             try:
-                told = load_json((fenced[1] if fenced else answer).encode(), "the answer")
-            except ValueError:
+                told = json.loads(fenced[1] if fenced else answer)
+            except (ValueError, RecursionError):
                 return None
             values = [_number(told.get(self._key))] if isinstance(told, dict) else []
         low, high = self.score_range

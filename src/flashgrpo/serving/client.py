@@ -1,12 +1,15 @@
 """A reward that servers compute (`flashgrpo reward serve`), one or several, called as if it were computed here."""
 
 import asyncio
+import logging
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,31 +20,28 @@ from torch import Tensor
 from flashgrpo.errors import UserError, suggest
 from flashgrpo.scoring.inputs import Input
 from flashgrpo.serving import wire
-from flashgrpo.serving.answers import Info, unpack_answer
-from flashgrpo.serving.http import LOG, Endpoint, Transient, all_of, persist, run
+from flashgrpo.serving.http import Endpoint, Transient, all_of, persist, run
+from flashgrpo.serving.messages import Encoding, Info, unpack_answer
 
-OUTSTANDING = 4  # requests that a server has of one call: one that is computed, one that arrives, and some to batch
+LOG = logging.getLogger("flashgrpo")
+TOKEN = "FLASHGRPO_REWARD_TOKEN"
+OUTSTANDING = 4  # requests that a server has of one call: one that is computed, one that arrives, and two that wait
 REST = 5.0  # seconds during which a server that failed is asked only where no other is left
 QUIET = 30.0  # seconds between two warnings of one client
 ADVICE = "is `flashgrpo reward serve` running there, and can this machine reach it?"
 
+Piece = tuple[Any, list[str], dict[str, list[Any]]]
+"""Videos, prompts and columns of one request."""
+
 
 @dataclass
-class Backend:
-    """A server, and until when it rests after a failure (`time.monotonic`)."""
-
-    endpoint: Endpoint
-    rests_until: float = 0.0
-
-
-@dataclass(frozen=True)
 class Call:
     """What all pieces of one call share."""
 
-    clients: Mapping[str, httpx.AsyncClient]
-    outstanding: Counter[str]
+    clients: dict[Endpoint, httpx.AsyncClient]
     slots: asyncio.Semaphore
-    packer: Executor
+    packer: ThreadPoolExecutor
+    outstanding: Counter[Endpoint] = field(default_factory=Counter)
 
 
 class Remote:
@@ -56,7 +56,7 @@ class Remote:
         batch: videos in a piece.
         timeout: seconds that one request may take, in the server's queue too.
         patience: seconds for which failures are repeated, and for which servers are waited for at the start.
-        token_env: environment variable with the servers' token.
+        token_env: variable with the servers' token, FLASHGRPO_...; by default FLASHGRPO_REWARD_TOKEN, if set.
 
     Attributes:
         takes: what it is called with, as the servers say.
@@ -75,24 +75,25 @@ class Remote:
         batch: int = 8,
         timeout: float | int = 300.0,  # a recipe may well say 300
         patience: float | int = 600.0,
-        token_env: str = "FLASHGRPO_REWARD_TOKEN",
+        token_env: str | None = None,
     ) -> None:
-        if encoding not in get_args(wire.Encoding):
-            raise UserError(f"encoding: {suggest(encoding, get_args(wire.Encoding))}, not {encoding!r}")
-        if batch < 1 or timeout <= 0 or patience < 0 or not urls:
+        if encoding not in get_args(Encoding):
+            raise UserError(f"encoding: {suggest(encoding, get_args(Encoding))}, not {encoding!r}")
+        if batch < 1 or not timeout > 0 or not patience >= 0 or not urls:
             raise UserError("a remote reward needs a URL, batch of 1 or more, timeout above 0, patience of 0 or more")
         self._encoding: Any = encoding
         self._batch, self._patience = batch, float(patience)
-        self._servers = [Backend(Endpoint(url, token_env, float(timeout))) for url in dict.fromkeys(urls)]
+        self._servers = [Endpoint(url, token_env, TOKEN, float(timeout)) for url in dict.fromkeys(urls)]
+        self._rests_until: defaultdict[Endpoint, float] = defaultdict(float)  # of `time.monotonic`
         self._warned = -QUIET
         self.failures = 0
-        infos = run(all_of([self._info(server.endpoint) for server in self._servers]))
+        infos = run(all_of([self._info(server) for server in self._servers]))
         self._reward = infos[0].reward
         for server, info in zip(self._servers, infos, strict=True):
             if (info.reward, info.takes) != (self._reward, infos[0].takes):
                 raise UserError(
-                    f"{self._servers[0].endpoint.url} serves {self._reward}, and {server.endpoint.url} serves "
-                    f"{info.reward}; the servers of one reward must be alike"
+                    f"{self._servers[0].url} serves {self._reward}, and {server.url} serves {info.reward}; "
+                    "the servers of one reward must be alike"
                 )
         self._max_bytes = min(info.max_bytes for info in infos)
         self.takes: Input = infos[0].takes
@@ -118,77 +119,82 @@ class Remote:
         if not prompts:
             return []
         pieces = [slice(start, start + self._batch) for start in range(0, len(prompts), self._batch)]
-        requests = [
-            (videos[rows], list(prompts[rows]), {name: list(column[rows]) for name, column in columns.items()})
-            for rows in pieces
-        ]
-        answers = run(self._score(requests))
+        answers = run(
+            self._score(
+                [(videos[rows], list(prompts[rows]), {n: list(c[rows]) for n, c in columns.items()}) for rows in pieces]
+            )
+        )
         names = list(answers[0])
         if any(set(answer) != set(names) for answer in answers):
             raise UserError(f"{self._reward} gave other components for some videos than {names} for others")
         joined = {name: [value for answer in answers for value in answer[name]] for name in names}
         return joined[""] if names == [""] else joined
 
-    async def _score(self, requests: Sequence[tuple[Any, list[str], dict[str, list[Any]]]]) -> list[dict[str, Any]]:
-        clients = {server.endpoint.url: server.endpoint.client() for server in self._servers}
-        # Packing is one thread's work: it would only compete with itself for the memory.
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as packer:
-            call = Call(clients, Counter(), asyncio.Semaphore(OUTSTANDING * len(self._servers)), packer)
-            try:
-                return await all_of([self._piece(call, *request) for request in requests])
-            finally:
-                for client in clients.values():
-                    await client.aclose()
+    async def _score(self, pieces: Sequence[Piece]) -> list[dict[str, list[float]]]:
+        async with AsyncExitStack() as stack:
+            # Packing is one thread's work: it would only compete with itself for the memory.
+            packer = ThreadPoolExecutor(1, "packer", torch.set_num_threads, (torch.get_num_threads(),))
+            stack.enter_context(packer)
+            clients = {server: await stack.enter_async_context(server.client()) for server in self._servers}
+            call = Call(clients, asyncio.Semaphore(OUTSTANDING * len(clients)), packer)
+            return await all_of([self._piece(call, piece) for piece in pieces])
 
-    async def _piece(
-        self, call: Call, videos: Any, prompts: list[str], columns: dict[str, list[Any]]
-    ) -> dict[str, list[float]]:
+    async def _piece(self, call: Call, piece: Piece) -> dict[str, list[float]]:
         async with call.slots:  # so that few pieces are held in memory a second time
             id = uuid.uuid4().hex
-            pack = _packing(id, self.takes.kind, videos, prompts, columns, self._encoding)
-            body = await asyncio.get_running_loop().run_in_executor(call.packer, pack)
-            if len(body) > self._max_bytes:
+            body, checksum = await asyncio.get_running_loop().run_in_executor(call.packer, self._pack, id, piece)
+            size, count = sum(map(len, body)), len(piece[1])
+            if size > self._max_bytes:
                 raise UserError(
-                    f"{len(prompts)} videos make a request of {len(body) / 2**20:.1f} MiB, and {self._reward} is "
+                    f"{count} videos make a request of {size / 2**20:.1f} MiB, and {self._reward} is "
                     f"served with --max-mib {self._max_bytes / 2**20:g}; lower the reward's batch or raise that"
                 )
+            headers = {"Content-Type": wire.MEDIA_TYPE, wire.DIGEST: checksum}
             return await persist(
-                lambda: self._attempt(call, id, body, len(prompts)), self._patience, ADVICE, self._warn
+                lambda: self._attempt(call, id, body, headers, count), self._patience, ADVICE, self._warn
             )
 
-    async def _attempt(self, call: Call, id: str, body: bytes, count: int) -> dict[str, list[float]]:
+    def _pack(self, id: str, piece: Piece) -> tuple[list[memoryview], str]:
+        """Return a request in parts, and its checksum."""
+        videos, prompts, columns = piece
+        inputs = [Path(file).read_bytes() for file in videos] if self.takes.kind == "files" else videos
+        body = wire.pack(id, self.takes.kind, inputs, prompts, columns, self._encoding)
+        checksum = 0
+        for part in body:
+            checksum = zlib.crc32(part, checksum)
+        return body, f"{checksum:08x}"
+
+    async def _attempt(
+        self, call: Call, id: str, body: Sequence[memoryview], headers: dict[str, str], count: int
+    ) -> dict[str, list[float]]:
         """Ask the servers in turn, the least busy first, until one answers."""
         left = list(self._servers)
         while True:
             now = time.monotonic()
-            server = min(left, key=lambda s: (s.rests_until > now, call.outstanding[s.endpoint.url]))
-            url = server.endpoint.url
-            call.outstanding[url] += 1
+            server = min(left, key=lambda server: (self._rests_until[server] > now, call.outstanding[server]))
+            call.outstanding[server] += 1
             try:
-                answer = await server.endpoint.ask(call.clients[url], "POST", "/score", body, wire.MEDIA_TYPE)
-                server.rests_until = 0.0
+                answer = await server.ask(call.clients[server], "POST", "/score", body, headers)
+                self._rests_until[server] = 0.0
+                return unpack_answer(answer, id, self._reward, count)
             except Transient as failure:
                 self.failures += 1
-                server.rests_until = time.monotonic() + max(REST, failure.after or 0.0)
+                self._rests_until[server] = time.monotonic() + max(REST, failure.after or 0.0)
                 left.remove(server)
                 if not left:
                     raise
                 self._warn(failure, None)
-                continue
-            finally:
-                call.outstanding[url] -= 1
-            try:
-                return unpack_answer(answer, id, self._reward, count)
+            except UserError:
+                raise
             except ValueError as error:
-                raise UserError(f"{url} gave no valid answer: {error}") from error
+                raise UserError(f"{server.url} gave no valid answer: {error}") from error
+            finally:
+                call.outstanding[server] -= 1
 
-    async def _info(self, endpoint: Endpoint) -> Info:
-        async def ask() -> bytes:
-            return await endpoint.ask(client, "GET", "/info")
-
-        async with endpoint.client() as client:
-            answer = await persist(ask, self._patience, ADVICE, self._warn)
-        return Info.read(answer, endpoint.url)
+    async def _info(self, server: Endpoint) -> Info:
+        async with server.client() as client:
+            answer = await persist(lambda: server.ask(client, "GET", "/info"), self._patience, ADVICE, self._warn)
+        return Info.read(answer, server.url)
 
     def _warn(self, failure: object, left: float | None) -> None:
         """Tell of a failure, and not of each of the many that one server that is away brings."""
@@ -201,13 +207,3 @@ class Remote:
 def remote(url: str, **settings: Any) -> Remote:
     """`Remote` of one URL, or of several separated by commas or blanks."""
     return Remote(url.replace(",", " ").split(), **settings)
-
-
-def _packing(
-    id: str, kind: wire.Kind, videos: Any, prompts: list[str], columns: dict[str, list[Any]], encoding: wire.Encoding
-) -> Callable[[], bytes]:
-    def pack() -> bytes:
-        inputs = [Path(file).read_bytes() for file in videos] if kind == "files" else videos
-        return wire.pack(id, kind, inputs, prompts, columns, encoding)
-
-    return pack

@@ -12,7 +12,7 @@ import os
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -22,7 +22,7 @@ import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 from tenacity.stop import stop_after_delay
 
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, printable
 
 T = TypeVar("T")
 
@@ -44,11 +44,12 @@ class Transient(Exception):
 
     Args:
         after: seconds after which the server wants to be asked again, where it says so.
+        advice: what to do about it, where that is known.
     """
 
-    def __init__(self, sentence: str, after: float | None = None) -> None:
+    def __init__(self, sentence: str, after: float | None = None, advice: str = "") -> None:
         super().__init__(sentence)
-        self.after = after
+        self.after, self.advice = after, advice
 
 
 class Endpoint:
@@ -56,76 +57,94 @@ class Endpoint:
 
     Args:
         url: http:// or https://; paths of requests are appended to it.
-        token_env: the environment variable with the bearer token; none is sent where it is not set.
+        token_env: the environment variable with the bearer token.
+        default: the variable that has it, if set, where `token_env` is None.
         timeout: seconds that one request may take, from its connection to the last byte of its answer.
 
     Raises:
-        UserError: no such URL, one with a name and password in it, or a token that no header can hold.
+        UserError: no such URL, one with a name and password in it, or a token that is not there.
     """
 
-    def __init__(self, url: str, token_env: str, timeout: float) -> None:
-        self.token_env, self.timeout = token_env, timeout
+    def __init__(self, url: str, token_env: str | None, default: str, timeout: float) -> None:
         try:
             parsed = httpx.URL(url.rstrip("/"))
-        except httpx.InvalidURL as error:
-            raise UserError(f"{url!r} is no URL of a server: {error}") from error
+        except (httpx.InvalidURL, ValueError) as error:
+            raise UserError(f"{url!r} is no URL of a server: {printable(str(error))}") from error
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
             raise UserError(f"{url!r} is no URL of a server; write http://host:port")
         if parsed.userinfo:
-            raise UserError(f"the URL of {parsed.host} holds a password; put a token into ${token_env} instead")
-        self.url = str(parsed)
+            raise UserError(f"the URL of {parsed.host} holds a password; put a token into ${default} instead")
+        if token_env is not None and not token_env.startswith("FLASHGRPO_"):
+            raise UserError(
+                f"token_env: {token_env!r} must begin with FLASHGRPO_: recipes send no other variables away"
+            )
+        self.url, self.timeout, self.token_env = str(parsed), timeout, token_env or default
+        self._token = token_of(token_env, default)
         self._proxies = not is_loopback(parsed.host)
-        self._token = os.environ.get(token_env, "").strip()
-        if not re.fullmatch(r"[!-~]*", self._token):
-            raise UserError(f"the token in ${token_env} must be of visible ASCII characters without blanks")
 
     def client(self) -> httpx.AsyncClient:
-        """Open connections for requests of one event loop; to be closed."""
-        # The environment's proxies are for the world outside: asked for 127.0.0.1, they would take it for their own.
+        """Open connections for requests of one event loop; to be closed.
+
+        Raises:
+            UserError: proxies or certificates of the environment that cannot be used.
+        """
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        return httpx.AsyncClient(
-            headers={**headers, "Accept-Encoding": "identity"},
-            trust_env=self._proxies,
-            timeout=None,  # the whole request has one
-            verify=_certificates(),
-            limits=httpx.Limits(max_connections=None),
-        )
+        try:
+            return httpx.AsyncClient(
+                headers={**headers, "Accept-Encoding": "identity"},
+                # The environment's proxies are for the world outside: they would take 127.0.0.1 for their own.
+                trust_env=self._proxies,
+                timeout=None,  # the whole request has one
+                verify=_certificates(),
+                limits=httpx.Limits(max_connections=None),
+            )
+        except (httpx.InvalidURL, ValueError, OSError, ImportError) as error:
+            what = "a proxy or certificates of this environment (HTTPS_PROXY, SSL_CERT_FILE) cannot be used"
+            raise UserError(f"{self.url}: {what}: {printable(str(error))}") from error
 
     async def ask(
-        self, client: httpx.AsyncClient, method: str, path: str, body: bytes = b"", kind: str = "application/json"
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        body: Sequence[memoryview | bytes] = (),
+        headers: Mapping[str, str] | None = None,
     ) -> bytes:
-        """Send one request, and return the body of its answer.
+        """Send one request, whose body is these parts one after the other, and return the body of its answer.
 
         Raises:
             Transient: a failure that may be over soon.
             UserError: one that will not.
         """
         try:
-            return await asyncio.wait_for(self._ask(client, method, path, body, kind), self.timeout)
+            return await asyncio.wait_for(self._ask(client, method, path, body, headers or {}), self.timeout)
         except asyncio.TimeoutError as error:
-            raise Transient(f"{self.url} had not answered after {self.timeout:g} s") from error
+            advice = "raise `timeout` if an answer may take longer"
+            raise Transient(f"{self.url} had not answered after {self.timeout:g} s", advice=advice) from error
         except httpx.ConnectError as error:
             raise Transient(f"{self.url} cannot be reached ({_reason(error)})") from error
         except httpx.TransportError as error:
             raise Transient(f"the connection to {self.url} broke ({_reason(error)})") from error
 
-    async def _ask(self, client: httpx.AsyncClient, method: str, path: str, body: bytes, kind: str) -> bytes:
-        headers = {"Content-Length": str(len(body)), "Content-Type": kind} if body else {}
+    async def _ask(
+        self, client: httpx.AsyncClient, method: str, path: str, body: Sequence[Any], headers: Mapping[str, str]
+    ) -> bytes:
+        length = {"Content-Length": str(sum(map(len, body)))} if body else {}
         content = _chunks(body) if body else None
         answer = bytearray()
-        async with client.stream(method, f"{self.url}{path}", content=content, headers=headers) as response:
+        async with client.stream(method, self.url + path, content=content, headers={**length, **headers}) as response:
             async for chunk in response.aiter_raw(CHUNK):
                 answer += chunk
                 if len(answer) > ANSWER_LIMIT:
                     raise UserError(f"{self.url} answers with more than {ANSWER_LIMIT} bytes; is this its address?")
-            status = response.status_code
-            if status == 200:
-                return bytes(answer)
-            said = f"HTTP {status}: {self._said(answer)}".rstrip(": ")
-            if status in TRANSIENT:
-                raise Transient(f"{self.url} cannot answer now ({said})", _after(response.headers))
-            advice = ADVICE.get(status, "").format(token_env=self.token_env)
-            raise UserError(f"{self.url} refuses the request ({said})" + (f"; {advice}" if advice else ""))
+        status = response.status_code
+        if status == 200:
+            return bytes(answer)
+        said = f"HTTP {status}: {self._said(answer)}".rstrip(": ")
+        if status in TRANSIENT:
+            raise Transient(f"{self.url} cannot answer now ({said})", _after(response.headers))
+        advice = ADVICE.get(status, "").format(token_env=self.token_env)
+        raise UserError(f"{self.url} refuses the request ({said})" + (f"; {advice}" if advice else ""))
 
     def _said(self, answer: bytearray) -> str:
         """Return what a server says of a failure, in few words and without the token, which it might repeat."""
@@ -135,8 +154,28 @@ class Endpoint:
             said = answer[:2000].decode(errors="replace")
         for key in ("error", "detail", "message"):
             said = said.get(key, said) if isinstance(said, Mapping) else said
-        words = " ".join("".join(c if c.isprintable() else " " for c in str(said)).split())
+        words = printable(str(said), 2000)
         return (words.replace(self._token, "[token]") if self._token else words)[:300]
+
+
+def token_of(named: str | None, default: str) -> str:
+    """Return the token in the environment variable `named`, or in `default` where that is set; "" where it is not.
+
+    Raises:
+        UserError: `named` is not set, or what is set is no token.
+    """
+    name = default if named is None else named
+    if not re.fullmatch(r"\w+", name, re.ASCII):
+        raise UserError(f"token_env: {name!r} is no name of an environment variable")
+    if named is None and name not in os.environ:
+        return ""
+    token = os.environ.get(name, "").strip()
+    if not token:
+        what = "empty" if name in os.environ else "not set"
+        raise UserError(f"the environment variable {name} is {what}: it must hold a token")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise UserError(f"the token in {name} must be of visible ASCII characters without blanks")
+    return token
 
 
 def is_loopback(host: str) -> bool:
@@ -175,7 +214,7 @@ async def persist(
         return max(0.0, started + patience - time.monotonic())
 
     def wait(state: RetryCallState) -> float:
-        after = getattr(_failure(state), "after", None)
+        after = _failure(state).after
         return min(left(), DRAWN(state) if after is None else after + min(DRAWN(state), 1.0))
 
     def before_sleep(state: RetryCallState) -> None:
@@ -183,8 +222,9 @@ async def persist(
             tell(_failure(state), left())
 
     def give_up(state: RetryCallState) -> None:
+        failure = _failure(state)
         tries = f"{state.attempt_number} attempts in {time.monotonic() - started:.0f} s"
-        raise UserError(f"{_failure(state)}, at the last of {tries}; {advice}")
+        raise UserError(f"{failure}, at the last of {tries}; {failure.advice or advice}")
 
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(Transient),
@@ -200,9 +240,10 @@ async def persist(
     return await retrying(once)
 
 
-def _failure(state: RetryCallState) -> BaseException | None:
-    assert state.outcome is not None
-    return state.outcome.exception()
+def _failure(state: RetryCallState) -> Transient:
+    failure = state.outcome.exception() if state.outcome else None
+    assert isinstance(failure, Transient)
+    return failure
 
 
 async def all_of(tasks: list[Coroutine[Any, Any, T]]) -> list[T]:
@@ -226,9 +267,10 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return pool.submit(asyncio.run, main).result()
 
 
-async def _chunks(body: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(body), CHUNK):
-        yield body[start : start + CHUNK]
+async def _chunks(body: Sequence[memoryview | bytes]) -> AsyncIterator[bytes]:
+    for part in body:
+        for start in range(0, len(part), CHUNK):
+            yield bytes(part[start : start + CHUNK])
 
 
 def _after(headers: Mapping[str, str]) -> float | None:
@@ -243,7 +285,7 @@ def _after(headers: Mapping[str, str]) -> float | None:
 
 
 def _reason(error: httpx.TransportError) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(str(error)) or type(error).__name__
 
 
 @lru_cache(maxsize=1)

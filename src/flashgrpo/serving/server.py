@@ -1,9 +1,9 @@
 """A reward behind HTTP: `flashgrpo reward serve NAME`. The other end is `client.py`."""
 
+import asyncio
 import hashlib
 import json
 import logging
-import os
 import signal
 import socket
 import sys
@@ -13,28 +13,52 @@ from pathlib import Path
 from typing import Any
 
 from flashgrpo.config.recipe import merge_choices, parse_override
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, printable
 from flashgrpo.scoring.loading import bind, declared, load_reward, takes_of
 from flashgrpo.scoring.names import full_name
-from flashgrpo.serving.answers import FORMAT, Info
-from flashgrpo.serving.batching import Batcher
-from flashgrpo.serving.http import is_loopback
-from flashgrpo.serving.service import Options, Service, application
+from flashgrpo.serving.client import TOKEN
+from flashgrpo.serving.http import is_loopback, token_of
+from flashgrpo.serving.messages import FORMAT, Info
+from flashgrpo.serving.service import Options, Scorer, Service, application
 
 try:
+    import h11
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as missing:
     raise UserError("a reward server needs FastAPI and uvicorn: pip install 'flash-grpo[server]'") from missing
 
 LOG = logging.getLogger("flashgrpo")
 
 
+class Connection(H11Protocol):
+    """Closes a connection on which the head of a request does not arrive in time, the first one or a later one."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Start the clock when a head is waited for, once for all its bytes, and stop it when it is whole."""
+        if self.conn.their_state is h11.IDLE:
+            self._deadline = self._deadline or self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+        elif self._deadline:
+            self._deadline.cancel()
+            self._deadline = None
+
+
 class Server(uvicorn.Server):
     """Says when it listens; at its end, tells those that wait to go elsewhere, and waits for what is computed."""
 
-    def __init__(self, config: uvicorn.Config, batcher: Batcher) -> None:
+    def __init__(self, config: uvicorn.Config, scorer: Scorer) -> None:
         super().__init__(config)
-        self.batcher = batcher
+        self.scorer = scorer
         self.announcement = ""
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
@@ -43,7 +67,7 @@ class Server(uvicorn.Server):
             for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them anew once it has ended well
                 signal.signal(number, lambda *_: None)
         super().run(sockets)
-        self.batcher.join(seconds=5)
+        self.scorer.join(seconds=5)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
@@ -54,14 +78,16 @@ class Server(uvicorn.Server):
             print(self.announcement, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.batcher.close()
+        self.scorer.close()
         await super().shutdown(sockets)
 
 
 def make_server(reward: Any, name: str, version: str, options: Options) -> Server:
-    """Make a server of a reward, to be run with a bound socket."""
-    token = os.environ.get(options.token_env, "").strip()
-    limit = int(options.max_mib * 2**20)
+    """Make a server of a reward, to be run with a bound socket.
+
+    Raises:
+        UserError: there is no token where `options` says that there is one.
+    """
     bounds = declared(reward, "score_range")
     info = Info(
         format=FORMAT,
@@ -69,14 +95,23 @@ def make_server(reward: Any, name: str, version: str, options: Options) -> Serve
         version=version,
         takes=takes_of(reward),
         score_range=None if bounds is None else tuple(bounds),
-        max_bytes=limit,
+        max_bytes=options.limit,
     )
-    batcher = Batcher(reward, options.batch, limit)
-    app = application(Service(batcher, info, options, token))
+    token = token_of(options.token_env, TOKEN)
+    scorer = Scorer(reward, info, options)
     config = uvicorn.Config(
-        app, options.host, options.port, log_config=None, log_level="warning", access_log=False, lifespan="off"
+        application(Service(scorer, info, options, token)),
+        options.host,
+        options.port,
+        http=Connection,
+        ws="none",
+        timeout_keep_alive=options.arrival_seconds,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        lifespan="off",
     )
-    return Server(config, batcher)
+    return Server(config, scorer)
 
 
 def serve(name: str, args: Sequence[str], options: Options) -> None:
@@ -92,6 +127,7 @@ def serve(name: str, args: Sequence[str], options: Options) -> None:
     """
     if name.startswith(("http://", "https://")):
         raise UserError(f"{name} is a server already; serve a reward by its name")
+    token = token_of(options.token_env, TOKEN)
     call = full_name(name)
     settings: dict[str, Any] = {}
     for arg in args:
@@ -99,9 +135,8 @@ def serve(name: str, args: Sequence[str], options: Options) -> None:
     with bound(options) as listener:  # before the reward is loaded, which may take minutes
         reward = bind(load_reward(call, name), settings, name)
         server = make_server(reward, call, version_of(call, settings), options)
-        if not is_loopback(options.host) and not os.environ.get(options.token_env):
-            lets_in = "anybody who reaches %s can use this server; set %s to a token"
-            LOG.warning(lets_in, options.host, options.token_env)
+        if not is_loopback(options.host) and not token:
+            LOG.warning("anybody who reaches %s can use this server; set %s to a token", options.host, TOKEN)
         host, port = listener.getsockname()[:2]
         server.announcement = f"serving {call} at http://{f'[{host}]' if ':' in host else host}:{port}"
         server.run([listener])
@@ -129,12 +164,12 @@ def bound(options: Options) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((options.host, options.port))
-    except OSError as error:
+    except (OSError, ValueError, TypeError) as error:  # the latter two of names that cannot be looked up
         listener.close()
         raise _cannot_listen(options.host, options.port, error) from error
     return listener
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
-    reason = (error.strerror or str(error)).lower()
-    return UserError(f"cannot listen on {host}:{port}: {reason}; choose another --port")
+def _cannot_listen(host: str, port: int, error: Exception) -> UserError:
+    reason = printable(getattr(error, "strerror", None) or str(error)).lower()
+    return UserError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host")

@@ -1,28 +1,41 @@
-"""What a reward server does with requests: the three addresses, and what is refused.
+"""What a reward server does with requests.
 
     GET  /health   whether it lives, for anybody
     GET  /info     name, version, what it takes, format
-    POST /score    a request of `wire.py` -> an answer of `answers.py`
+    POST /score    a request of `wire.py` -> an answer of `messages.py`
 
-Requests are data in one format; nothing in them is unpickled, imported or run.
+Requests are data in one format; nothing in them is unpickled, imported or run. They wait as they came, and only the one
+whose turn it is gets decoded, so memory is bounded by what is sent and by one request decoded.
 """
 
 import asyncio
 import hmac
-from dataclasses import dataclass
+import logging
+import queue
+import threading
+import zlib
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from io import FileIO
+from typing import Any
 
-from flashgrpo.errors import UserError
-from flashgrpo.serving.answers import Info, pack_answer
-from flashgrpo.serving.batching import Batcher, Broken, Closing
-from flashgrpo.serving.wire import MEDIA_TYPE, unpack
+import torch
+
+from flashgrpo.errors import UserError, printable
+from flashgrpo.scoring.loading import checked_values
+from flashgrpo.serving import wire
+from flashgrpo.serving.messages import Info, pack_answer
+from flashgrpo.types import Reward
 
 try:
     from fastapi import FastAPI, Request, Response
-    from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
     from starlette.requests import ClientDisconnect
 except ImportError as missing:
     raise UserError("a reward server needs FastAPI and uvicorn: pip install 'flash-grpo[server]'") from missing
+
+LOG = logging.getLogger("flashgrpo")
+SLOWEST = 128 * 2**10  # bytes a second that a request has to arrive with
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,11 @@ class Options:
         host: the address to listen on; anything but this machine's own lets others in.
         port: 0 lets the system choose one, which is printed.
         batch: videos that the reward is called with at most.
-        queue: requests that are held at a time, computed, waiting or arriving; others are told to come back.
-        max_mib: size of a request. Times `queue` it bounds the memory that requests take.
-        token_env: environment variable with the token that clients have to know; none is asked for where it is unset.
-        body_seconds: within which a request has to arrive.
+        queue: requests that wait or are computed; while there are so many, others are told to come back.
+        max_mib: size of a request, as it is sent and as uint8. Times `queue` it bounds the memory of all that are held
+            as they came, and four times it that of the videos that the reward is called with.
+        token_env: variable with the token that clients have to know; by default FLASHGRPO_REWARD_TOKEN, if set.
+        arrival_seconds: within which the head of a request has to arrive, and then its body, at `SLOWEST` or faster.
     """
 
     host: str = "127.0.0.1"
@@ -44,12 +58,17 @@ class Options:
     batch: int = 16
     queue: int = 16
     max_mib: float = 1024.0
-    token_env: str = "FLASHGRPO_REWARD_TOKEN"
-    body_seconds: float = 300.0
+    token_env: str | None = None
+    arrival_seconds: int = 15
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.queue < 1 or self.max_mib <= 0 or not 0 <= self.port < 2**16:
+        if self.batch < 1 or self.queue < 1 or not 0 < self.max_mib < 2**30 or not 0 <= self.port < 2**16:
             raise UserError("a server needs --batch and --queue of 1 or more, --max-mib above 0, and a valid --port")
+
+    @property
+    def limit(self) -> int:
+        """Bytes that a request may have."""
+        return int(self.max_mib * 2**20)
 
 
 class Refusal(Exception):
@@ -60,6 +79,94 @@ class Refusal(Exception):
         self.status, self.after = status, after
 
 
+@dataclass
+class Job:
+    """A request that waits, as it came, and the place of its answer."""
+
+    body: FileIO
+    answer: "Future[bytes]" = field(default_factory=Future)
+
+
+class Scorer:
+    """Scores requests one by one, in the order in which they came, in a thread of its own."""
+
+    def __init__(self, reward: Reward, info: Info, options: Options) -> None:
+        self._reward, self._info, self._options = reward, info, options
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
+        self._thread.start()
+
+    def submit(self, body: FileIO) -> "Future[bytes]":
+        """Queue a request; cancelling the future before its turn leaves it out. Failures are a `Refusal`."""
+        job = Job(body)
+        self._jobs.put(job)
+        if self._closed:
+            self.close()
+        return job.answer
+
+    def close(self) -> None:
+        """Let what is computed end, and tell those that wait to go elsewhere."""
+        self._closed = True
+        while not self._jobs.empty():
+            if job := self._jobs.get():
+                job.body.close()
+                if job.answer.set_running_or_notify_cancel():
+                    job.answer.set_exception(Refusal(503, "the server is ending", after=5))
+        self._jobs.put(None)
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread to end: one that frees tensors while the interpreter ends aborts the process."""
+        self._thread.join(seconds)
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            with job.body:
+                if job.answer.set_running_or_notify_cancel():  # else its client is gone
+                    self._answer(job)
+            del job  # which would be kept until the next one comes
+
+    def _answer(self, job: Job) -> None:
+        try:
+            job.answer.set_result(self._score(wire.unpack(job.body, self._options.limit)))
+        except ValueError as error:
+            job.answer.set_exception(Refusal(422, printable(str(error))))
+        except Refusal as refusal:
+            job.answer.set_exception(refusal)
+
+    def _score(self, request: wire.Request) -> bytes:
+        about, name = request.about, self._info.name
+        if about.kind != self._info.takes.kind:
+            raise ValueError(f"{name} takes {self._info.takes.kind}, not {about.kind}")
+        parts = []
+        for start in range(0, request.count, self._options.batch):
+            rows = slice(start, start + self._options.batch)
+            columns = {key: values[rows] for key, values in about.columns.items()}
+            with request.inputs(rows) as inputs:
+                parts.append(self._called(inputs, about.prompts[rows], columns))
+        if any(set(part) != set(parts[0]) for part in parts):
+            raise Refusal(500, f"{name} is at fault: it returns other components for some videos than for others")
+        components = {key: [value for part in parts for value in part[key]] for key in parts[0]}
+        return pack_answer(about.id, self._info.reward, components)
+
+    def _called(self, inputs: Any, prompts: list[str], columns: dict[str, list[Any]]) -> dict[str, list[float]]:
+        """Call the reward; even one that wants to exit ends no server."""
+        name = self._info.name
+        try:
+            values: Any = self._reward(inputs, prompts, **columns)
+        except ValueError as error:
+            raise Refusal(422, f"{name} refused its input: {printable(str(error))}") from error
+        except BaseException as error:
+            LOG.error("the reward failed", exc_info=error)
+            said = printable(f"{type(error).__name__}: {error}")
+            raise Refusal(500, f"{name} is at fault: the reward failed: {said}") from error
+        try:
+            return checked_values(values, len(prompts))
+        except ValueError as error:
+            raise Refusal(500, f"{name} is at fault: {printable(str(error))}") from error
+
+
 class Service:
     """Implements what the three addresses do.
 
@@ -67,62 +174,58 @@ class Service:
         token: what clients have to know; empty asks for none.
     """
 
-    def __init__(self, batcher: Batcher, info: Info, options: Options, token: str) -> None:
-        self.batcher, self.info, self.options = batcher, info, options
-        self._token = token
-        self._held = 0  # requests that arrive, wait or are computed
+    def __init__(self, scorer: Scorer, info: Info, options: Options, token: str) -> None:
+        self.info, self._scorer, self._options, self._token = info, scorer, options, token
+        self._held = 0  # requests that wait or are computed
+        self._bytes = 0  # of these, and of those that arrive
 
     async def score(self, request: Request) -> Response:
         """Answer a request, unless its client does not wait any more."""
-        if request.headers.get("content-type") != MEDIA_TYPE:
-            raise Refusal(415, f"the content type of a request is {MEDIA_TYPE}")
-        if self._held >= self.options.queue:
+        length = request.headers.get("content-length", "")
+        if request.headers.get("content-type") != wire.MEDIA_TYPE:
+            raise Refusal(415, f"the content type of a request is {wire.MEDIA_TYPE}")
+        if not length.isdecimal():
+            raise Refusal(411, "a request says how many bytes it has")
+        if len(length) > 15 or int(length) > self._options.limit:
+            raise Refusal(413, f"a request may have {self._options.max_mib:g} MiB here")
+        if self._held >= self._options.queue:
             raise Refusal(503, f"{self._held} requests wait already", after=1)
+        body = await self._arrived(request, int(length))
+        answer = asyncio.wrap_future(self._scorer.submit(body))
+        del body
         self._held += 1
         try:
-            return await self._score(request)
+            return Response(await _unless_gone(request, answer), media_type="application/json")
         finally:
             self._held -= 1
+            self._bytes -= int(length)
 
-    async def _score(self, request: Request) -> Response:
+    async def _arrived(self, request: Request, length: int) -> FileIO:
+        """Return a body once all of it is there; one that is slow holds no place, and memory for what it has sent."""
+        checksum = 0
         try:
-            body = await asyncio.wait_for(self._body(request), self.options.body_seconds)
-            # Its checksum is of the whole body; the event loop continues meanwhile.
-            wanted = await run_in_threadpool(unpack, body)
-        except asyncio.TimeoutError as error:
-            raise Refusal(408, f"the request had not arrived after {self.options.body_seconds:g} s") from error
-        except ValueError as error:
-            raise Refusal(400, str(error)) from error
-        if wanted.kind != self.info.takes.kind:
-            raise Refusal(422, f"{self.info.name} takes {self.info.takes.kind}, not {wanted.kind}")
-        answer = asyncio.wrap_future(self.batcher.submit(wanted))
-        gone = asyncio.ensure_future(_until_gone(request))
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if not answer.done():
-            answer.cancel()
-            raise ClientDisconnect
-        try:
-            components = answer.result()
-        except Closing as error:
-            raise Refusal(503, "the server is ending", after=5) from error
-        except ValueError as error:
-            raise Refusal(422, f"{self.info.name} refused its input: {_sentence(error)}") from error
-        except Broken as error:
-            raise Refusal(500, f"{self.info.name} is at fault: {error}") from error
-        return Response(pack_answer(wanted.id, self.info.reward, components), media_type="application/json")
+            body = wire.buffer()
+        except OSError as error:  # too many files are open
+            raise Refusal(503, f"the server has no room: {error.strerror}", after=1) from error
 
-    async def _body(self, request: Request) -> bytearray:
-        limit = int(self.options.max_mib * 2**20)
-        refusal = Refusal(413, f"a request may have {self.options.max_mib:g} MiB here")
-        declared_length = request.headers.get("content-length", "0")
-        if declared_length.isdecimal() and int(declared_length) > limit:
-            raise refusal
-        body = bytearray()
-        async for chunk in request.stream():
-            if len(body) + len(chunk) > limit:
-                raise refusal
-            body += chunk
+        async def receive() -> None:
+            nonlocal checksum
+            async for chunk in request.stream():
+                if self._bytes + len(chunk) > self._options.queue * self._options.limit:
+                    raise Refusal(503, "the requests that wait take all the memory they may", after=1)
+                self._bytes += body.write(chunk)
+                checksum = zlib.crc32(chunk, checksum)
+
+        try:
+            await asyncio.wait_for(receive(), self._options.arrival_seconds + length / SLOWEST)
+            if request.headers.get(wire.DIGEST) != f"{checksum:08x}" or body.tell() != length:
+                raise Refusal(400, "the request was damaged on its way: its CRC-32 is another")
+        except BaseException as error:
+            self._bytes -= body.tell()
+            body.close()
+            if isinstance(error, asyncio.TimeoutError):
+                raise Refusal(408, "the request arrived too slowly") from error
+            raise
         return body
 
     def check_token(self, request: Request) -> None:
@@ -134,6 +237,20 @@ class Service:
         given = request.headers.get("authorization", "").encode()
         if self._token and not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
             raise Refusal(401, "the token is missing or wrong")
+
+
+async def _unless_gone(request: Request, answer: "asyncio.Future[bytes]") -> bytes:
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    leaving = asyncio.ensure_future(gone())
+    await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    if not answer.done():
+        answer.cancel()
+        raise ClientDisconnect
+    return answer.result()
 
 
 def application(service: Service) -> FastAPI:
@@ -165,12 +282,3 @@ def application(service: Service) -> FastAPI:
         return Response(status_code=499)  # nobody reads it
 
     return app
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
