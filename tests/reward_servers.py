@@ -18,9 +18,9 @@ import httpx
 import torch
 
 from flashgrpo.scoring.inputs import LatentVideos, VideoFiles
-from flashgrpo.serving.messages import FORMAT
 from flashgrpo.serving import wire
 from flashgrpo.serving.http import Endpoint
+from flashgrpo.serving.messages import FORMAT
 from flashgrpo.serving.server import bound, make_server
 from flashgrpo.serving.service import Options
 from tests.videos import read_mp4
