@@ -98,16 +98,45 @@ def test_weights_that_are_not_those_that_drew_show_with_kept_graphs_too(model):
     assert metrics["drift"] > 0
 
 
+class Marked(torch.autograd.Function):
+    """The identity, which leaves in the graph an object that lives as long."""
+
+    @staticmethod
+    def forward(ctx, x, mark):
+        ctx.mark = mark
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class Mark:
+    """Lies in a graph."""
+
+
 def test_graphs_that_do_not_fit_are_dropped(model):
     graphs = Graphs(6, 1000)
-    alive = []
-    forward = model.network.register_forward_hook(lambda module, inputs, result: alive.append(result[0].requires_grad))
+    marks: list[weakref.ref] = []
+    alive = []  # graphs of earlier calls, at each call with a gradient
+
+    def mark(module, inputs, result):
+        if not result[0].requires_grad:
+            return None
+        alive.append(sum(one() is not None for one in marks))
+        own = Mark()
+        marks.append(weakref.ref(own))
+        return (Marked.apply(result[0], own),)
+
+    forward = model.network.register_forward_hook(mark)
     _, record = with_graphs(model, graphs)
     forward.remove()
     assert not graphs.kept
     assert graphs.bytes_each > 1000
     assert not record.state.kept
-    assert sum(alive) == 1  # it is found out with one call of the network, not with all that act at a step
+    assert len(alive) == 6
+    assert max(alive) <= 1  # it is found out with one call of the network, not with all that act at a step
+    assert not any(one() for one in marks)
     enough = Graphs(6, 6 * graphs.bytes_each)
     process, record = with_graphs(model, enough)
     assert enough.kept
