@@ -136,11 +136,18 @@ def doctor(
     overrides: Overrides = None,
     as_json: AsJson = False,
     estimate: Annotated[bool, typer.Option("--estimate", help="Only count memory, without weights or a GPU.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="With --estimate: how many share the run.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --estimate: of the run; the fewest that `parallel` allows."),
+    ] = None,
+    card: Annotated[float | None, typer.Option(min=0, help="With --estimate: GiB of a GPU that it is to fit.")] = None,
 ) -> None:
     """Measure whether a run of a recipe would be sound, and what it would cost; exit code 0 only when it would be."""
     if estimate:
-        return _estimate(recipe, overrides or [], as_json, processes)
+        from flashgrpo.doctor.verdict import print_estimate
+
+        fits = print_estimate(RunConfig.load(recipe, overrides or []), processes, card, as_json)
+        raise typer.Exit(0 if fits else 1)
     from flashgrpo.doctor import examine
 
     diagnosis = examine(recipe, overrides or [])
@@ -154,23 +161,6 @@ def doctor(
         Console().print(table)
         print("a run would be sound" if diagnosis.sound else "a run would not be sound")
     raise typer.Exit(0 if diagnosis.sound else 1)
-
-
-def _estimate(recipe: str, overrides: list[str], as_json: bool, processes: int) -> None:
-    from flashgrpo.doctor.estimate import estimate
-
-    result = estimate(RunConfig.load(recipe, overrides), processes)
-    if as_json:
-        counted = {"parameters": result.parameters, "bytes": result.phases, "highest": result.highest}
-        print(json.dumps({**counted, "host": result.host}))
-        return
-    table = Table("GiB", *next(iter(result.phases.values())), "together", box=None)
-    for phase, parts in result.phases.items():
-        table.add_row(phase, *(f"{size / 2**30:.2f}" for size in (*parts.values(), result.totals[phase])))
-    Console().print(table)
-    counts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in result.parameters.items())
-    print(f"parameters: {counts}; {result.highest / 2**30:.1f} GiB a process at the highest")
-    print(f"in the host's memory, for decoded videos: {result.host / 2**30:.1f} GiB a process")
 
 
 @app.command()

@@ -24,3 +24,11 @@ class ParallelConfig(Part):
     """Seconds without a sign of life after which a process counts as dead, and all end."""
     timeout: float = Field(default=1800, gt=0, le=LONG)
     """Seconds that a process waits for the others, for instance until their rewards are there."""
+
+    @property
+    def fewest_processes(self) -> int:
+        """The fewest processes that these settings can be cut into."""
+        if self.shares:
+            return len(self.shares) * self.context
+        together = self.shard * self.context
+        return -(-(1 + max(self.reward_ranks, default=0)) // together) * together

@@ -238,7 +238,7 @@ def process_group(parallel: ParallelConfig, compute_dtype: str | None = None, st
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     settings = parallel if strict or size > 1 else ParallelConfig()
     uses_fsdp = settings.shard > 1 or compute_dtype is not None  # not for `shard` where one process evaluates
-    _check_mesh(settings, size)
+    check_mesh(settings, size)
     device = _claim_device()
     patience = timedelta(seconds=settings.timeout)
     begun_here = (size > 1 or uses_fsdp) and not dist.is_initialized()
@@ -286,7 +286,8 @@ def _init_group(backend: str, size: int, patience: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def _check_mesh(settings: ParallelConfig, size: int) -> None:
+def check_mesh(settings: ParallelConfig, size: int) -> None:
+    """Raise a `UserError` where this number of processes does not fit the mesh."""
     shard, context, shares = settings.shard, settings.context, settings.shares
     if size % (shard * context):
         raise UserError(f"parallel: {size} processes cannot be cut into shard {shard} x context {context}")

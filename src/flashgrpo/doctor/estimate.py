@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,16 +19,19 @@ from torch.utils._pytree import tree_leaves
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.sharding import blocks_of
-from flashgrpo.distributed.world import local
+from flashgrpo.distributed.world import check_mesh, local
+from flashgrpo.errors import UserError
 from flashgrpo.models.load import META, weightless
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.processes.flow.float8 import frozen_layers
 from flashgrpo.processes.flow.model import GridPoint
+from flashgrpo.prompts import read_prompts
 from flashgrpo.scoring.scoring import AHEAD
 from flashgrpo.types import Condition
 
 MOMENTS = 3  # copies of what is trained: Adam's two moments, and the average
 GRADIENTS = 2  # as backward leaves them, and as they are collected
+ENCODED = {"uint8": 1 / 4, "float32": 1.0, "mp4": 1 / 96}  # of a decoded video's bytes, in a request
 BY_STEP = 2  # further copies while gradient norms are recorded by step
 
 
@@ -38,12 +42,15 @@ class MemoryEstimate:
     Args:
         parameters: numbers of the network, of what is trained of it, and of the autoencoder.
         phases: phase -> part -> bytes.
-        host: bytes of the CPU's memory that a process's decoded videos take at most, where rewards are slow.
+        host: bytes of the CPU's memory that a process's videos take at most: decoded and not yet scored, where rewards
+            are slow; kept of an evaluation; on their way to reward servers.
+        processes: that the count is for.
     """
 
     parameters: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
-    host: int
+    host: Mapping[str, int]
+    processes: int
 
     @property
     def totals(self) -> dict[str, int]:
@@ -56,17 +63,24 @@ class MemoryEstimate:
         return max(self.totals.values())
 
 
-def estimate(config: RunConfig, processes: int = 1) -> MemoryEstimate:
+def estimate(config: RunConfig, processes: int | None = None) -> MemoryEstimate:
     """Count the memory of a run on one of its processes: the samples kept and one micro-batch.
 
     Attention is taken not to keep its matrix of scores, as no back end for long sequences does. The text encoder is not
     part of it, since it leaves before the network comes, and neither is what cuDNN takes for convolutions.
 
+    Args:
+        processes: of the run; the fewest that fit `parallel` when not given.
+
     Raises:
-        UserError: the sizes of the model are neither known nor in a folder, or do not fit the video's.
+        UserError: the sizes of the model are neither known nor in a folder, or do not fit the video's, or the processes
+            cannot be cut as `parallel` says.
     """
     model, settings, parallel = weightless(config.model), config.rollout, config.parallel
+    processes = processes or parallel.fewest_processes
+    check_mesh(parallel, processes)
     own = math.ceil(settings.prompts * settings.group_size * parallel.context / processes)
+    heldout = math.ceil(_heldout(config) * parallel.context / processes)
     vae, offload = model.pipeline.vae, config.model.offload
     weights, trained = _weights(model, config)
     while_drawing = weights + (0 if offload else _bytes(vae.parameters()))
@@ -76,25 +90,50 @@ def estimate(config: RunConfig, processes: int = 1) -> MemoryEstimate:
         "samples": round(own * _bytes_per_sample(model, records_per_sample(config))),
     }
     guided = 2 if settings.guidance_scale > 1 else 1
-    rollout = _call(model, min(own, settings.micro_batch) * guided, parallel.context, learn=False)
+    call, decode = cache(partial(_call, model, context=parallel.context)), cache(partial(_decode, model))
     rows = min(own, config.optim.micro_batch)
-    update = _call(model, rows * guided, parallel.context, learn=True)
+    update = call(rows * guided, learn=True)
     if settings.retain:  # where it is left to the run, graphs are kept only if they fit
         rest["graphs"] = round(own * records_per_sample(config) * update / rows)
     phases = {
-        "rollout": {"weights": while_drawing, **rest, "work": rollout},
-        "decode": {"weights": while_decoding, **rest, "work": _decode(model, min(own, settings.decode_micro_batch))},
+        "rollout": {"weights": while_drawing, **rest, "work": call(min(own, settings.micro_batch) * guided)},
+        "decode": {"weights": while_decoding, **rest, "work": decode(min(own, settings.decode_micro_batch))},
         "update": {"weights": while_drawing, **rest, "work": update},
     }
+    drawn = while_drawing, call(min(heldout, settings.micro_batch) * guided)
+    evaluation = max(drawn, (while_decoding, decode(min(heldout, settings.decode_micro_batch))), key=sum)
+    samples = {"learning": rest["learning"], "samples": round(heldout * _bytes_per_sample(model, 0.0))}
+    phases["evaluation"] = {"weights": evaluation[0], **samples, "work": evaluation[1]}
     counts = {
         "network": sum(p.numel() for p in model.network.parameters()),
         "trained": sum(p.numel() for p in trained_parameters(model.network).values()),
         "vae": sum(p.numel() for p in vae.parameters()),
     }
-    video = config.model.num_frames * 3 * config.model.height * config.model.width * 4
-    piece = settings.decode_micro_batch if parallel.reward_ranks else settings.micro_batch
-    held = (AHEAD + 1) * piece if parallel.reward_ranks else min(own, (AHEAD + 1) * piece)
-    return MemoryEstimate(counts, phases, host=held * video)
+    return MemoryEstimate(counts, phases, _host(config, processes, own, heldout), processes)
+
+
+def _heldout(config: RunConfig) -> int:
+    """Count the samples of an evaluation; of a file that is not there yet, as many as of an update."""
+    try:
+        return len(read_prompts(config.prompts.heldout, "prompts.heldout")) * config.evaluation.samples_per_prompt
+    except UserError:
+        return config.rollout.prompts * config.rollout.group_size
+
+
+def _host(config: RunConfig, processes: int, own: int, heldout: int) -> dict[str, int]:
+    """Count the bytes of the videos that a process has in the CPU's memory."""
+    model, parallel = config.model, config.parallel
+    video = model.num_frames * 3 * model.height * model.width * 4
+    piece = min(max(own, heldout), config.rollout.micro_batch)
+    most = max(own, heldout)
+    if parallel.reward_ranks:
+        piece, most = config.rollout.decode_micro_batch, max(own, heldout) * processes
+    remote = [reward.args.get("encoding", "uint8") for reward in config.rewards.values() if "://" in reward.call]
+    return {
+        "decoded": min(most, (AHEAD + 1) * piece) * video,
+        "kept": min(heldout, math.ceil(config.evaluation.videos * parallel.context / processes)) * video,
+        "requests": round(sum(ENCODED.get(encoding, 1.0) for encoding in remote) * min(most, piece) * video),
+    }
 
 
 def _weights(model: Any, config: RunConfig) -> tuple[int, int]:
@@ -131,7 +170,7 @@ def _bytes_per_sample(model: Any, records: float) -> float:
     return math.prod(model.latent_shape) * 4 * (1 + 2 * records) + _bytes(model.nothing().tensors.values())
 
 
-def _call(model: Any, rows: int, context: int, learn: bool) -> int:
+def _call(model: Any, rows: int, context: int, learn: bool = False) -> int:
     """Count the bytes at the highest of one call of the network on `rows` rows, with its input."""
     network = model.experts[model.expert_names[0]]
     row = model.nothing().tensors
