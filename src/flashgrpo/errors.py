@@ -26,6 +26,17 @@ class SharedError(UserError):
     """A `UserError` that every process of a run raises at the same place, so that they can still save together."""
 
 
+class Interrupted(SystemExit):
+    """A signal ended a run before its last update; what is done is in a checkpoint.
+
+    Its exit code is what shells and schedulers expect of a process that a signal ends: 130 after SIGINT (Ctrl-C), 143
+    after SIGTERM.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """'did you mean X?', or the known names where none is near."""
     known = list(known)

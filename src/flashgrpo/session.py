@@ -81,7 +81,8 @@ class Session:
         saved, self._evaluations = self.world.on_main(self._find_checkpoint)
         if not saved:
             refuse_unsound(self.parts, self.reporter.warn)
-            self._warn_of_a_slow_average()
+            if lags := self.config.optim.average_lags(self.config.updates):
+                self.reporter.warn(lags)
         if not self._evaluations:
             self.reporter.say("scoring the base model on the held-out prompts")
             self._evaluate(0)
@@ -165,13 +166,23 @@ class Session:
         stale = patience is not None and self.progress.stale >= patience
         return f"no new best in {self.progress.stale} evaluations" if stale else None
 
+    @property
+    def done(self) -> bool:
+        """Whether the run has come to its end, the last update or one before."""
+        return self.progress.update >= self.config.updates or self.ending is not None
+
+    @property
+    def interrupted(self) -> int:
+        """The number of the signal that any rank was sent, 0 without; all ranks ask together."""
+        return max(self.world.all_gather_json(self._interrupt.number))
+
     def updates(self) -> Iterator[int]:
         """The updates that are left, until nothing gets better or somebody interrupts."""
         trace = self.directory.path / "profile" / f"rank-{self.world.rank}.json.gz"
         with traced(self.config.tracking.profile, trace) as update_ended:
             self.clock.lap()
             for update in range(self.progress.update, self.config.updates):
-                if self.ending or self.world.any(self._interrupt.requested):
+                if self.done or self.interrupted:
                     return
                 yield update
                 update_ended()
@@ -186,9 +197,8 @@ class Session:
 
     def evaluate_if_due(self) -> None:
         """Evaluate the averaged weights when it is due and after the last update, once; export a new best."""
-        update = self.progress.update
-        due = update % self.config.evaluation.every == 0 or update == self.config.updates
-        if due and self._evaluations[-1]["update"] < update:
+        update, every = self.progress.update, self.config.evaluation.every
+        if (update % every == 0 or update == self.config.updates) and self._evaluations[-1]["update"] < update:
             with self.clock("evaluate"):
                 self._evaluate_average(update)
 
@@ -196,16 +206,12 @@ class Session:
         with weights_replaced(self.parts.process.network, self.optimizer.ema):
             line = self._evaluate(update)
         self.progress = self._as_evaluated(update, self.progress.best_update)
-        if update == self.config.updates:
-            self._warn_of_a_slow_average()
+        if update == self.config.updates and (lags := self.config.optim.average_lags(update)):
+            self.reporter.warn(lags)
         if not line["best"]:
             return
         if isinstance(self.config.model.train, Lora):
             self._export(self.optimizer.ema)
-
-    def _warn_of_a_slow_average(self) -> None:
-        if lags := self.config.optim.average_lags(self.config.updates):
-            self.reporter.warn(lags)
 
     def _export(self, averaged: Mapping[str, Tensor]) -> None:
         """Write adapters, of which each rank may hold a part, into `lora/`."""
@@ -245,8 +251,8 @@ class Session:
 
         Without the base model, which a full training does not keep beside its weights, `evaluate` does it instead.
         """
-        update, ended = selected(self._evaluations), self.progress.update >= self.config.updates or self.ending
-        if not ended or update is None or self.world.any(self._interrupt.requested):
+        update = selected(self._evaluations)
+        if not self.done or update is None or self.interrupted:
             return
         if self.world.on_main(lambda: self.directory.confirmation() is not None):
             return

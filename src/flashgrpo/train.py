@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashgrpo.config import RunConfig
+from flashgrpo.errors import Interrupted
 
 if TYPE_CHECKING:
     from flashgrpo.assembly import Assembly
@@ -20,6 +21,7 @@ def train(config: RunConfig, reporter: "Reporter | None" = None) -> Path:
     that it is in, with a checkpoint.
 
     Raises:
+        Interrupted: that happened; as a `SystemExit` it gives the exit code of the signal, 130 or 143.
         UserError: bad settings, files or rewards; the updates done until then are kept in a checkpoint.
     """
     from flashgrpo.session import Session  # brings torch, which `import flashgrpo` does without
@@ -32,7 +34,10 @@ def train(config: RunConfig, reporter: "Reporter | None" = None) -> Path:
             session.evaluate_if_due()
             session.save_if_due()
         session.confirm()
-        return session.directory.path
+        number = 0 if session.done else session.interrupted
+    if number:
+        raise Interrupted(number)
+    return session.directory.path
 
 
 def one_update(parts: "Assembly", groups: "Sequence[PromptGroup]", clock: "Phases") -> dict[str, Any]:

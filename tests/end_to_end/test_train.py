@@ -222,14 +222,15 @@ def test_killed_thirty_times_at_random_moments_the_run_ends_with_the_same_weight
     assert_same_run(tmp_path / f"run{runs}", expected, 16)
 
 
-def test_an_interrupt_ends_with_a_checkpoint_and_exit_code_0(recipe, tmp_path, nursery):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_with_a_checkpoint_and_the_exit_code_of_the_signal(recipe, tmp_path, nursery, number):
     settings, run = recipe("updates=1000", "checkpoint.every=1000", "evaluation.every=1000"), tmp_path / "run"
     process = nursery.start("train", settings)
     while len(read_lines(run / "metrics.jsonl")) < 2:
         assert process.code(0) is None
         time.sleep(0.05)
-    os.kill(process.pids[0], signal.SIGINT)
-    assert process.wait() == [0]
+    os.kill(process.pids[0], number)
+    assert process.wait() == [128 + number]
     done = len(read_lines(run / "metrics.jsonl"))
     assert checkpoint.updates(run / "checkpoints") == [done]
 

@@ -31,16 +31,16 @@ def run_all(runs: Mapping[RunFiles, RunConfig], jobs: int, console: Console, end
     pool, passed_on = Pool(runs, jobs), False
     with Interrupt() as interrupt, Board(console, runs) as board, pool:
         while pool.waiting or pool.running:
-            for run in pool.reap(note_failures=not interrupt.requested):
+            for run in pool.reap(note_failures=not interrupt.number):
                 ended(run)
-            if interrupt.requested and not passed_on:
+            if interrupt.number and not passed_on:
                 board.say("interrupted: every run ends after the update that it is in")
                 pool.interrupt()
                 passed_on = True
             pool.fill()
             board.show([run for run, _ in pool.running.values()], pool.waiting)
             time.sleep(POLL)
-    return interrupt.requested
+    return bool(interrupt.number)
 
 
 class Pool:

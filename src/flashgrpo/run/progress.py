@@ -147,6 +147,9 @@ def traced(updates: int, path: Path) -> Iterator[Callable[[], None]]:
 class Interrupt:
     """Inside this context the first SIGINT or SIGTERM is only noted; a second one has its usual effect.
 
+    Attributes:
+        number: of the signal that was noted; 0 until then.
+
     Args:
         patient: later ones are only noted as well. Processes of torchrun get a Ctrl-C twice, from the terminal and from
             torchrun, and it kills by itself those that do not end.
@@ -155,7 +158,7 @@ class Interrupt:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, patient: bool = False) -> None:
-        self.requested = False
+        self.number = 0
         self._patient = patient
         self._before: dict[int, Any] = {}
 
@@ -169,6 +172,6 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.number = number
         for other, handler in self._before.items() if not self._patient else ():
             signal.signal(other, handler)
