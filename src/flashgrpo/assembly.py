@@ -9,6 +9,7 @@ from typing import Any
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.memory import explain_shortage
 from flashgrpo.distributed.world import World, use_threads
+from flashgrpo.errors import SharedError
 from flashgrpo.learning.experience import Compared, Drawn, Phases, compare, draw_and_score
 from flashgrpo.learning.optim import GradientSum, Optimizer
 from flashgrpo.learning.update import policy_update
@@ -25,7 +26,7 @@ from flashgrpo.prompts import prompt_groups, read_prompts
 from flashgrpo.scoring.heldout import Evaluator
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, untimed
-from flashgrpo.types import Prompt, PromptGroup
+from flashgrpo.types import Prompt, PromptGroup, representable
 
 Say = Callable[[str], None]
 
@@ -87,6 +88,24 @@ class Assembly:
         """Compare the samples of all ranks within their keys."""
         return compare(drawn, self.process.channels, self.config.algorithm.credit, self.world)
 
+    def refuse_dropped(self, groups: Sequence[PromptGroup], drawn: Drawn, compared: Compared) -> None:
+        """End a run whose rewards are not finite in more groups of an update than it puts up with.
+
+        Raises:
+            SharedError: they are not.
+        """
+        dropped, limit, rewards = compared.dropped_groups, self.config.optim.max_bad_groups, drawn.rewards
+        if dropped <= limit * compared.groups:
+            return
+        bad = ~representable(rewards.values) & (rewards.weights != 0)
+        row, column = bad.nonzero()[0].tolist()
+        text = [group.prompt.text for group in groups for _ in range(group.size)][row]
+        raise SharedError(
+            f"rewards of update {drawn.update + 1} are not finite in {dropped} of {compared.groups} groups: reward "
+            f"{rewards.names[column]} is {float(rewards.values[row, column])} for {text!r}; mend the reward, or raise "
+            f"optim.max_bad_groups from {limit:g}, and start again to go on from update {drawn.update}"
+        )
+
     def learn(self, record: Any, optimizer: GradientSum | None = None) -> dict[str, Any]:
         """Make the optimizer steps of one update; returns its metrics."""
         optimizer = optimizer or self.optimizer
@@ -95,7 +114,8 @@ class Assembly:
 
     def describe(self, drawn: Drawn, compared: Compared) -> dict[str, Any]:
         """The part of a metrics line that tells of rewards and compute; stds are over all samples of the update."""
-        rewards, advantage, total = drawn.rewards, compared.advantage, drawn.rewards.total
+        rewards, advantage = drawn.rewards.complete, compared.advantage
+        total = rewards.total
         spread = dict(zip(rewards.names, rewards.values.std(dim=0, correction=0).tolist(), strict=True))
         columns = self.objective.columns
         cost = self.process.cost(self.config.seed, drawn.update, self.config.optim.passes, columns)
@@ -109,8 +129,9 @@ class Assembly:
             "advantage_std": float(advantage.std(correction=0)),
             "advantage_max": float(advantage.abs().max()),
             "zero_spread_groups": compared.flat_groups,
-            "samples": len(total),
+            "samples": len(drawn.rewards.total),
             "compute": asdict(cost),
+            **({"dropped_groups": compared.dropped_groups} if compared.dropped_groups else {}),
         }
 
     def with_algorithm(self, algorithm: Algorithm) -> "Assembly":

@@ -72,7 +72,7 @@ def evaluate(
     if not _prints():
         return
     if as_json:
-        print(json.dumps(record))
+        print(to_json(record))
         return
     table = Table("", "base", f"update {record['update']}")
     for kind in ("rewards", "watched"):
@@ -152,7 +152,7 @@ def doctor(
 
     diagnosis = examine(recipe, overrides or [])
     if _prints() and as_json:
-        print(json.dumps(diagnosis.as_json()))
+        print(to_json(diagnosis.as_json()))
     elif _prints():
         table = Table("", "check", "finding", show_header=False, box=None)
         colors = {"sound": "green", "warning": "yellow", "unsound": "red"}

@@ -86,13 +86,13 @@ class Session:
         if not self._evaluations:
             self.reporter.say("scoring the base model on the held-out prompts")
             self._evaluate(0)
-        self.progress = self._saved = self._begun = self._as_evaluated(0)
+        self.progress = self._saved = self._begun = self._as_evaluated(Progress())
         if saved:
             state, folder = self.optimizer.state(), self.directory.path
             known = Progress.of(saved)
             checkpoint.read_into(self.directory.checkpoints, known.update, state, self.world)
-            self.optimizer.restored(state)
-            self.progress = self._as_evaluated(known.update, known.best_update)
+            self.optimizer.restored(state, known.skipped_in_a_row)
+            self.progress = self._as_evaluated(known)
             self._saved = self._begun = replace(known, evaluated=self.progress.evaluated)
             update = known.update
             more = f"is complete; updates={2 * update} goes on, another `out` begins anew"
@@ -101,11 +101,11 @@ class Session:
         self._export_again()
         self.world.check_replicas(self.optimizer.weights())
 
-    def _as_evaluated(self, update: int, best: int = 0) -> Progress:
+    def _as_evaluated(self, known: Progress) -> Progress:
         """Where the run stands by its evaluations, and by the best update that a checkpoint knows."""
-        best = max([best, *(line["update"] for line in self._evaluations if line["best"])])
+        best = max([known.best_update, *(line["update"] for line in self._evaluations if line["best"])])
         evaluated = tuple(line["update"] for line in self._evaluations)
-        return Progress(update, best, sum(other > best for other in evaluated), evaluated)
+        return replace(known, best_update=best, stale=sum(other > best for other in evaluated), evaluated=evaluated)
 
     def _export_again(self) -> None:
         """Make the exported adapters those of the best evaluation: an export may have failed, or been interrupted."""
@@ -192,7 +192,8 @@ class Session:
         line = {"update": self.progress.update + 1, **metrics, "seconds": self.clock.lap()}
         self.world.on_main(lambda: self.directory.log_metrics(line))
         self.trackers.log("train", line)
-        self.progress = replace(self.progress, update=line["update"])
+        skipped = self.optimizer.skipped_in_a_row
+        self.progress = replace(self.progress, update=line["update"], skipped_in_a_row=skipped)
         self.reporter.update(line)
 
     def evaluate_if_due(self) -> None:
@@ -205,7 +206,7 @@ class Session:
     def _evaluate_average(self, update: int) -> None:
         with weights_replaced(self.parts.process.network, self.optimizer.ema):
             line = self._evaluate(update)
-        self.progress = self._as_evaluated(update, self.progress.best_update)
+        self.progress = self._as_evaluated(replace(self.progress, update=update))
         if update == self.config.updates and (lags := self.config.optim.average_lags(update)):
             self.reporter.warn(lags)
         if not line["best"]:

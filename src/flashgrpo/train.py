@@ -44,6 +44,7 @@ def one_update(parts: "Assembly", groups: "Sequence[PromptGroup]", clock: "Phase
     """Draw and score, compare, learn; nothing that was drawn is kept afterwards, for it is large."""
     drawn = parts.draw_and_score(groups, clock)
     compared = parts.compare(drawn)
+    parts.refuse_dropped(groups, drawn, compared)
     with clock("update"):
         return parts.describe(drawn, compared) | parts.learn(compared.record)
 

@@ -8,11 +8,11 @@ Shapes are written with these letters throughout:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 Latents = Float32[Tensor, "batch channels frames height width"]
@@ -30,6 +30,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.is_cpu:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def representable(values: Tensor) -> Bool[Tensor, "..."]:
+    """Tell which values are numbers that float32 holds: sums and squares of those stay finite in float64."""
+    return values.abs() <= torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,9 @@ class PlantedPair:
 class RewardTable:
     """The rewards of B videos by component: `values[b, r]` is component `names[r]` of video b, `weights[r]` its weight.
 
-    Components of a watched reward have weight 0: they are recorded and never trained on. `failures[reward]` counts the
-    attempts that failed and were repeated. `channels[r]` is the channel of a process that component r is credited to.
+    A value may be NaN or infinite. Components of a watched reward have weight 0: they are recorded and never trained
+    on. `failures[reward]` counts the attempts that failed and were repeated. `channels[r]` is the channel of a process
+    that component r is credited to.
     """
 
     names: tuple[str, ...]
@@ -131,13 +137,19 @@ class RewardTable:
 
     @property
     def total(self) -> Float64[Tensor, " batch"]:
-        """The weighted sum, (B,)."""
-        return self.values @ self.weights
+        """The weighted sum, (B,); what is only watched does not count, whatever it is."""
+        return torch.where(self.weights != 0, self.values, 0.0) @ self.weights
 
     @property
     def trained(self) -> tuple[int, ...]:
         """Columns with a weight."""
         return tuple(r for r, weight in enumerate(self.weights.tolist()) if weight)
+
+    @property
+    def complete(self) -> "RewardTable":
+        """The samples whose values are all numbers."""
+        rows = representable(self.values).all(dim=1)
+        return self if rows.all() else replace(self, values=self.values[rows])
 
     def means(self, trained: bool) -> dict[str, float]:
         """Component -> mean, of the trained components or of the watched ones."""
@@ -151,7 +163,8 @@ class Reward(Protocol):
 
     `videos` is (B, F, 3, H, W) in [0, 1], on the CPU, or what an attribute `takes` of the reward asks for
     (`scoring/inputs.py`); `prompts` has B texts; each further column of the prompt file arrives as a keyword with B
-    values in a list. It returns B numbers (list or tensor), or a mapping component -> B numbers, whose components share
+    values in a list. It returns B numbers (list or tensor; NaN or None where it has none, which costs that prompt group
+    its part in the update), or a mapping component -> B numbers, whose components share
     the reward's weight equally and get a curve each. It may be called with any part of an update's samples, and is
     never called twice at once.
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashgrpo.distributed.world import World
-from flashgrpo.errors import UserError
 from flashgrpo.learning.advantage import advantages_by_key, combine_advantages
 from flashgrpo.learning.experience import Compared, Drawn, compare, draw_and_score
 from flashgrpo.learning.settings import Credit
@@ -33,7 +32,7 @@ def table(*columns: list[float], weights=None, channels=()) -> RewardTable:
 def by_key(rewards: RewardTable, key: list[int], sample=None, channel=None, channels=(REWARD,), **credit) -> Tensor:
     """The advantage of each pair; without more, sample i has the i-th key."""
     pairs = torch.tensor(key), torch.tensor(channel or [0] * len(key)), torch.tensor(sample or list(range(len(key))))
-    return advantages_by_key(rewards, channels, Credit(**credit), *pairs)
+    return advantages_by_key(rewards, channels, Credit(**credit), *pairs)[0]
 
 
 def close(actual: Tensor, expected: list[float]) -> None:
@@ -66,7 +65,7 @@ def test_equal_groups_have_the_advantages_of_combine_advantages(sizes, std, comb
     order = torch.randperm(count, generator=source)
     pairs = keys.flatten()[order], torch.zeros(count, dtype=torch.int64), samples.flatten()[order]
     credit = Credit(std=std, combine=combine, clip=clip)
-    found = advantages_by_key(RewardTable(names, values, watched), (REWARD,), credit, *pairs)
+    found, _ = advantages_by_key(RewardTable(names, values, watched), (REWARD,), credit, *pairs)
     assert torch.equal(found, expected.flatten()[order])
 
 
@@ -157,10 +156,21 @@ def test_a_sample_may_be_compared_under_several_keys():
     close(found, [-ONE, ONE, -ONE, ONE])
 
 
-@pytest.mark.parametrize("key", [[0, 0, 0], [0, 0, 1]])
-def test_a_reward_that_is_no_number_is_refused(key):
-    with pytest.raises(UserError, match="is nan"):
-        by_key(table([1.0, math.nan, 2.0]), key)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e200])
+@pytest.mark.parametrize("std", ["group", "batch"])
+@pytest.mark.parametrize("combine", ["normalized", "raw"])
+def test_a_group_with_a_reward_that_is_no_number_is_dropped(bad, std, combine):
+    """The others, of any size, have the advantages that they have without it; a watched reward drops nothing."""
+    key, first, other = [0, 1, 0, 2, 2, 2, 1], [1.0, bad, 3.0, 2.0, 5.0, 7.0, 0.0], [2.0, 1.0, 0.0, 5.0, 1.0, 1.0, 3.0]
+    credit = Credit(std=std, combine=combine)
+    pairs = torch.tensor(key), torch.zeros(7).long(), torch.arange(7)
+    found, dropped = advantages_by_key(table(first, other), (REWARD,), credit, *pairs)
+    assert dropped.tolist() == [False, True, False, False, False, False, True]
+    assert not found[dropped].any()
+    without = by_key(table(first, other), [0, 0, 2, 2, 2], [0, 2, 3, 4, 5], std=std, combine=combine)
+    assert torch.equal(found[~dropped], without)
+    _, dropped = advantages_by_key(table(other, first, weights=[1.0, 0.0]), (REWARD,), credit, *pairs)
+    assert not dropped.any()
 
 
 # ---- records of several ranks ----------------------------------------------------------------------------------------

@@ -269,8 +269,11 @@ def test_what_a_reward_may_not_do():
         score({"spoils": config("spoils")}, Model())
     with pytest.raises(UserError, match=r"reward fickle returned \['a'\] for some videos and others for the rest"):
         score({"fickle": config("fickle")}, Model())
-    with pytest.raises(UserError, match="reward nan_at_the_end is nan for video 0; rewards must be finite"):
-        score({"nan_at_the_end": config("nan_at_the_end")}, Model())
+
+
+def test_a_reward_without_a_number_leaves_nan():
+    table, *_ = score({"nan_at_the_end": config("nan_at_the_end")}, Model())
+    assert table.values.isnan().nonzero().tolist() == [[5, 0]]
 
 
 TRIES: list[int] = []

@@ -1,7 +1,6 @@
 """comparison.json: what the run directories of a comparison say, whole and summed up."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from flashgrpo.compare import statistics
 from flashgrpo.compare.folder import ComparisonFolder, RunFiles
+from flashgrpo.files import finite
 from flashgrpo.report.record import Row
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory, read_lines
@@ -58,7 +58,7 @@ def collect(folder: ComparisonFolder, levels: Sequence[float] = ()) -> dict[str,
         }
         for name, its in by_name.items()
     ]
-    return _finite(
+    return finite(
         {
             **plan,
             "versions": {key: env[key] for env in environments for key in VERSIONS if key in env},
@@ -109,7 +109,7 @@ def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
     run: dict[str, Any] = {"algorithm": files.algorithm, "seed": files.seed, "status": status, "reason": reason}
     run |= {"folder": f"{files.path.parent.name}/{files.path.name}", "points": points, "updates": updates}
     run |= {"selected": selected(evaluations), "confirmed": _point(confirmed, each) if confirmed else None}
-    run = _finite(run)
+    run = finite(run)
     environment = files.path / "environment.json"
     return {
         **run,
@@ -274,12 +274,3 @@ def _training(runs: Sequence[Row]) -> dict[str, Any]:
         else None,
         "gradient_spread": spread,
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not finite: null takes its place."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value

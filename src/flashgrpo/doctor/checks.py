@@ -10,6 +10,7 @@ from flashgrpo.assembly import Assembly
 from flashgrpo.doctor.trial import Trial
 from flashgrpo.models.settings import Lora
 from flashgrpo.process import Finding
+from flashgrpo.types import representable
 
 ROUNDING = 1e-4  # of a reward's size: what two calls on the same video may differ by
 CLIP_MARGIN = 10  # clip_range has to be this multiple of the numeric drift, or rounding decides what is clipped
@@ -100,13 +101,18 @@ def rewards_repeat(parts: Assembly, trial: Trial) -> Finding:
         name = max(changed, key=lambda key: changed[key])
         sentence = f"reward {name} gave the same video two values, {changed[name]:.3g} apart"
         return Finding("rewards repeat", "unsound", sentence, {"apart": changed})
+    bad = (~representable(values)).sum(dim=0).tolist()
+    if any(bad):
+        name, count = max(zip(trial.drawn.rewards.names, bad, strict=True), key=lambda pair: pair[1])
+        sentence = f"reward {name} is not finite for {count} of {len(values)} samples; their groups would be dropped"
+        return Finding("rewards repeat", "unsound" if count == len(values) else "warning", sentence)
     return Finding("rewards repeat", "sound", "all rewards are finite and give the same video the same value twice")
 
 
 def reward_spread(parts: Assembly, trial: Trial) -> Finding:
     """Rewards differ inside groups, so that there is something to learn from."""
     groups = trial.drawn.rewards.total.unflatten(0, (trial.groups, trial.group_size))
-    inside = groups.std(dim=1, correction=0)
+    inside = groups.std(dim=1, correction=0).nan_to_num(0.0)  # a group with a reward that is not finite teaches nothing
     flat = int((inside == 0).sum())
     numbers = {"std_inside_groups": float(inside.mean()), "flat_groups": flat, "groups": trial.groups}
     if flat == trial.groups:

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from flashgrpo.errors import UserError
 from flashgrpo.learning.settings import Credit, check_choice
-from flashgrpo.types import RewardTable
+from flashgrpo.types import RewardTable, representable
 
 EPSILON = 1e-4  # added to the std, as in the published code
 ROUNDING = 1e-6  # of the largest reward of a group: below it a spread is float32 rounding, not a preference
@@ -68,12 +68,15 @@ def advantages_by_key(
     key: Int64[Tensor, " pairs"],
     channel: Int64[Tensor, " pairs"],
     sample: Int64[Tensor, " pairs"],
-) -> Float32[Tensor, " pairs"]:
-    """Return the advantage of each sample under each key that it has a term of: groups of any sizes.
+) -> tuple[Float32[Tensor, " pairs"], Bool[Tensor, " pairs"]]:
+    """Return the advantage of each sample under each key that it has a term of, and whether it was dropped.
 
     A pair says that a sample is compared with the others of a key, by the components of a channel. Each sample counts
     once for a key, however many terms it has there. A key with one sample has nothing to compare, and gives 0. Where
     all keys have equally many samples the numbers are those of `combine_advantages`, bit for bit.
+
+    A group with a reward that is no number that float32 holds is dropped: its advantages are 0, and those of the others
+    are what they would be without it.
 
     Example: rewards 1, 3, 5 with keys 0, 0, 1 give -0.9999, 0.9999 and 0 with the std over the group.
 
@@ -82,10 +85,13 @@ def advantages_by_key(
         channels: the process's, which `channel` numbers.
         sample: the number of each pair's sample in the table.
     """
-    result = torch.zeros(len(key))
+    result, dropped = torch.zeros(len(key)), torch.zeros(len(key), dtype=torch.bool)
     for number in channel.unique().tolist():
         columns = [r for r in rewards.trained if rewards.channels[r] == channels[number]]
         own = (channel == number).nonzero().flatten()
+        bad = (~representable(rewards.values[sample[own]][:, columns])).any(dim=1)
+        dropped[own] = torch.isin(key[own], key[own[bad]])
+        own = own[~dropped[own]]
         order = own[(key[own] * (int(sample.max()) + 1) + sample[own]).argsort(stable=True)]
         _, sizes = key[order].unique_consecutive(return_counts=True)
         values, weights = rewards.values[sample[order]][:, columns], rewards.weights[columns]
@@ -95,7 +101,7 @@ def advantages_by_key(
             block = values[rows].unflatten(0, (-1, size))
             if size > 1:
                 result[order[rows]] = _combined(block, weights, credit, whole).flatten()
-    return result
+    return result, dropped
 
 
 def _combined(

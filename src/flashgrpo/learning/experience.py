@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from flashgrpo.distributed.world import World
@@ -51,20 +51,35 @@ class Drawn:
 class Compared:
     """The advantage of each sample under each key and channel that it has terms of, on all ranks; (pairs,) each.
 
-    `record` is this rank's, with the advantages of its terms.
+    `dropped` are those of groups in which a reward is not finite. `record` is this rank's, with the advantages of its
+    terms.
     """
 
     key: Int64[Tensor, " pairs"]
     channel: Int64[Tensor, " pairs"]
     sample: Int64[Tensor, " pairs"]
     advantage: Float32[Tensor, " pairs"]
+    dropped: Bool[Tensor, " pairs"]
     record: Record
 
     @property
+    def groups(self) -> int:
+        """Keys of all channels."""
+        return self._count(torch.ones_like(self.dropped))
+
+    @property
+    def dropped_groups(self) -> int:
+        """Keys of a channel in which a reward is not finite."""
+        return self._count(self.dropped)
+
+    @property
     def flat_groups(self) -> int:
-        """Keys of a channel in which all advantages are 0, so that nothing is learnt from them."""
-        every, number = torch.stack([self.key, self.channel]).unique(dim=1, return_inverse=True)
-        return every.shape[1] - len(number[self.advantage != 0].unique())
+        """Keys of a channel in which all advantages are 0, so that nothing is learnt from them, and none is dropped."""
+        return self.groups - self._count((self.advantage != 0) | self.dropped)
+
+    def _count(self, pairs: Bool[Tensor, " pairs"]) -> int:
+        """Count the keys of a channel that have some of these pairs."""
+        return torch.stack([self.key, self.channel])[:, pairs].unique(dim=1).shape[1]
 
 
 def draw_and_score(
@@ -93,7 +108,7 @@ def compare(drawn: Drawn, channels: Sequence[str], credit: Credit, world: World)
     everyone: list[Any] = world.gather(own.tolist())
     pairs = torch.cat([torch.tensor(of_rank, dtype=torch.int64).view(3, -1) for of_rank in everyone], dim=1)
     key, channel, sample = pairs
-    advantage = advantages_by_key(drawn.rewards, channels, credit, key, channel, sample)
+    advantage, dropped = advantages_by_key(drawn.rewards, channels, credit, key, channel, sample)
     before = sum(len(of_rank[0]) for of_rank in everyone[: world.data_rank])
     mine = to_device(advantage[before : before + own.shape[1]][of_term], record.old.device)
-    return Compared(key, channel, sample, advantage, replace(record, advantage=mine))
+    return Compared(key, channel, sample, advantage, dropped, replace(record, advantage=mine))

@@ -1,5 +1,6 @@
 """The optimizer step: AdamW, linear warm-up, clipping by global norm, and a moving average of the weights."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,14 +57,15 @@ class Optimizer(GradientSum):
 
     Attributes:
         ema: name -> average, float32; what evaluation and export use.
-        steps: optimizer steps taken.
+        steps: optimizer steps taken or skipped.
+        skipped_in_a_row: those skipped since the last that was taken.
         whole: False only while a step is under way, and for good where one was broken off.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, world: World) -> None:
         super().__init__(parameters, world)
         self.config = config
-        self.steps = 0
+        self.steps = self.skipped_in_a_row = 0
         self.whole = True
         self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._adamw = _adamw(list(self.parameters.values()), config)
@@ -76,30 +78,44 @@ class Optimizer(GradientSum):
     def step(self) -> float:
         """Clip what was collected, step, average the weights; returns the norm before clipping.
 
+        Where it is not finite, which all ranks see alike, weights and moments stay as they are.
+
         Raises:
-            SharedError: a gradient is not finite; the weights are as they were before.
+            SharedError: it was not for `max_bad_steps` steps in a row.
         """
         gradients = self.take()
         norm = float(_norm(gradients))
-        if not norm < float("inf"):
-            raise SharedError(
-                f"the gradient of optimizer step {self.steps + 1} is {norm}; lower optim.lr or check rewards"
-            )
-        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
-        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
-        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
-            parameter.grad = gradient
-        for group in self._adamw.param_groups:
-            group["lr"] = self.lr
+        if not math.isfinite(norm):
+            self._note_skipped(norm)
         self.whole = False
-        self._adamw.step()
-        self._adamw.zero_grad()
+        if math.isfinite(norm):
+            self._take_step(gradients, norm)
+            self.skipped_in_a_row = 0
         self.steps += 1
         if self.steps % self.config.ema.every == 0:
             for name, parameter in self.parameters.items():
                 local(self.ema[name]).lerp_(local(parameter), 1 - self.config.ema.decay)
         self.whole = True
         return norm
+
+    def _note_skipped(self, norm: float) -> None:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.config.max_bad_steps:
+            raise SharedError(
+                f"the gradient of optimizer step {self.steps + 1} is {norm}, number {self.skipped_in_a_row} in a row "
+                "that is not finite; lower optim.lr, or raise optim.max_bad_steps, and start again to go on"
+                " from the last checkpoint"
+            )
+
+    def _take_step(self, gradients: Sequence[Tensor], norm: float) -> None:
+        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
+        for group in self._adamw.param_groups:
+            group["lr"] = self.lr
+        self._adamw.step()
+        self._adamw.zero_grad()
 
     def weights(self) -> dict[str, Tensor]:
         """Name -> current value."""
@@ -117,9 +133,9 @@ class Optimizer(GradientSum):
         }
         return {"policy": self.weights(), "ema": self.ema, "optimizer": {**moments, "steps": torch.tensor(self.steps)}}
 
-    def restored(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def restored(self, state: Mapping[str, Mapping[str, Tensor]], skipped_in_a_row: int = 0) -> None:
         """Continue from `state`, whose tensors have been read into."""
-        self.steps = int(state["optimizer"]["steps"])
+        self.steps, self.skipped_in_a_row = int(state["optimizer"]["steps"]), skipped_in_a_row
 
 
 def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

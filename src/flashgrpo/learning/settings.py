@@ -81,6 +81,12 @@ class OptimConfig(Part):
     """Optimizer steps over which the learning rate rises linearly."""
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
     """A larger norm of the gradient is cut to this."""
+    max_bad_steps: Count = 5
+    """End the run when this number of optimizer steps in a row have a gradient or a loss that is not finite. Each is
+    skipped: it counts as a step, also for `warmup` and `ema.every`, and leaves weights and moments as they are."""
+    max_bad_groups: float = Field(default=0.25, ge=0, le=1)
+    """End the run at an update in which more than this share of the prompt groups have a reward that is not finite.
+    Each is dropped: its advantages are 0."""
     micro_batch: Count = 16
     """Transitions in one backward pass; it changes memory and speed, never the gradient."""
     minibatches: Count = 1

@@ -1,5 +1,6 @@
 """One policy update from a record: replay its units, judge their terms, step the optimizer."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +62,7 @@ def policy_update(
         record: the units of this rank's samples, with the advantages of their terms.
 
     Raises:
-        UserError: a gradient is not finite.
+        UserError: too many optimizer steps in a row were not finite.
     """
     work, metrics = Work.of(process, record, world), UpdateMetrics(objective)
     by_slot = config.grad_norm_by_step
@@ -106,7 +107,12 @@ def _backward(
             losses = given["score"] * score
             for name, values in columns.items():
                 losses = losses + given[name] * values
-        (losses.sum() * scale).backward()
+        _spoilt_where_not_finite(losses.sum() * scale).backward()
+
+
+def _spoilt_where_not_finite(loss: Tensor) -> Tensor:
+    """Return the loss, with a gradient that is not finite where it is not: the norm of their sum tells all ranks."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def _idle(process: Process, objective: Objective, slots: Sequence[int], calls: int) -> None:
@@ -162,7 +168,9 @@ def _differentiated(objective: Objective, terms: Columns) -> tuple[Tensor, dict[
         losses = objective.losses(
             leaves["score"], terms["old"], terms["advantage"], terms["weight"], {**leaves, "key": terms["key"]}
         )
-        derivatives = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+        derivatives = torch.autograd.grad(
+            _spoilt_where_not_finite(losses.sum()), list(leaves.values()), materialize_grads=True
+        )
     return losses.detach(), dict(zip(leaves, derivatives, strict=True))
 
 
@@ -213,7 +221,8 @@ class UpdateMetrics:
         """The metrics of the update; means over the terms of all ranks and over its optimizer steps.
 
         `drift` is the largest |ratio - 1| within the first optimizer step, where the policy has not changed yet: any
-        deviation there is a difference between rollout and replay. `ratio_max_dev` is over all of them.
+        deviation there is a difference between rollout and replay. `ratio_max_dev` is over all of them. `grad_norm` is
+        the mean of the steps that were taken; `skipped_steps` counts the others, where there are any.
         `grad_norm_by_step` is the norm of the mean gradient of the terms of a slot.
         """
         own = {name: torch.cat(values).tolist() for name, values in self._rows.items()}
@@ -224,12 +233,20 @@ class UpdateMetrics:
         score, old, first, first_old = (
             torch.tensor(rows[name]) for name in ("score", "old", "first_score", "first_old")
         )
+        taken = [norm for norm in self._grad_norms if math.isfinite(norm)]
+        skipped = len(self._grad_norms) - len(taken)
         return {
-            "loss": statistics.fmean(rows["loss"]),
-            "kl": statistics.fmean(rows["kl"]) if "kl" in rows else 0.0,
+            "loss": _mean(rows["loss"]),
+            "kl": _mean(rows["kl"]) if "kl" in rows else 0.0,
             **self._objective.metrics(score, old),
             "lr": self._lr,
             "drift": self._objective.metrics(first, first_old).get("ratio_max_dev", 0.0),
-            "grad_norm": sum(self._grad_norms) / len(self._grad_norms),
+            "grad_norm": sum(taken) / len(taken) if taken else math.nan,
             "grad_norm_by_step": {str(k): float(sum(n)) / len(n) for k, n in sorted(self._slot_gradients.items())},
+            **({"skipped_steps": skipped} if skipped else {}),
         }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The exact mean; NaN where one of the values is not finite."""
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan

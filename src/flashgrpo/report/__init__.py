@@ -145,6 +145,8 @@ def health_charts(run: Run) -> dict[str, Any]:
     return {
         "by_step": Markup(charts.gradient_by_step(run.metrics)),
         "curves": curves,
+        "dropped": int(np.nansum(column(run.metrics, "dropped_groups"))),
+        "skipped": int(np.nansum(column(run.metrics, "skipped_steps"))),
         "without_spread": int(np.nansum(without_spread)) if np.isfinite(without_spread).any() else 0,
     }
 

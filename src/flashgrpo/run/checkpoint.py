@@ -42,12 +42,14 @@ class Progress:
         best_update: the update of the best held-out reward so far; 0 is the base model.
         stale: evaluations since then.
         evaluated: the updates that have an evaluation; empty in checkpoints of older versions.
+        skipped_in_a_row: optimizer steps skipped since the last that was taken.
     """
 
     update: int = 0
     best_update: int = 0
     stale: int = 0
     evaluated: tuple[int, ...] = ()
+    skipped_in_a_row: int = 0
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Progress":

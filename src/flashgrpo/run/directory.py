@@ -21,7 +21,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.config.recipe import differences
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
-from flashgrpo.files import append_line, explain_os_errors, json_lines, lock, write_text
+from flashgrpo.files import append_line, explain_os_errors, json_lines, lock, to_json, write_text
 from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.scoring.heldout import selected
@@ -152,11 +152,11 @@ class RunDirectory:
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        append_line(self.metrics_file, json.dumps(metrics))
+        append_line(self.metrics_file, to_json(metrics))
 
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Append a line to evaluations.jsonl."""
-        append_line(self.evaluations_file, json.dumps(record))
+        append_line(self.evaluations_file, to_json(record))
 
     def newest_checkpoint(self, warn: Callable[[str], None]) -> Progress | None:
         """Find the checkpoint to resume from, and drop the lines of updates that it does not know.
@@ -170,7 +170,7 @@ class RunDirectory:
         update = checkpoint.newest_whole(self.checkpoints, warn, self._lost_lines)
         for file in (self.metrics_file, self.evaluations_file):
             if file.exists():
-                kept = [json.dumps(line) for line in _whole_lines(file) if line["update"] <= (update or 0)]
+                kept = [to_json(line) for line in _whole_lines(file) if line["update"] <= (update or 0)]
                 if update and not kept:
                     warn(f"{file} holds no line of the {update} updates that are done")
                 write_text(file, "".join(f"{line}\n" for line in kept))

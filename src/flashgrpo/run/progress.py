@@ -57,7 +57,9 @@ class Reporter:
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Show that an update is done."""
-        reward = f"reward {metrics['reward']:.3f}"
+        counts = {"groups dropped": metrics.get("dropped_groups"), "steps skipped": metrics.get("skipped_steps")}
+        bad = [f"{count} {what}" for what, count in counts.items() if count]
+        reward = ", ".join([f"reward {metrics['reward']:.3f}", *bad])
         if self._live:
             self._live.update(self._task, completed=metrics["update"], description=f"{reward}  {self._held_out}")
         elif metrics["update"] % max(1, self._total // 20) == 0:

@@ -1,13 +1,15 @@
 """Held-out prompts on fixed noise with a deterministic solver, paired with the base model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from flashgrpo.distributed.world import World
+from flashgrpo.errors import SharedError
+from flashgrpo.files import finite
 from flashgrpo.process import Outputs, Process
 from flashgrpo.scoring.intervals import mean_interval
 from flashgrpo.scoring.rewards import Rewards
@@ -97,18 +99,31 @@ def evaluation_record(
 
     Intervals are over prompts, since a prompt's samples are no independent evidence for other prompts, and None where
     there are fewer than two. `watched_intervals` are those of the watched components.
+
+    A prompt with a value that is not finite, under either model, is left out of all of them, and `dropped_prompts` says
+    how many are, where there are any.
+
+    Raises:
+        SharedError: no prompt is left.
     """
     table = tuned.table
     totals = table.total.tolist()
-    samples = [
-        {"prompt": prompt.text, "reward": totals[row], **_parts(table, row)} for row, prompt in enumerate(tuned.prompts)
+    samples: list[dict[str, Any]] = [
+        finite({"prompt": prompt.text, "reward": totals[row], **_parts(table, row)})
+        for row, prompt in enumerate(tuned.prompts)
     ]
     base_samples = samples if base is None else base["samples"]
     for sample, before in zip(samples, base_samples, strict=True):
         sample |= {f"base_{key}": before[key] for key in ("reward", "rewards", "watched")}
-    differences = [sample["reward"] - sample["base_reward"] for sample in samples]
+    kept = _complete_prompts(samples, samples_per_prompt)
+    if not kept:
+        raise SharedError(f"evaluation after update {update}: every held-out prompt has a reward that is not finite")
+    if len(kept) < len(samples):
+        table = replace(table, values=table.values[kept])
+    shown = [samples[row] for row in kept]
+    differences = [sample["reward"] - sample["base_reward"] for sample in shown]
     falls = {
-        name: [sample["watched"][name] - sample["base_watched"][name] for sample in samples]
+        name: [sample["watched"][name] - sample["base_watched"][name] for sample in shown]
         for name in table.means(trained=False)
     }
 
@@ -116,11 +131,15 @@ def evaluation_record(
         return mean_interval(np.reshape(values, (-1, samples_per_prompt)).mean(axis=1))
 
     means = {
-        "reward": float(np.mean(totals)),
+        "reward": float(np.mean([sample["reward"] for sample in shown])),
         "rewards": table.means(trained=True),
         "watched": table.means(trained=False),
     }
-    base_means = {f"base_{key}": (means if base is None else base)[key] for key in means}
+    dropped = (len(samples) - len(kept)) // samples_per_prompt
+    of_base = means if base is None else base
+    if dropped:
+        of_base = {key: _mean_of([sample[f"base_{key}"] for sample in shown]) for key in means}
+    base_means = {f"base_{key}": of_base[key] for key in means}
     return {
         "update": update,
         **means,
@@ -129,6 +148,7 @@ def evaluation_record(
         "interval": interval(differences),
         "watched_intervals": {name: interval(values) for name, values in falls.items()},
         "reward_failures": dict(table.failures),
+        **({"dropped_prompts": dropped} if dropped else {}),
         "samples": samples,
     }
 
@@ -148,9 +168,28 @@ def selected(evaluations: Sequence[Mapping[str, Any]]) -> int | None:
     return best[-1] if best and len(tuned_lines(evaluations)) > 1 else None
 
 
+def _mean_of(values: Sequence[Any]) -> Any:
+    """The mean of numbers, or of each entry of mappings."""
+    if isinstance(values[0], Mapping):
+        return {name: _mean_of([value[name] for value in values]) for name in values[0]}
+    return float(np.mean(values))
+
+
+def _complete_prompts(samples: Sequence[Mapping[str, Any]], each: int) -> list[int]:
+    """Rows of the prompts all of whose samples have all their values under both models."""
+
+    def whole(value: Any) -> bool:
+        return all(whole(part) for part in value.values()) if isinstance(value, Mapping) else value is not None
+
+    rows = range(len(samples))
+    complete = [whole(sample) for sample in samples]
+    return [row for row in rows if all(complete[row // each * each : (row // each + 1) * each])]
+
+
 def largest_changes(samples: Sequence[Mapping[str, Any]], each: int = EXTREMES) -> list[int]:
     """Rows of the samples whose reward fell most and rose most against the base, the largest fall first."""
-    order = sorted(range(len(samples)), key=lambda row: samples[row]["reward"] - samples[row]["base_reward"])
+    rows = _complete_prompts(samples, 1)
+    order = sorted(rows, key=lambda row: samples[row]["reward"] - samples[row]["base_reward"])
     return order if len(order) <= 2 * each else [*order[:each], *order[-each:]]
 
 

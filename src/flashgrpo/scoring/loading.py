@@ -151,7 +151,7 @@ def takes_of(reward: Any) -> Input:
 
 
 def checked_values(values: Any, count: int, what: str = "the reward") -> dict[str, list[float]]:
-    """What a reward returned as component -> `count` finite numbers; one without a name where it returned no mapping.
+    """What a reward returned as component -> `count` numbers, NaN for None; without a name where it is no mapping.
 
     Args:
         what: the reward's name in the sentences.
@@ -174,14 +174,11 @@ def _column(numbers: Any, count: int, what: str) -> list[float]:
         raise ValueError(f"{what} must be {count} numbers, not {type(numbers).__name__}")
     if len(column) != count:
         raise ValueError(f"{what} has {len(column)} numbers for {count} videos")
+    column = [math.nan if value is None else value for value in column]
     for value in column:
         if isinstance(value, bool | str) or not hasattr(value, "__float__"):
             raise ValueError(f"{what} must be {count} numbers, not {type(value).__name__}")
-    finite = [as_float(value) for value in column]
-    for row, value in enumerate(finite):
-        if not math.isfinite(value):
-            raise ValueError(f"{what} is {value} for video {row}; rewards must be finite")
-    return finite
+    return [as_float(value) for value in column]
 
 
 def as_float(value: Any) -> float:

@@ -152,7 +152,7 @@ class Rewards:
         """Score videos (B, F, 3, H, W) against B prompts; watched rewards only where asked for.
 
         Raises:
-            UserError: a reward returned the wrong number of values or one that is not finite, or raised ValueError.
+            UserError: a reward returned the wrong number of values or something else, or raised ValueError.
         """
         names = [only] if only else self.names(watched)
         self.begin()
