@@ -86,6 +86,22 @@ def slow_train(recipe: str, seconds: float, *overrides: str) -> str:
     return train(recipe, *overrides)
 
 
+def train_with_bad_steps(recipe: str, bad: list[int], last: int | None, *overrides: str) -> str:
+    """Train with gradients that are no numbers at some optimizer steps, and die without a word before step `last`."""
+    real = Optimizer.take
+
+    def take(optimizer):
+        gradients = real(optimizer)
+        if optimizer.steps == last:
+            os._exit(9)
+        if optimizer.steps in bad:
+            local(gradients[0]).fill_(float("nan"))
+        return gradients
+
+    Optimizer.take = take
+    return train(recipe, *overrides)
+
+
 def before_each_update(do) -> None:
     """Call a function between the rollout and the optimizer steps of every update; the doctor's trial is none."""
     real = Assembly.learn

@@ -34,8 +34,8 @@ CASES = [
     of_call("mine:good", "did you mean 'threshold'?", ", args: {treshold: 1}"),
     of_call("mine:narrow", "give it a **columns parameter"),
     of_call("mine:few", "reward mine has 1 numbers for 2 videos", begun=True),
-    of_call("mine:nan", "reward mine is nan for video 0", begun=True),
-    of_call("mine:inf", "reward mine is inf for video 0", begun=True),
+    of_call("mine:nan", "reward mine is not finite for 2 of 2 samples; their groups would be dropped", begun=True),
+    of_call("mine:inf", "reward mine is not finite for 2 of 2 samples", begun=True),
     of_call("mine:text", "reward mine must be 2 numbers", begun=True),
     of_call("mine:none", "reward mine returned an empty mapping", begun=True),
     of_call("mine:changes", "changed the videos in place", begun=True),
@@ -65,7 +65,7 @@ def test_a_run_whose_reward_has_been_mended_starts_in_the_same_folder(refuse, co
 
 def test_a_reward_that_fails_later_loses_nothing(refuse, tmp_path):
     words = [*of_call("mine:later", "").command, "updates=9", "evaluation.every=9", "checkpoint.every=9"]
-    refuse(Case(words, "reward mine is nan", {"mine.py": LATER}, begun=True))
+    refuse(Case(words, "reward mine is nan for", {"mine.py": LATER}, begun=True))
     done = len(read_lines(tmp_path / "run/metrics.jsonl"))
     assert done >= 3
     assert checkpoint.updates(tmp_path / "run/checkpoints") == [done]

@@ -306,7 +306,8 @@ def test_a_bad_reward_on_one_rank_is_one_sentence_and_keeps_what_was_done(nurser
     )
     assert ranks.wait() == [2, 2]
     [sentence] = [line for line in ranks.said().splitlines() if line.startswith("flashgrpo:")]
-    assert "reward bad is nan" in sentence
+    assert "reward bad is nan for" in sentence
+    assert "optim.max_bad_groups" in sentence
     done = len(read_lines(tmp_path / "run/metrics.jsonl"))
     assert checkpoint.updates(tmp_path / "run/checkpoints")[-1] == done
 

@@ -150,14 +150,45 @@ def test_samples_are_compared_before_they_are_learnt_from():
         updated(process, toy_record(process, SLOTS, TERMS, advantages=False))
 
 
-def test_a_gradient_that_is_no_number_leaves_the_weights_alone():
+class LossOf(Clipped):
+    """A loss of which one term is not finite, and its gradient is."""
+
+    def losses(self, score, old, advantage, weight, columns):
+        losses = super().losses(score, old, advantage, weight, columns)
+        return losses + torch.tensor([torch.inf, *[0.0] * (len(losses) - 1)])
+
+
+class LossInTwo(LossOf):
+    coupled = True
+
+
+@pytest.mark.parametrize("objective", [Clipped(), LossOf(), LossInTwo()], ids=lambda one: type(one).__name__)
+def test_a_bad_step_is_skipped_and_counted(objective):
+    """Whatever comes before and after is as if it had not been; the one in a row too many ends the run."""
     process = Toy()
     record = toy_record(process, SLOTS, TERMS)
-    before = process.weight.detach().clone()
-    broken = dataclasses.replace(record, weight=torch.full_like(record.weight, torch.inf))
-    with pytest.raises(UserError, match="gradient of optimizer step 1 is nan"):
-        updated(process, broken)
+    config = OptimConfig(max_bad_steps=3, ema={"every": 1})
+    optimizer = Optimizer({"weight": process.weight}, config, WORLD)
+
+    def step(objective, record) -> dict:
+        return policy_update(process, objective, optimizer, record, config, WORLD)
+
+    bad = record if type(objective) is not Clipped else dataclasses.replace(record, weight=record.weight * torch.inf)
+    assert "skipped_steps" not in step(Clipped(), record)
+    before, moments = process.weight.detach().clone(), optimizer.state()["optimizer"]
+    moments = {name: value.clone() for name, value in moments.items() if name != "steps"}
+    assert step(objective, bad)["skipped_steps"] == 1
+    assert (optimizer.steps, optimizer.skipped_in_a_row) == (2, 1)
+    step(objective, bad)
     assert torch.equal(process.weight, before)
+    for name, value in moments.items():
+        assert torch.equal(optimizer.state()["optimizer"][name], value)
+    with pytest.raises(UserError, match=r"step 4 is nan, number 3 in a row.*optim.max_bad_steps"):
+        step(objective, bad)
+    assert torch.equal(process.weight, before)
+    optimizer.skipped_in_a_row = 2
+    assert step(Clipped(), record)["grad_norm"] > 0
+    assert optimizer.skipped_in_a_row == 0
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ class Optimizer(GradientSum):
         if self.skipped_in_a_row >= self.config.max_bad_steps:
             raise SharedError(
                 f"the gradient of optimizer step {self.steps + 1} is {norm}, number {self.skipped_in_a_row} in a row "
-                "that is not finite; lower optim.lr, or raise optim.max_bad_steps, and start again to go on"
-                " from the last checkpoint"
+                "that is not finite; lower optim.lr, or raise optim.max_bad_steps, and start again to go on "
+                "from the last checkpoint"
             )
 
     def _take_step(self, gradients: Sequence[Tensor], norm: float) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from flashgrpo.errors import UserError, printable
+from flashgrpo.files import to_json
 from flashgrpo.scoring.inputs import Input
 from flashgrpo.scoring.loading import checked_values
 
@@ -97,12 +98,12 @@ class Info(BaseModel):
 
 
 def pack_answer(id: str, reward: str, components: Mapping[str, Sequence[float]]) -> bytes:
-    """Pack an answer into bytes; `reward` tells rewards apart (name and version)."""
-    return json.dumps({"id": id, "reward": reward, "components": components}, allow_nan=False).encode()
+    """Pack an answer into bytes; `reward` tells rewards apart (name and version). What is not finite is null."""
+    return to_json({"id": id, "reward": reward, "components": components}).encode()
 
 
 def unpack_answer(body: bytes, id: str, reward: str, count: int) -> dict[str, list[float]]:
-    """Return the components of the answer to request `id`, `count` finite numbers each.
+    """Return the components of the answer to request `id`, `count` numbers each, NaN for null.
 
     Raises:
         ValueError: one sentence on whatever is not as it has to be.
