@@ -92,11 +92,12 @@ def estimate(config: RunConfig, processes: int | None = None) -> MemoryEstimate:
     guided = 2 if settings.guidance_scale > 1 else 1
     call, decode = cache(partial(_call, model, context=parallel.context)), cache(partial(_decode, model))
     rows = min(own, config.optim.micro_batch)
-    update = call(rows * guided, learn=True)
+    update = call(rows * guided, graph=True, backward=True)
+    drawing = max(call(min(own, settings.micro_batch) * guided), call(rows * guided, graph=True))  # a trained step
     if settings.retain:  # where it is left to the run, graphs are kept only if they fit
         rest["graphs"] = round(own * records_per_sample(config) * update / rows)
     phases = {
-        "rollout": {"weights": while_drawing, **rest, "work": call(min(own, settings.micro_batch) * guided)},
+        "rollout": {"weights": while_drawing, **rest, "work": drawing},
         "decode": {"weights": while_decoding, **rest, "work": decode(min(own, settings.decode_micro_batch))},
         "update": {"weights": while_drawing, **rest, "work": update},
     }
@@ -170,17 +171,22 @@ def _bytes_per_sample(model: Any, records: float) -> float:
     return math.prod(model.latent_shape) * 4 * (1 + 2 * records) + _bytes(model.nothing().tensors.values())
 
 
-def _call(model: Any, rows: int, context: int, learn: bool = False) -> int:
-    """Count the bytes at the highest of one call of the network on `rows` rows, with its input."""
+def _call(model: Any, rows: int, context: int, graph: bool = False, backward: bool = False) -> int:
+    """Count the bytes at the highest of one call of the network on `rows` rows, with its input.
+
+    Args:
+        graph: with gradients enabled, as trained steps are drawn and replayed.
+        backward: and then differentiated.
+    """
     network = model.experts[model.expert_names[0]]
     row = model.nothing().tensors
     condition = Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in row.items()})
     x = torch.zeros(rows, *model.latent_shape, device=META)
     point = GridPoint(torch.zeros(rows), torch.ones(rows, dtype=torch.float64), torch.ones(rows))
     live = LiveBytes([*network.parameters(), x, *condition.tensors.values()])
-    with _without_scores(), torch.set_grad_enabled(learn), live:
+    with _without_scores(), torch.set_grad_enabled(graph), live:
         v = model.forward(network, x, point, condition)
-        if learn:
+        if backward:
             v.square().mean().backward()
     return live.peak // context + x.numel() * 4
 
