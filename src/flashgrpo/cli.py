@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo.config import RunConfig
-from flashgrpo.errors import UserError, suggest
+from flashgrpo.errors import UserError, launcher_number, suggest
 
 app = typer.Typer(
     help="Align video diffusion models with rewards by training one denoising step per rollout.",
@@ -273,7 +273,7 @@ def reward_environment(
 
 def _prints() -> bool:
     """Whether this process of a launcher's is the one that prints results."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return launcher_number("RANK", 0) == 0
 
 
 def main() -> None:

@@ -55,6 +55,21 @@ def system_reason(error: BaseException) -> str:
     return f"{reason[:1].lower()}{reason[1:]}"
 
 
+def launcher_number(name: str, default: int) -> int:
+    """Return a number that a launcher puts into the environment: RANK, WORLD_SIZE and the like.
+
+    Raises:
+        UserError: the variable holds something else.
+    """
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(
+            f"the environment variable {name} is {printable(text)!r} where a launcher puts a whole number; unset it, "
+            "or start with torchrun"
+        )
+    return int(text)
+
+
 def install_hint(extra: str) -> str:
     """Return the command that installs an extra of the package where it is used.
 

@@ -21,6 +21,11 @@ CASES = [
     Case("train RECIPE out=HERE/file/below", "file/below: not a folder", {"file": ""}),
     Case("train RECIPE out=RUN updates=2 optim.lr=0.5", "is a run with another optim.lr"),
     Case("train RECIPE out=RUN updates=2", "no checkpoint in", {"run/checkpoints/000001/state.json": "{"}),
+    Case("train RECIPE", "RANK is 'x' where a launcher puts a whole number", env={"RANK": "x"}),
+    Case("train RECIPE", "WORLD_SIZE is '-1'", env={"WORLD_SIZE": "-1"}),
+    Case("train RECIPE", "RANK 3 of WORLD_SIZE 1", env={"RANK": "3"}),
+    Case("evaluate RECIPE", "WORLD_SIZE is '1e9'", env={"WORLD_SIZE": "1e9"}),
+    Case("compare RECIPE --out HERE/c", "WORLD_SIZE is 'many'", env={"WORLD_SIZE": "many"}),
     Case("evaluate RUN", "is not whole", {"run/checkpoints/000001/state.json": "{"}),
 ]
 

@@ -19,7 +19,6 @@ A comparison's folder:
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from flashgrpo.compare.processes import run_all
 from flashgrpo.compare.results import collect, is_done
 from flashgrpo.compare.table import as_markdown
 from flashgrpo.diagnostics import measure as diagnostics
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, launcher_number
 from flashgrpo.files import write_text
 from flashgrpo.report import write_report
 
@@ -96,7 +95,7 @@ def compare(
 def _check_start(jobs: int) -> None:
     if jobs < 1:
         raise UserError(f"--jobs: at least 1 run at a time, not {jobs}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launcher_number("WORLD_SIZE", 1) > 1:
         raise UserError("compare starts processes of its own; call it without torchrun")
 
 

@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, launcher_number
 
 INTERVAL = 1.0  # seconds between two beats
 GRACE = 5.0  # seconds that a process gets to end by itself once the end of the run was posted
@@ -154,7 +154,7 @@ class Heartbeat:
 
 def connect(rank: int, size: int, dead_after: float) -> Heartbeat:
     """Connect a heartbeat to the store that the process group met at (MASTER_ADDR, MASTER_PORT)."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], launcher_number("MASTER_PORT", 0)
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts anew
     name = f"flashgrpo/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"

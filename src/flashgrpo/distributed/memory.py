@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flashgrpo.errors import UserError, first_line
+from flashgrpo.errors import UserError, first_line, launcher_number
 
 
 @contextlib.contextmanager
@@ -59,4 +59,4 @@ def total(device: torch.device) -> int:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return there // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return there // max(1, launcher_number("LOCAL_WORLD_SIZE", 1))

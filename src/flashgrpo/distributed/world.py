@@ -8,7 +8,6 @@ Started by torchrun, by Ray, or not at all: a process alone is a world of one on
 """
 
 import contextlib
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from flashgrpo.distributed.heartbeat import connect
 from flashgrpo.distributed.messages import from_bytes, outcome_of, to_bytes, values_of
 from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.distributed.shares import cut
-from flashgrpo.errors import SharedError, UserError
+from flashgrpo.errors import SharedError, UserError, launcher_number
 
 T = TypeVar("T")
 
@@ -99,7 +98,7 @@ class World:
     @property
     def place_on_machine(self) -> tuple[int, int]:
         """The number of this rank among those of its machine, and their number, as far as the launcher says it."""
-        return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return launcher_number("LOCAL_RANK", 0), launcher_number("LOCAL_WORLD_SIZE", 1)
 
     def gather(self, value: T) -> list[T]:
         """Gather the JSON values of all data ranks, in the order of their samples."""
@@ -235,7 +234,9 @@ def process_group(parallel: ParallelConfig, compute_dtype: str | None = None, st
     Raises:
         UserError: the number of processes does not fit the mesh.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size, rank = launcher_number("WORLD_SIZE", 1), launcher_number("RANK", 0)
+    if rank >= size:
+        raise UserError(f"the environment says RANK {rank} of WORLD_SIZE {size}; unset both, or start with torchrun")
     settings = parallel if strict or size > 1 else ParallelConfig()
     uses_fsdp = settings.shard > 1 or compute_dtype is not None  # not for `shard` where one process evaluates
     check_mesh(settings, size)
@@ -273,7 +274,7 @@ def _claim_device() -> torch.device:
     """Return this process's GPU, made the current one, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    device = torch.device("cuda", launcher_number("LOCAL_RANK", 0) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
