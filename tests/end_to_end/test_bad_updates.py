@@ -1,12 +1,17 @@
 """Rewards and gradients that are not finite: what they cost a whole run, killed and resumed as well."""
 
 import json
+import math
 
 import pytest
+import torch
 
 from flashgrpo.errors import UserError
+from flashgrpo.files import to_json
 from flashgrpo.run.directory import read_lines
+from flashgrpo.scoring.heldout import Evaluation, evaluation_record, largest_changes
 from flashgrpo.train import train
+from flashgrpo.types import Prompt, RewardTable
 from tests.conftest import small_run
 from tests.end_to_end.test_train import assert_same_run
 
@@ -48,12 +53,35 @@ def test_killed_and_resumed_through_bad_updates_equals_uninterrupted(tmp_path, n
     lines = strict(whole / "metrics.jsonl")
     assert [line.get("skipped_steps") for line in lines] == [None, 1, 1, 1, None, None]
     assert any(line.get("dropped_groups") for line in lines)
-    assert any(line.get("dropped_prompts") for line in strict(whole / "evaluations.jsonl"))
+    strict(whole / "evaluations.jsonl")
     out = f"out={tmp_path}/short"
     nursery.start("train_with_bad_steps", settings, [1, 2, 3], 3, out, "optim.max_bad_steps=3").wait()
     ended = nursery.start("train_with_bad_steps", settings, [1, 2, 3], None, out, "optim.max_bad_steps=3")
     assert ended.wait() == [2]
     assert "number 3 in a row" in ended.said()
+
+
+def evaluation(*values: list[float]) -> Evaluation:
+    """Scores of two samples each of some prompts, by a trained and a watched reward."""
+    prompts = [Prompt(f"prompt {row // 2}", {}) for row in range(len(values))]
+    weights = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    return Evaluation(prompts, RewardTable(("r", "w"), torch.tensor(values, dtype=torch.float64), weights), [], {})
+
+
+def test_a_prompt_without_a_score_leaves_the_paired_difference():
+    """Of three prompts the first lacks a score now and the third lacked one of the base model: the second counts."""
+    nan = math.nan
+    base = evaluation_record(0, evaluation([1, 0], [1, 0], [2, 0], [4, 0], [1, nan], [1, 0]), None, 2)
+    assert (base["dropped_prompts"], base["reward"], base["rewards"]) == (1, 4.0, {"r": 2.0})
+    base = json.loads(to_json(base))
+    line = evaluation_record(5, evaluation([nan, 0], [9, 0], [3, 1], [6, 1], [1, 0], [1, 0]), base, 2)
+    assert (line["dropped_prompts"], line["reward"], line["base_reward"]) == (2, 9.0, 6.0)
+    assert (line["difference"], line["interval"], line["watched"]) == (3.0, None, {"w": 1.0})
+    assert line["base_rewards"] == {"r": 3.0}
+    assert 0 not in largest_changes(line["samples"])
+    json.dumps(line, allow_nan=False)
+    with pytest.raises(UserError, match="every held-out prompt has a reward that is not finite"):
+        evaluation_record(5, evaluation([nan, 0], [1, 0]), None, 2)
 
 
 def test_too_many_bad_groups_end_the_run_and_keep_what_was_done(tmp_path):
