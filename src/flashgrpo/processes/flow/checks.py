@@ -54,18 +54,30 @@ def evaluation_sampler(process: "FlowProcess") -> Finding:
 def distance_to_finish(process: "FlowProcess", state: FlowState, latents: Latents, seed: int) -> float | None:
     """The largest distance between latents and a noiseless finish of their last recorded step, relative to their size.
 
-    None where no sample can be followed, or features are reused, which depend on what else is drawn.
+    None where no sample can be followed, or features are reused, which depend on what else is drawn. Samples are
+    finished in the micro-batches that they were drawn in, one of each pattern of steps: in bf16 other batches round
+    differently, and guidance multiplies that.
     """
     if process.world.uses_fsdp or not len(state) or process.rollout.reuse:
         return None  # calls of a network that is held between ranks have to be made by all of them
-    last = {int(sample): row for row, sample in enumerate(state.sample)}  # sorted by sample, then by step
-    batch = state[torch.tensor(list(last.values())[: process.micro_batch])]
+    batches = _drawn_together(state, process.rollout.micro_batch)
     steps, num_steps = process.explore.steps, process.grid.num_steps
     groups = torch.arange(process.rollout.prompts)
     unrecorded = steps.mask(seed, 0, groups, num_steps) & ~steps.trained(seed, 0, groups, num_steps)
-    if unrecorded[:, int(batch.k.min()) + 1 :].any():
+    if unrecorded[:, min(int(batch.k.min()) for batch in batches) + 1 :].any():
         return None  # a step that is stochastic and not trained follows
-    return max(_finish(process, batch[(batch.k == k).nonzero().flatten()], latents) for k in batch.k.unique().tolist())
+    return max(_finish(process, batch, latents) for batch in batches)
+
+
+def _drawn_together(state: FlowState, size: int) -> list[FlowState]:
+    """The last recorded steps of the samples of a micro-batch, of one micro-batch for each pattern; see `plan`."""
+    of_sample: dict[int, list[int]] = {}
+    for row, sample in enumerate(state.sample.tolist()):  # sorted by sample, then by step
+        of_sample.setdefault(sample, []).append(row)
+    patterns: dict[tuple[int, ...], list[int]] = {}
+    for rows in of_sample.values():
+        patterns.setdefault(tuple(state.k[rows].tolist()), []).append(rows[-1])
+    return [state[torch.tensor(rows[:size])] for rows in patterns.values()]
 
 
 def _finish(process: "FlowProcess", batch: FlowState, latents: Latents) -> float:
