@@ -223,8 +223,8 @@ def test_a_checkpoint_without_an_encoder_is_opened_once_for_all_prompts(tmp_path
     """Wan 2.2 I2V names a CLIP encoder and ships none: that must not be looked for again at every prompt."""
     path = recipe(tmp_path, "wan22-a14b-image")
     opened = []
-    usual = Source._from_folder
-    monkeypatch.setattr(Source, "_from_folder", lambda self, known: opened.append(1) or usual(self, known))
+    usual = Source._network
+    monkeypatch.setattr(Source, "_network", lambda self, name: opened.append(name) or usual(self, name))
     prompts = [Prompt(f"a red circle {n}", {"image": str(tmp_path / "first.png")}) for n in range(5)]
     load_model(RunConfig.load(path).model, single_process(), 0, prompts)
-    assert len(opened) == 4  # the small parts, the encoders, two experts
+    assert sorted(opened) == ["image_encoder", "text_encoder", "transformer", "transformer_2", "vae"]

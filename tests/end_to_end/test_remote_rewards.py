@@ -1,5 +1,6 @@
 """Training on a served reward: a server that goes away ends the run with its checkpoint, and nothing is lost by it."""
 
+import socket
 import threading
 import time
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_a_failure_that_passes_is_counted_and_survived(make_run):
 
     def kill_and_revive() -> None:
         kill_after(server, Path(config.out) / "metrics.jsonl", 2)
-        time.sleep(0.5)
+        with socket.create_server(("127.0.0.1", server.port)) as nobody:  # until a request has failed
+            nobody.accept()[0].close()
         revived.append(Served("brightness", port=server.port))
 
     thread = threading.Thread(target=kill_and_revive)
