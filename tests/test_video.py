@@ -1,7 +1,6 @@
 """Pictures are what their owner sees, in whatever way they are stored."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,12 +43,6 @@ def test_orientation(tmp_path, kind, orientation):
     lying.save(tmp_path / "a", kind, exif=exif, **options)
     middles = pixels(str(tmp_path / "a"))[8::16, 8::16].astype(int)
     assert np.abs(middles - SEEN[8::16, 8::16]).max() <= (30 if kind in ("JPEG", "AVIF") else 0)
-
-
-def test_a_photo_of_a_phone_is_upright():
-    photo = Path("/work/shared/cases/phone_portrait_exif6.jpg")
-    if photo.is_file():
-        assert open_image(str(photo)).height > open_image(str(photo)).width
 
 
 def stored(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
