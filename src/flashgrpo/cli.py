@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError, launcher_number, suggest
+from flashgrpo.files import to_json
 
 app = typer.Typer(
     help="Align video diffusion models with rewards by training one denoising step per rollout.",

@@ -112,8 +112,11 @@ def rewards_repeat(parts: Assembly, trial: Trial) -> Finding:
 def reward_spread(parts: Assembly, trial: Trial) -> Finding:
     """Rewards differ inside groups, so that there is something to learn from."""
     groups = trial.drawn.rewards.total.unflatten(0, (trial.groups, trial.group_size))
-    inside = groups.std(dim=1, correction=0).nan_to_num(0.0)  # a group with a reward that is not finite teaches nothing
+    inside = groups.std(dim=1, correction=0)
     flat = int((inside == 0).sum())
+    inside = inside[inside.isfinite()]  # the others are told by `rewards_repeat`
+    if not len(inside):
+        return Finding("reward spread", "warning", "no group has rewards that are all finite", {"groups": trial.groups})
     numbers = {"std_inside_groups": float(inside.mean()), "flat_groups": flat, "groups": trial.groups}
     if flat == trial.groups:
         some = trial.groups >= 2
