@@ -98,28 +98,17 @@ def evaluation_record(
     """A line of evaluations.jsonl: the means, and the paired difference to the base model's line (`base`).
 
     Intervals are over prompts, since a prompt's samples are no independent evidence for other prompts, and None where
-    there are fewer than two. `watched_intervals` are those of the watched components.
-
-    A prompt with a value that is not finite, under either model, is left out of all of them, and `dropped_prompts` says
-    how many are, where there are any.
+    there are fewer than two. `watched_intervals` are those of the watched components. `dropped_prompts` counts those
+    that are left out, where there are any, for a value that is not finite under either model.
 
     Raises:
         SharedError: no prompt is left.
     """
-    table = tuned.table
-    totals = table.total.tolist()
-    samples: list[dict[str, Any]] = [
-        finite({"prompt": prompt.text, "reward": totals[row], **_parts(table, row)})
-        for row, prompt in enumerate(tuned.prompts)
-    ]
-    base_samples = samples if base is None else base["samples"]
-    for sample, before in zip(samples, base_samples, strict=True):
-        sample |= {f"base_{key}": before[key] for key in ("reward", "rewards", "watched")}
+    table, samples = tuned.table, _paired_samples(tuned, base)
     kept = _complete_prompts(samples, samples_per_prompt)
     if not kept:
         raise SharedError(f"evaluation after update {update}: every held-out prompt has a reward that is not finite")
-    if len(kept) < len(samples):
-        table = replace(table, values=table.values[kept])
+    table = table if len(kept) == len(samples) else replace(table, values=table.values[kept])
     shown = [samples[row] for row in kept]
     differences = [sample["reward"] - sample["base_reward"] for sample in shown]
     falls = {
@@ -137,9 +126,9 @@ def evaluation_record(
     }
     dropped = (len(samples) - len(kept)) // samples_per_prompt
     of_base = means if base is None else base
-    if dropped:
-        of_base = {key: _mean_of([sample[f"base_{key}"] for sample in shown]) for key in means}
     base_means = {f"base_{key}": of_base[key] for key in means}
+    if dropped:
+        base_means = {key: _mean_of([sample[key] for sample in shown]) for key in base_means}
     return {
         "update": update,
         **means,
@@ -166,6 +155,19 @@ def selected(evaluations: Sequence[Mapping[str, Any]]) -> int | None:
     """
     best = [line["update"] for line in tuned_lines(evaluations) if line.get("best")]
     return best[-1] if best and len(tuned_lines(evaluations)) > 1 else None
+
+
+def _paired_samples(tuned: Evaluation, base: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Each sample with its values under both models; None is a value that is not finite."""
+    totals = tuned.table.total.tolist()
+    samples: list[dict[str, Any]] = [
+        finite({"prompt": prompt.text, "reward": totals[row], **_parts(tuned.table, row)})
+        for row, prompt in enumerate(tuned.prompts)
+    ]
+    base_samples = samples if base is None else base["samples"]
+    for sample, before in zip(samples, base_samples, strict=True):
+        sample |= {f"base_{key}": before[key] for key in ("reward", "rewards", "watched")}
+    return samples
 
 
 def _mean_of(values: Sequence[Any]) -> Any:
