@@ -19,7 +19,7 @@ CASES = [
     Case("sample HERE/run a", "run is no run directory", {"run/thesis.tex": ""}),
     Case("train RECIPE out=HERE/file", "cannot write", {"file": ""}),
     Case("train RECIPE out=HERE/file/below", "file/below: not a folder", {"file": ""}),
-    Case("train RECIPE out=RUN updates=2 optim.lr=0.5", "is a run with another optim.lr"),
+    Case("train RECIPE out=RUN updates=2 optim.warmup=5", "is a run with another optim.warmup (0, now 5)"),
     Case("train RECIPE out=RUN updates=2", "no checkpoint in", {"run/checkpoints/000001/state.json": "{"}),
     Case("train RECIPE", "RANK is 'x' where a launcher puts a whole number", env={"RANK": "x"}),
     Case("train RECIPE", "WORLD_SIZE is '-1'", env={"WORLD_SIZE": "-1"}),

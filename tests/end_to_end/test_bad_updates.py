@@ -90,3 +90,20 @@ def test_too_many_bad_groups_end_the_run_and_keep_what_was_done(tmp_path):
         train(config)
     done = len(read_lines(tmp_path / "run/metrics.jsonl"))
     assert done < 6
+
+
+def test_a_resumed_run_may_learn_otherwise_and_says_so(make_run):
+    """What a sentence about bad updates advises has to be possible."""
+    run = train(make_run("updates=2"))
+    changes = ("optim.lr=1e-5", "optim.max_bad_groups=0.5", "algorithm.clip_range=0.002")
+    train(make_run("updates=3", *changes))
+    train(make_run("updates=3", *changes))
+    lines = strict(run / "changes.jsonl")
+    assert {line["setting"] for line in lines} == {
+        "optim.lr",
+        "optim.max_bad_groups",
+        "algorithm.objective.clip_range",
+    }
+    assert len(lines) == 3
+    assert all(line["after_update"] == 2 for line in lines)
+    assert [line["lr"] for line in read_lines(run / "metrics.jsonl")][1:] == [0.003, 1e-5]

@@ -81,6 +81,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     return keys
 
 
+def value_at(tree: Any, key: str) -> Any:
+    """Return the setting of a dotted key; None where there is none."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
 GONE: Mapping[str, tuple[Any, str]] = {
     "algorithm.score.weighting.over": ("window", "the mean of the weights is over the window of steps"),
     "parallel.context_kind": ("ulysses", "ring attention never ran"),

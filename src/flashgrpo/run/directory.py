@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from flashgrpo.config import RunConfig
-from flashgrpo.config.recipe import differences
+from flashgrpo.config.recipe import differences, value_at
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, explain_os_errors, json_lines, lock, to_json, write_text
@@ -29,6 +29,10 @@ from flashgrpo.types import Prompt
 from flashgrpo.video import image_bytes
 
 FREE_TO_CHANGE = ("out", "updates", "checkpoint", "parallel", "tracking", "model.condition_cache")  # by a later start
+NOTED = (  # may change, too, and what changed is kept in changes.jsonl
+    *(f"optim.{name}" for name in ("lr", "max_grad_norm", "eps", "weight_decay", "max_bad_steps", "max_bad_groups")),
+    "algorithm.objective.clip_range",
+)
 
 
 class RunDirectory:
@@ -77,13 +81,12 @@ class RunDirectory:
             return  # nothing was done yet that other settings could contradict
         before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
         different = differences(before, now)
-        free = {*FREE_TO_CHANGE, *(key for key in different if key.endswith(".max_fall"))}
+        free = {*FREE_TO_CHANGE, *NOTED, *(key for key in different if key.endswith(".max_fall"))}
         changed = [key for key in different if not {key, key.split(".")[0]} & free]
         if changed:
-            raise UserError(
-                f"out: {self.path} is a run with another {', '.join(changed[:3])}; "
-                "take its settings to continue it, or choose another folder"
-            )
+            told = [f"{key} ({value_at(before, key)}, now {value_at(now, key)})" for key in changed[:3]]
+            advice = "take its settings to continue it, or choose another folder"
+            raise UserError(f"out: {self.path} is a run with another {', '.join(told)}; {advice}")
 
     def begin(
         self,
@@ -122,8 +125,18 @@ class RunDirectory:
         except UserError:
             self.close()
             raise
+        if self._has_lines():
+            self._note_changes(config)
         write_text(self.config_file, config.to_yaml())  # first, for it is what marks the folder as a run
         write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+    def _note_changes(self, config: RunConfig) -> None:
+        """Keep what a later start has changed of how is learnt: setting, values, and the updates done until then."""
+        before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
+        done = max((line["update"] for line in _whole_lines(self.metrics_file)), default=0)
+        for key in (key for key in differences(before, now) if key in NOTED):
+            change = {"after_update": done, "setting": key, "before": value_at(before, key), "now": value_at(now, key)}
+            append_line(self.path / "changes.jsonl", to_json(change))
 
     def _check_prompts(self, now: Mapping[str, str]) -> None:
         file = self.path / "environment.json"
