@@ -259,11 +259,11 @@ def test_evaluation_takes_no_shortcut(make_run):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("rollout.deterministic_steps=0", "greater than or equal to 1"),
+        ("rollout.deterministic_steps=0", "must be at least 1, not 0"),
         ("rollout.reuse={kind: taylorseer, interval: 1}", "interval must be at least 2"),
         ("rollout.reuse={kind: first-block, threshold: 2}", "between 0 and 1"),
         ("rollout.guidance_interval=[0.9,0.5]", "low <= high"),
-        ("rollout.guidance_interval=[0,1.5]", "less than or equal to 1"),
+        ("rollout.guidance_interval=[0,1.5]", "must be at most 1, not 1.5"),
     ],
 )
 def test_settings_that_make_no_sense(override, sentence):
