@@ -102,7 +102,7 @@ class Assembly:
         text = [group.prompt.text for group in groups for _ in range(group.size)][row]
         raise SharedError(
             f"rewards of update {drawn.update + 1} are not finite in {dropped} of {compared.groups} groups: reward "
-            f"{rewards.names[column]} is {float(rewards.values[row, column])} for {text!r}; mend the reward, or raise "
+            f"{rewards.names[column]} is {float(rewards.values[row, column])} for {text!r}; fix the reward, or raise "
             f"optim.max_bad_groups from {limit:g}, and start again to go on from update {drawn.update}"
         )
 

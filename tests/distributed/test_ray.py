@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flashgrpo.cli import app
+from flashgrpo.errors import install_hint
 from flashgrpo.run.directory import read_lines
 
 
@@ -17,7 +18,7 @@ def test_without_ray_one_sentence_says_how_to_get_it(make_run, tmp_path, monkeyp
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_run().to_yaml(), "utf-8")
     result = CliRunner().invoke(app, ["train", str(recipe), "--ray-workers", "2"])
-    assert "needs Ray: pip install" in str(result.exception)
+    assert f"needs Ray: {install_hint('ray')}" in str(result.exception)
     assert not (tmp_path / "run").exists()
 
 
