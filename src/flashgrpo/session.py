@@ -263,7 +263,7 @@ class Session:
         self.save()
         self._finish_writing()
         try:
-            self.world.on_main(lambda: checkpoint.read_progress(self.directory.checkpoints, update))
+            self.world.on_main(lambda: asdict(checkpoint.read_progress(self.directory.checkpoints, update)))
         except UserError as error:
             self.reporter.warn(str(error))
             return

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from flashgrpo.distributed.gpus import refuse_shared_gpus
 from flashgrpo.distributed.heartbeat import connect
-from flashgrpo.distributed.messages import from_bytes, outcome_of, to_bytes, values_of
+from flashgrpo.distributed.messages import from_bytes, outcome_of, through_json, to_bytes, values_of
 from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.distributed.shares import cut
 from flashgrpo.errors import SharedError, UserError, launcher_number
@@ -111,13 +111,13 @@ class World:
             SharedError: on every rank, where `compute` raised a `UserError` on one of them.
         """
         if self.size == 1:
-            return [compute()]
+            return [through_json(compute())]
         return values_of(self.all_gather_json(outcome_of(compute)))
 
     def on_main(self, compute: Callable[[], T]) -> T:
         """Compute on the leading rank alone; its JSON value, or its `UserError`, comes to all."""
         if self.size == 1:
-            return compute()
+            return through_json(compute())
         message = to_bytes(outcome_of(compute)) if self.is_main else torch.empty(0, dtype=torch.uint8)
         length = torch.tensor([len(message)])
         dist.broadcast(length, 0, group=self.cpu_group)
@@ -129,7 +129,7 @@ class World:
     def all_gather_json(self, value: T) -> list[T]:
         """Gather JSON values of all ranks. Nothing is unpickled, and Python writes and reads floats without loss."""
         if self.size == 1:
-            return [value]
+            return [through_json(value)]
         message = to_bytes(value)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(message)]), group=self.cpu_group)
