@@ -110,7 +110,7 @@ class Colour(Fake):
         super().__init__(inputs=WIDTH, outputs=3, **settings)
 
     @torch.no_grad()
-    def draw(self, samples, seed, on_drawn, uses=1):
+    def draw(self, samples, seed, on_drawn, uses=1, columns=()):
         x = self.encode([sample.group.prompt for sample in samples]).tensors["text"]
         mean = self.exact(x)
         action = mean + STD * _noise([(seed, "colour", *sample.name) for sample in samples])
@@ -147,8 +147,8 @@ class InTwo(Colour):
     addends = 2
 
     @torch.no_grad()
-    def draw(self, samples, seed, on_drawn, uses=1):
-        outputs, record = super().draw(samples, seed, on_drawn, uses)
+    def draw(self, samples, seed, on_drawn, uses=1, columns=()):
+        outputs, record = super().draw(samples, seed, on_drawn, uses, columns)
         parts = [record[rows] for rows in torch.arange(len(record)).split(self.micro_batch) if len(record)]
         old = torch.cat([torch.empty(0, device=self.device), *(whole_score(self, part) for part in parts)])
         return outputs, replace(record, old=old)
@@ -213,7 +213,7 @@ class Program(Fake):
         self.network.append(nn.LogSoftmax(-1))
 
     @torch.no_grad()
-    def draw(self, samples, seed, on_drawn, uses=1):
+    def draw(self, samples, seed, on_drawn, uses=1, columns=()):
         text = self.encode([sample.group.prompt for sample in samples]).tensors["text"]
         outputs, units, old = torch.zeros(len(samples), 3, device=self.device), [], []
         for row, sample in enumerate(samples):

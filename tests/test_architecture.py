@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import flashgrpo
-from flashgrpo.learning.objective import Clipped
+from flashgrpo.learning.objective import Penalized
 from flashgrpo.learning.settings import Credit, Current
 from flashgrpo.presets import PRESETS
 from flashgrpo.processes.flow.settings import Recorded, Stochastic
@@ -88,7 +88,7 @@ def test_what_others_import():
     assert callable(flashgrpo.evaluate)
     for name in ("FLASH_GRPO", "FLOW_GRPO", "FLOW_GRPO_FAST", "MIX_GRPO", "DANCE_GRPO"):
         assert isinstance(getattr(flashgrpo.presets, name), flashgrpo.presets.Algorithm)
-    parts = {"explore": Stochastic, "score": Recorded, "credit": Credit, "objective": Clipped, "behaviour": Current}
+    parts = {"explore": Stochastic, "score": Recorded, "credit": Credit, "objective": Penalized, "behaviour": Current}
     assert [field.name for field in dataclasses.fields(flashgrpo.presets.Algorithm)] == list(parts)
     for algorithm in PRESETS.values():
         assert all(isinstance(getattr(algorithm, name), kind) for name, kind in parts.items())

@@ -75,7 +75,9 @@ class Assembly:
         scoring = self.scoring([group.prompt for group in groups for _ in range(group.size)], clock)
         uses = uses or config.optim.passes * config.optim.minibatches
         with explain_shortage("rollout.micro_batch, or optim.micro_batch, which the trained steps are computed by"):
-            return draw_and_score(self.process, scoring, groups, config.seed, self.world, clock, uses)
+            return draw_and_score(
+                self.process, scoring, groups, config.seed, self.world, clock, uses, self.objective.columns
+            )
 
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
         """The trained rewards of samples that are about to be drawn, of all ranks."""

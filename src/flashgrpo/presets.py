@@ -7,7 +7,7 @@ docs/papers.md has each with its paper, equations and published settings.
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from flashgrpo.learning.objective import Clipped
+from flashgrpo.learning.objective import AnyObjective, Clipped, KlMasked
 from flashgrpo.learning.settings import Credit, Current
 from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
 from flashgrpo.processes.flow.settings import Recorded, Stochastic
@@ -30,7 +30,7 @@ class Algorithm:
     explore: Stochastic
     score: Recorded = field(default_factory=Recorded)
     credit: Credit = field(default_factory=Credit)
-    objective: Clipped = field(default_factory=Clipped)
+    objective: AnyObjective = field(default_factory=Clipped)
     behaviour: Current = field(default_factory=Current)
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
@@ -46,6 +46,10 @@ FLOW_GRPO_FAST = Algorithm(Stochastic(_GROUPED, LinearSde(eta=1.0), shared_noise
 FLOW_GRPO_FAST_2 = replace(FLOW_GRPO_FAST, explore=replace(FLOW_GRPO_FAST.explore, steps=replace(_GROUPED, count=2)))
 MIX_GRPO = Algorithm(Stochastic(Window(size=4, stride=1, every=25), FlowSde(eta=0.7), shared_noise=True))
 DANCE_GRPO = Algorithm(Stochastic(AllSteps(fraction=0.6), ConstantSde(eta=0.3), shared_noise=True))
+
+# Several optimizer steps for a rollout, masked by divergence where others clip ratios
+FLOW_DPPO = Algorithm(Stochastic(AllSteps(), FlowSde(eta=0.7)), credit=_OVER_BATCH, objective=KlMasked(tau=1e-5))
+FLASH_DPPO = replace(FLASH_GRPO, objective=KlMasked(tau=1e-5))
 
 # Flash-GRPO without one or both of its two ideas
 RECTIFICATION_ONLY = replace(FLASH_GRPO, explore=Stochastic(_PER_SAMPLE, LinearSde(eta=1.0)))
@@ -69,6 +73,8 @@ PRESETS = {
     "flow-grpo-fast-2": FLOW_GRPO_FAST_2,
     "mix-grpo": MIX_GRPO,
     "dance-grpo": DANCE_GRPO,
+    "flow-dppo": FLOW_DPPO,
+    "flash-dppo": FLASH_DPPO,
     "one-step": ONE_STEP,
     "grouping-only": GROUPING_ONLY,
     "rectification-only": RECTIFICATION_ONLY,

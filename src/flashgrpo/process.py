@@ -152,7 +152,9 @@ class Process(Protocol):
         """Units replayed at once, at most."""
         ...
 
-    def draw(self, samples: Sequence[Sample], seed: int, on_drawn: OnDrawn, uses: int = 1) -> tuple[Outputs, Record]:
+    def draw(
+        self, samples: Sequence[Sample], seed: int, on_drawn: OnDrawn, uses: int = 1, columns: Sequence[str] = ()
+    ) -> tuple[Outputs, Record]:
         """Draw this rank's part of an update's samples, and record what the update is to replay.
 
         All ranks call this together, also those without a sample.
@@ -161,6 +163,7 @@ class Process(Protocol):
             on_drawn: called with each micro-batch before the next is begun.
             uses: how often each unit of the record will be replayed. What is replayed once may be kept as it was
                 computed; what is replayed more often is judged by weights that have moved on.
+            columns: that replays will be asked for; some compare with what was computed when the samples were drawn.
         """
         ...
 

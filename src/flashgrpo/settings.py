@@ -1,9 +1,11 @@
 """What the settings of every part have in common. Each part keeps its own beside what they set, free of torch."""
 
 import os
+from collections.abc import Mapping
+from itertools import takewhile
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def expand_home(path: str) -> str:
@@ -32,12 +34,9 @@ PathText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "path
 
 
 def describe(schema: dict[str, Any], part: type) -> None:
-    """Give each setting of a dataclass the description that stands under `Args:` in its docstring."""
-    lines = (part.__doc__ or "").partition("Args:\n")[2].splitlines()
+    """Give each setting of a dataclass the description that stands under `Args:` in its docstring, or in a base's."""
     name, told = "", {"kind": "Which of the choices this is."}
-    for line in lines:
-        if line.strip() and not line.startswith(" " * 8):
-            break  # the next section
+    for line in (line for kind in part.__mro__ for line in _arguments(kind)):
         head, colon, text = line.strip().partition(": ")
         if colon and line[8:9] != " ":
             name, told[head] = head, text
@@ -47,8 +46,21 @@ def describe(schema: dict[str, Any], part: type) -> None:
         setting.setdefault("description", told.get(key, "").strip())
 
 
+def _arguments(part: type) -> list[str]:
+    """Return the lines under `Args:` of a class's own docstring."""
+    lines = (part.__doc__ or "").partition("Args:\n")[2].splitlines()
+    return list(takewhile(lambda line: not line.strip() or line.startswith(" " * 8), lines))
+
+
 FORBID_EXTRA: dict[str, Any] = {"extra": "forbid", "json_schema_extra": describe}
 """Of a dataclass that is a setting and the component at once (`__pydantic_config__`): an unknown key is an error."""
+
+
+def default_kind(kind: str) -> BeforeValidator:
+    """Let one of several choices, which a `kind` tells apart, be meant where none is named."""
+    return BeforeValidator(
+        lambda given: {"kind": kind, **given} if isinstance(given, Mapping) and "kind" not in given else given
+    )
 
 
 class Part(BaseModel):

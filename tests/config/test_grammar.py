@@ -118,7 +118,7 @@ def test_a_setting_given_twice_is_refused(stored, tmp_path, algorithm, names):
         ("algorithm.grouping=null", "algorithm.grouping is a mapping of std, combine, shared_noise, not None"),
         ("algorithm.explore.kind=stochastics", "algorithm.explore.kind must be 'stochastic', not 'stocha"),
         ("algorithm.behaviour.kind=frozen", "algorithm.behaviour.kind must be 'current', not 'frozen'"),
-        ("algorithm.objective.kind=clippd", "algorithm.objective.kind must be 'clipped', not 'clippd'"),
+        ("algorithm.objective.kind=clippd", "algorithm.objective is of the kind 'clipped', 'kl-masked', not '"),
         ("algorithm.score.kind=renoisd", "algorithm.score.kind must be 'recorded', not 'renoisd'"),
     ],
 )

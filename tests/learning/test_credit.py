@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashgrpo.distributed.world import World
+from flashgrpo.learning import advantage
 from flashgrpo.learning.advantage import advantages_by_key, combine_advantages
 from flashgrpo.learning.experience import Compared, Drawn, compare, draw_and_score
 from flashgrpo.learning.settings import Credit
@@ -35,9 +36,9 @@ def by_key(rewards: RewardTable, key: list[int], sample=None, channel=None, chan
     return advantages_by_key(rewards, channels, Credit(**credit), *pairs)[0]
 
 
-def close(actual: Tensor, expected: list[float]) -> None:
+def close(actual: Tensor, expected: list[float], atol: float = 1e-6) -> None:
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(actual, torch.tensor(expected), atol=atol, rtol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -228,13 +229,31 @@ def test_a_rank_without_samples_compares_all_the_same():
     close(seen.advantage, [-ONE, ONE])
 
 
+def test_soft_clipping_bends_and_keeps_the_order():
+    """V-GRPO's golden numbers: eta tanh(A / eta) of (-4, -1, 0, 1, 4) with eta = 3."""
+    credit = Credit(combine="raw", clip=3.0, bend="soft")
+    wanted = torch.tensor([[-4.0, -1.0, 0.0, 1.0, 4.0]], dtype=torch.float64)
+    close(advantage._clipped(wanted, credit)[0], [-2.6102, -0.9645, 0.0, 0.9645, 2.6102], atol=5e-5)
+    hard = by_key(table([0.0, 0.0, 3.0]), [0, 0, 0], clip=1.0)
+    soft = by_key(table([0.0, 0.0, 3.0]), [0, 0, 0], clip=1.0, bend="soft")
+    close(hard, [-1 / ROOT, -1 / ROOT, 1.0])
+    close(soft, [math.tanh(-1 / ROOT), math.tanh(-1 / ROOT), math.tanh(2 / ROOT)])
+
+
+def test_rescaling_makes_the_largest_of_the_update_one():
+    """Two keys: 0 0 3 has -1, -1, 2 over its std, 1 3 has -1, 1; all are divided by the largest, 2 / ROOT."""
+    found = by_key(table([0.0, 0.0, 3.0, 1.0, 3.0]), [0, 0, 0, 1, 1], rescale="largest")
+    close(found, [-0.5, -0.5, 1.0, -ONE * ROOT / 2, ONE * ROOT / 2])
+    assert not by_key(table([1.0, 1.0]), [0, 0], rescale="largest").any()
+
+
 def test_a_rank_draws_its_share_and_says_where_it_begins():
     """Three samples of two ranks: the second draws what is left."""
     prompt = Prompt("a red circle", {})
     groups, asked = [PromptGroup(3, 0, prompt, 2), PromptGroup(3, 1, prompt, 1)], []
 
     class Drawing(Toy):
-        def draw(self, samples, seed, on_drawn, uses=1):
+        def draw(self, samples, seed, on_drawn, uses=1, columns=()):
             asked.append(([sample.name for sample in samples], seed, uses))
             on_drawn(torch.arange(len(samples)), "outputs")
             return "outputs", toy_record(self, [0], [1], advantages=False)

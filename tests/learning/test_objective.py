@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from flashgrpo.learning.objective import Clipped, policy_losses, ratio_metrics
+from flashgrpo.learning.objective import Clipped, Contrast, KlMasked, policy_losses, ratio_metrics
 
 REFUSED = (ValueError, TypeCheckError)
 
@@ -148,7 +148,7 @@ def test_an_objective_says_what_it_needs():
     rows = torch.tensor([0.1, 0.2]), torch.tensor([0.1, 0.1]), torch.ones(2), torch.ones(2)
     assert torch.equal(Clipped(0.05).losses(*rows, {}), policy_losses(*rows, 0.05))
     expected = {name: value.item() for name, value in ratio_metrics(*rows[:2], 0.05).items()}
-    assert Clipped(0.05).metrics(*rows[:2]) == expected
+    assert Clipped(0.05).metrics(*rows[:3], {}) == expected
 
 
 @pytest.mark.parametrize("clip_range", [0.0, -0.1, math.nan, math.inf, (0.1, 0.0), (0.0, 0.1)])
@@ -158,3 +158,82 @@ def test_an_objective_is_refused_where_it_is_built(clip_range):
     for kl_coef in (-0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match="kl_coef"):
             Clipped(kl_coef=kl_coef)
+
+
+# ---- Flow-DPPO -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", [0.0, 0.019, 0.02, 5.0])
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "corrective"),
+    [(1.5, 2.0, False), (0.5, 2.0, True), (0.5, -2.0, False), (1.5, -2.0, True), (1.0, 2.0, True), (1.0, -2.0, True)],
+)
+def test_the_mask_lets_corrective_terms_pass_at_any_distance(ratio, advantage, corrective, divergence):
+    """Below tau the loss is -w A r; from tau on only terms that go back have a gradient, with all of it."""
+    score = one(math.log(ratio)).requires_grad_()
+    columns = {"kl_old": one(divergence)}
+    rows = one(0.0), one(advantage), one(0.5)
+    losses = KlMasked(tau=0.02).losses(score, *rows, columns)
+    (derivative,) = torch.autograd.grad(losses.sum(), score)
+    passes = corrective or divergence < 0.02
+    assert derivative.item() == pytest.approx(-0.5 * advantage * ratio if passes else 0.0, abs=1e-6)
+    if passes:
+        assert losses.item() == pytest.approx(-0.5 * advantage * ratio)
+    metrics = KlMasked(tau=0.02).metrics(score, rows[0], rows[1], columns)
+    assert metrics["clip_fraction"] == float(not passes)
+    assert metrics["kl_old"] == pytest.approx(divergence)
+    assert metrics["ratio_max_dev"] == pytest.approx(abs(ratio - 1), abs=1e-6)
+
+
+def test_penalties_come_on_top_of_any_objective():
+    columns = {"kl": one(0.3), "kl_average": one(0.2), "kl_old": one(0.0), "toward:1.0": one(1.0), "away:1.0": one(1.0)}
+    rows = one(0.0), one(0.0), one(2.0), one(1.0)
+    for kind in (Clipped, KlMasked, Contrast):
+        plain, penalized = kind(), kind(kl_coef=0.5, average_coef=2.0)
+        assert penalized.columns == (*plain.columns, "kl", "kl_average")
+        more = penalized.losses(*rows, columns) - plain.losses(*rows, columns)
+        assert more.item() == pytest.approx(0.5 * 0.3 + 2.0 * 0.2, rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
+def test_settings_of_the_other_objectives_are_refused_where_they_are_built(wrong):
+    for build in (
+        lambda: KlMasked(tau=wrong),
+        lambda: Contrast(beta=wrong),
+        lambda: Contrast(scale=wrong),
+        lambda: Clipped(average_coef=wrong),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            build()
+
+
+# ---- DiffusionNFT ----------------------------------------------------------------------------------------------------
+
+
+def contrast(advantage: list[float], toward: float = 1.0, away: float = 2.0, **settings) -> torch.Tensor:
+    """The losses of terms with these advantages."""
+    objective = Contrast(**settings)
+    rows = [torch.zeros(len(advantage)), torch.zeros(len(advantage)), torch.tensor(advantage)]
+    columns = {objective.columns[0]: rows[0] + toward, objective.columns[1]: rows[0] + away}
+    return objective.losses(*rows, torch.ones(len(advantage)), columns)
+
+
+def test_contrast_by_hand():
+    """q of A (-7, -2.5, 2.5, 7) = 0, 1/4, 3/4, 1; 5 (q 1 + (1 - q) 2), divided by beta."""
+    assert contrast([-7.0, -2.5, 2.5, 7.0]).tolist() == pytest.approx([10, 8.75, 6.25, 5])
+    assert contrast([2.5], beta=0.1).tolist() == pytest.approx([62.5])
+    assert contrast([0.5], scale=1.0).tolist() == pytest.approx([1.25])
+
+
+def test_flat_terms_pull_only_where_they_are_told_to():
+    """An advantage of 0 is q = 1/2: 5 (1/2 + 2/2) = 7.5."""
+    assert contrast([0.0, 2.5]).tolist() == pytest.approx([0, 6.25])
+    assert contrast([0.0, 2.5], pull_flat=True).tolist() == pytest.approx([7.5, 6.25])
+
+
+def test_contrast_reports_its_errors():
+    objective = Contrast(beta=0.5)
+    columns = {"toward:0.5": torch.tensor([1.0, 2.0]), "away:0.5": torch.tensor([3.0, 4.0])}
+    found = objective.metrics(torch.tensor([-2.0, -3.0]), torch.zeros(2), torch.ones(2), columns)
+    assert found == pytest.approx({"error": 2.5, "error_toward": 1.5, "error_away": 3.5})
+    assert objective.smallest_clip is None

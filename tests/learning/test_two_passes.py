@@ -38,7 +38,7 @@ class Competing:
         penalty = self.kl_coef * columns["kl"] if self.kl_coef else 0.0
         return -weight * advantage * log_p + penalty
 
-    def metrics(self, score, old):
+    def metrics(self, score, old, advantage, columns):
         return {"moved": float((score - old).abs().max())}
 
 

@@ -268,7 +268,8 @@ def test_metrics_are_of_all_ranks():
     process = Toy()
     record = toy_record(process, [1], [1])
     record = dataclasses.replace(record, old=record.old - 0.5, advantage=torch.zeros(1))
-    said = {name: [0.0, 0.0] for name in ("score", "old", "first_score", "first_old")} | {"loss": [1.0, 2.0]}
+    zeros = {name: [0.0, 0.0] for name in ("score", "old", "advantage", "first_score", "first_old")}
+    said = zeros | {"loss": [1.0, 2.0]}
     world = SecondOfTwo(uses_fsdp=True, said=[[[0, 0], [1, 1], [0, 0]], said])
     metrics, _ = updated(process, record, world=world)
     assert metrics["loss"] == pytest.approx(1.0)

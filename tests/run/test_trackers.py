@@ -116,7 +116,7 @@ def test_a_package_that_is_missing(make_run, monkeypatch):
     monkeypatch.setattr("flashgrpo.run.trackers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tracking.trackers: mlflow is not installed: pip install mlflow"):
         train(make_run("tracking.trackers=[mlflow]"))
-    with pytest.raises(UserError, match="entry 1 of tracking.trackers must be"):
+    with pytest.raises(UserError, match=r"entry 1 of tracking.trackers must be"):
         make_run("tracking.trackers=[wandbb]")
 
 

@@ -20,7 +20,7 @@ from flashgrpo.config.schema import typed_text
 from flashgrpo.config.settings import CheckpointConfig, EvaluationConfig, PromptsConfig, TrackingConfig
 from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.errors import UserError
-from flashgrpo.learning.settings import OptimConfig
+from flashgrpo.learning.settings import OptimConfig, check_average
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.presets import PRESETS, Algorithm
 from flashgrpo.processes.flow.settings import RolloutConfig, check_steps
@@ -75,6 +75,7 @@ class RunConfig(Part):
         self.optim.check(samples, self.updates)
         self.model.check(self.sharded)
         frozen, held_between = isinstance(self.model.train, Lora), self.sharded or self.parallel.context > 1
+        check_average(self.algorithm.objective.average_coef, self.algorithm.behaviour)
         check_steps(self.algorithm.explore, self.rollout.num_steps)
         self.rollout.check_shortcuts(held_between, frozen, self.model.offload, self.model.compile)
         self.rollout.check_retain(held_between, self.model.offload, self.optim.passes * self.optim.minibatches)

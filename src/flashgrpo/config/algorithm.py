@@ -8,7 +8,7 @@ from pydantic import Field, GetJsonSchemaHandler
 
 from flashgrpo.config.recipe import merge_choices, without_gone
 from flashgrpo.errors import UserError, suggest
-from flashgrpo.learning.objective import Clipped, ClipRange
+from flashgrpo.learning.objective import AnyObjective, ClipRange
 from flashgrpo.learning.settings import Credit, Current
 from flashgrpo.presets import PRESETS
 from flashgrpo.processes.flow.settings import Noise, Ratio, Recorded, Steps, Stochastic, Weighting
@@ -59,7 +59,7 @@ class AlgorithmRecipe(Part):
     """What is replayed and judged."""
     credit: Credit
     """How rewards become advantages."""
-    objective: Clipped
+    objective: AnyObjective
     """What is minimised."""
     behaviour: Current
     """Whose weights draw."""

@@ -14,6 +14,7 @@ from flashgrpo.types import representable
 
 ROUNDING = 1e-4  # of a reward's size: what two calls on the same video may differ by
 CLIP_MARGIN = 10  # clip_range has to be this multiple of the numeric drift, or rounding decides what is clipped
+USUAL_CLIP = 1e-3  # what the drift is held against where the objective clips no ratio
 
 
 def first_ratio(parts: Assembly, trial: Trial) -> Finding:
@@ -21,8 +22,8 @@ def first_ratio(parts: Assembly, trial: Trial) -> Finding:
 
     Kernels of a GPU may add up in another order at each call, which is no mistake as long as it is far below the clip.
     """
-    drift = trial.metrics["drift"]
-    if drift and parts.world.device.type != "cpu" and CLIP_MARGIN * drift < _smallest_clip(parts):
+    drift, clip = trial.metrics["drift"], parts.objective.smallest_clip or USUAL_CLIP
+    if drift and parts.world.device.type != "cpu" and CLIP_MARGIN * drift < clip:
         sentence = f"the first ratio is off by {drift:.1e}: some kernel of this GPU gives other bits at each call"
         return Finding("first ratio", "warning", sentence, {"drift": drift})
     if drift:
@@ -33,7 +34,9 @@ def first_ratio(parts: Assembly, trial: Trial) -> Finding:
 
 def clip_range(parts: Assembly, trial: Trial) -> Finding:
     """The clip range lies safely above the drift."""
-    smallest, drift = _smallest_clip(parts), trial.metrics["drift"]
+    smallest, drift = parts.objective.smallest_clip, trial.metrics["drift"]
+    if smallest is None:
+        return Finding("clip range", "sound", "this objective clips no ratio", {"clip_range": None, "drift": drift})
     numbers = {"clip_range": smallest, "drift": drift}
     resolution, optim = torch.finfo(torch.float32).eps, parts.config.optim
     if smallest < resolution and optim.passes * optim.minibatches > 1:
@@ -48,11 +51,6 @@ def clip_range(parts: Assembly, trial: Trial) -> Finding:
         return Finding("clip range", "unsound", sentence, numbers)
     sentence = f"algorithm.clip_range {smallest:g} is safely above the drift {drift:.1g}"
     return Finding("clip range", "sound", sentence, numbers)
-
-
-def _smallest_clip(parts: Assembly) -> float:
-    clip = parts.objective.clip_range
-    return min(clip) if isinstance(clip, tuple) else clip
 
 
 def trained_layers(parts: Assembly, trial: Trial) -> Finding:

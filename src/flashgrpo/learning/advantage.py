@@ -101,7 +101,8 @@ def advantages_by_key(
             block = values[rows].unflatten(0, (-1, size))
             if size > 1:
                 result[order[rows]] = _combined(block, weights, credit, whole).flatten()
-    return result, dropped
+    largest = float(result.abs().max()) if len(result) else 0.0
+    return (result / largest if credit.rescale == "largest" and largest else result), dropped
 
 
 def _combined(
@@ -112,10 +113,17 @@ def _combined(
 ) -> Float32[Tensor, "groups members"]:
     if credit.combine == "raw":
         total = None if whole is None else (whole * weights).sum(-1)
-        return _normalized((rewards * weights).sum(-1), credit.std, total).clamp(-credit.clip, credit.clip).float()
+        return _clipped(_normalized((rewards * weights).sum(-1), credit.std, total), credit)
     every = [None] * len(weights) if whole is None else whole.unbind(-1)
     parts = [_normalized(c, credit.std, w) for c, w in zip(rewards.unbind(-1), every, strict=True)]
-    return (torch.stack(parts, dim=-1) * weights).sum(-1).clamp(-credit.clip, credit.clip).float()
+    return _clipped((torch.stack(parts, dim=-1) * weights).sum(-1), credit)
+
+
+def _clipped(advantage: Float64[Tensor, "groups members"], credit: Credit) -> Float32[Tensor, "groups members"]:
+    """Bring advantages within +-clip: by a cut, or by `clip tanh(A / clip)`, which keeps their order."""
+    if credit.bend == "soft":
+        return (credit.clip * (advantage / credit.clip).tanh()).float()
+    return advantage.clamp(-credit.clip, credit.clip).float()
 
 
 def _normalized(

@@ -90,12 +90,13 @@ def draw_and_score(
     world: World,
     clock: Phases,
     uses: int,
+    columns: Sequence[str] = (),
 ) -> Drawn:
     """Draw this rank's share of the groups' samples, and score them meanwhile."""
     samples = [Sample(group, member) for group in groups for member in range(group.size)]
     mine = world.slice(len(samples))
     with clock("rollout"):
-        outputs, record = process.draw(samples[mine], seed, scores.add, uses)
+        outputs, record = process.draw(samples[mine], seed, scores.add, uses, columns)
     return Drawn(groups[0].update, mine.start, outputs, record, scores.table())
 
 

@@ -13,57 +13,189 @@ Objectives are settings, too, so this file is free of torch: they calculate with
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from jaxtyping import Float32
+from pydantic import Field
 
-from flashgrpo.settings import FORBID_EXTRA
+from flashgrpo.settings import FORBID_EXTRA, default_kind
 
 Rows = Float32[Any, " batch"]
 ClipRange = float | tuple[float, float]
 FAR = 80.0  # a log-ratio whose exp float32 still holds
 
 
-@dataclass(frozen=True)
-class Clipped:
-    """The clipped surrogate, and a penalty on the KL divergence to the base model.
+@dataclass(frozen=True, kw_only=True)
+class Penalized:
+    """What every objective has: penalties that hold the policy near the base model, and near the average.
 
     Args:
-        clip_range: c of clip(ratio, 1 - c, 1 + c), or a pair (low, high).
-        kl_coef: weight of the KL divergence to the base model; 0 computes none.
+        kl_coef: weight of the KL divergence to the base model; 0 computes none. Of re-noised scores it is the squared
+            distance of the velocities, mean((v - v_base)^2).
+        average_coef: the same to the averaged weights of `behaviour`.
     """
 
-    clip_range: ClipRange = 1e-3
     kl_coef: float = 0.0
+    average_coef: float = 0.0
     coupled: ClassVar[bool] = False
-    kind: Literal["clipped"] = "clipped"
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
-        bounds = self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range,)
-        if not all(0 < bound < math.inf for bound in bounds):
-            raise ValueError(f"clip_range must be greater than 0 and finite, not {self.clip_range}")
-        if not 0 <= self.kl_coef < math.inf:
-            raise ValueError(f"kl_coef must be at least 0 and finite, not {self.kl_coef}")
+        for name in ("kl_coef", "average_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, not {getattr(self, name)}")
 
     @property
     def columns(self) -> Sequence[str]:
         """What a replay has to bring besides the score."""
-        return ("kl",) if self.kl_coef else ()
+        return (*self._own_columns, *(("kl",) if self.kl_coef else ()), *(("kl_average",) if self.average_coef else ()))
+
+    @property
+    def _own_columns(self) -> Sequence[str]:
+        return ()
 
     @property
     def needs_reference(self) -> bool:
         """Whether a column is computed by the base model's weights."""
         return self.kl_coef > 0
 
+    @property
+    def smallest_clip(self) -> float | None:
+        """How far from 1 a ratio is at least where it is clipped; None where no ratio is."""
+        return None
+
+    def penalized(self, losses: Rows, columns: Mapping[str, Rows]) -> Rows:
+        """Add the penalties to the loss of each of T terms, (T,)."""
+        for coefficient, name in ((self.kl_coef, "kl"), (self.average_coef, "kl_average")):
+            losses = losses + coefficient * columns[name] if coefficient else losses
+        return losses
+
+
+@dataclass(frozen=True)
+class Clipped(Penalized):
+    """The clipped surrogate.
+
+    Args:
+        clip_range: c of clip(ratio, 1 - c, 1 + c), or a pair (low, high).
+    """
+
+    clip_range: ClipRange = 1e-3
+    kind: Literal["clipped"] = "clipped"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounds = self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range,)
+        if not all(0 < bound < math.inf for bound in bounds):
+            raise ValueError(f"clip_range must be greater than 0 and finite, not {self.clip_range}")
+
+    @property
+    def smallest_clip(self) -> float | None:
+        """The smaller of both bounds."""
+        return min(self.clip_range) if isinstance(self.clip_range, tuple) else self.clip_range
+
     def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Mapping[str, Rows]) -> Rows:
         """Return the loss of each of T terms, (T,)."""
-        losses = policy_losses(score, old, advantage, weight, self.clip_range)
-        return losses + self.kl_coef * columns["kl"] if self.kl_coef else losses
+        return self.penalized(policy_losses(score, old, advantage, weight, self.clip_range), columns)
 
-    def metrics(self, score: Rows, old: Rows) -> dict[str, float]:
+    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Mapping[str, Rows]) -> dict[str, float]:
         """Return how far the policy has moved from the one that drew: `ratio_metrics` of T terms."""
         return {name: float(value) for name, value in ratio_metrics(score, old, self.clip_range).items()}
+
+
+@dataclass(frozen=True)
+class KlMasked(Penalized):
+    """Flow-DPPO (arXiv 2606.11025): a term that has moved far, in the direction of its advantage, has no gradient.
+
+        L = mean_i -w A r keep,   keep = not( D >= tau and ((r > 1 and A > 0) or (r < 1 and A < 0)) )
+
+    D, the column `kl_old`, is the divergence from the policy that drew, of the whole step and not of the one sample
+    that a ratio sees. Terms that correct what has gone too far pass at any distance. At D < tau it is -w A r.
+
+    With tau 0.02, A = 1 and r = 1.5: at D = 0.01 the loss is -1.5, at D = 0.02 it is a constant; with A = -1 it is 1.5.
+
+    Args:
+        tau: the divergence from which terms are masked; a mean over the latent dims, as log-probabilities are.
+    """
+
+    tau: float = 1e-5
+    kind: Literal["kl-masked"] = "kl-masked"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.tau < math.inf:
+            raise ValueError(f"tau must be at least 0 and finite, not {self.tau}")
+
+    @property
+    def _own_columns(self) -> Sequence[str]:
+        return ("kl_old",)
+
+    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Mapping[str, Rows]) -> Rows:
+        """Return the loss of each of T terms, (T,)."""
+        _check_rows(score=score, old=old, advantage=advantage, weight=weight, kl_old=columns["kl_old"])
+        gain, log_ratio = (weight * advantage).detach(), score - old.detach()
+        masked = self._masked(log_ratio, advantage, columns["kl_old"])
+        ratio = log_ratio.masked_fill(masked, 0.0).exp()
+        return self.penalized(-gain * ratio, columns)
+
+    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Mapping[str, Rows]) -> dict[str, float]:
+        """Return how far the policy has moved, and the share of terms that are masked."""
+        masked = self._masked(score - old, advantage, columns["kl_old"])
+        shares = {"clip_fraction": 1.0 * masked.sum() / len(masked), "kl_old": columns["kl_old"].mean()}
+        return {name: float(value) for name, value in (_moved(score, old) | shares).items()}
+
+    def _masked(self, log_ratio: Rows, advantage: Rows, kl_old: Rows) -> Any:
+        return (kl_old >= self.tau) & (log_ratio * advantage > 0).detach()
+
+
+@dataclass(frozen=True)
+class Contrast(Penalized):
+    """DiffusionNFT (arXiv 2509.16117): a good sample draws the model nearer, a bad one draws its mirror image nearer.
+
+        v+ = beta v + (1 - beta) v_old     v- = (1 + beta) v_old - beta v     q = clamp(A / (2 scale) + 1/2, 0, 1)
+        L = mean_i w (scale / beta) ( q E(v+) + (1 - q) E(v-) )
+
+    E is the error of a re-noised score, v_old the velocity of the policy that drew. There is no ratio. At v = v_old the
+    gradient is that of -w A score, whatever beta is, as long as |A| <= scale.
+
+    With scale 5, A = 2.5 (q = 3/4), E(v+) = 1 and E(v-) = 2 the loss is 5 (3/4 + 2/4) = 6.25.
+
+    Args:
+        beta: how far v+ and v- are from v_old.
+        scale: the advantage at which q is 1.
+        pull_flat: also draw terms with advantage 0 towards v_old, as published; otherwise they have weight 0.
+    """
+
+    beta: float = 1.0
+    scale: float = 5.0
+    pull_flat: bool = False
+    kind: Literal["contrast"] = "contrast"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be greater than 0 and finite, not {getattr(self, name)}")
+
+    @property
+    def _own_columns(self) -> Sequence[str]:
+        """The errors of v+ and v- by their beta."""
+        return (f"toward:{self.beta}", f"away:{self.beta}")
+
+    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Mapping[str, Rows]) -> Rows:
+        """Return the loss of each of T terms, (T,)."""
+        toward, away = (columns[name] for name in self._own_columns)
+        _check_rows(toward=toward, away=away, advantage=advantage, weight=weight)
+        q = (advantage / (2 * self.scale) + 0.5).clamp(0, 1)
+        counts = weight if self.pull_flat else weight * (advantage != 0)
+        return self.penalized(counts * (self.scale / self.beta) * (q * toward + (1 - q) * away), columns)
+
+    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Mapping[str, Rows]) -> dict[str, float]:
+        """Return the mean errors of v+ and v-, and of v."""
+        toward, away = (columns[name].mean() for name in self._own_columns)
+        return {"error": -float(score.mean()), "error_toward": float(toward), "error_away": float(away)}
+
+
+AnyObjective = Annotated[Clipped | KlMasked, Field(discriminator="kind"), default_kind("clipped")]
 
 
 def policy_losses(log_prob: Rows, old_log_prob: Rows, advantage: Rows, weight: Rows, clip_range: ClipRange) -> Rows:
@@ -94,12 +226,17 @@ def ratio_metrics(log_prob: Rows, old_log_prob: Rows, clip_range: ClipRange) -> 
     """
     _check_rows(log_prob=log_prob, old_log_prob=old_log_prob)
     low, high = _bounds(clip_range)
-    log_ratio = (log_prob - old_log_prob).detach()
+    ratio = (log_prob - old_log_prob).detach().exp()
+    return _moved(log_prob, old_log_prob) | {"clip_fraction": ((ratio < low) | (ratio > high)).float().mean()}
+
+
+def _moved(score: Rows, old: Rows) -> dict[str, Float32[Any, ""]]:
+    """Return the metrics of `ratio_metrics` that know of no clip range."""
+    log_ratio = (score - old).detach()
     ratio = log_ratio.exp()
     return {
         "ratio_mean": ratio.mean(),
         "ratio_max_dev": (ratio - 1).abs().max(),
-        "clip_fraction": ((ratio < low) | (ratio > high)).float().mean(),
         "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
     }
 

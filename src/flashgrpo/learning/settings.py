@@ -20,18 +20,24 @@ class Credit:
         combine: several rewards are "normalized" each and then weighted and added, so that their units do not matter,
             or weighted "raw" and normalized once.
         clip: advantages are clipped to +-clip.
+        bend: how: "hard" cuts them, "soft" bends all of them, clip tanh(A / clip) (V-GRPO).
+        rescale: what is done last: nothing, or the "largest" of the update's advantages becomes 1 (AWM).
     """
 
     baseline: Literal["mean"] = "mean"
     std: Literal["group", "batch"] = "group"
     combine: Literal["normalized", "raw"] = "normalized"
     clip: float = 5.0
+    bend: Literal["hard", "soft"] = "hard"
+    rescale: Literal["none", "largest"] = "none"
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         check_choice("baseline", self.baseline, ("mean",))
         check_choice("std", self.std, ("group", "batch"))
         check_choice("combine", self.combine, ("normalized", "raw"))
+        check_choice("bend", self.bend, ("hard", "soft"))
+        check_choice("rescale", self.rescale, ("none", "largest"))
         if not 0 < self.clip < math.inf:
             raise ValueError(f"clip of advantages must be greater than 0 and finite, not {self.clip}")
 
@@ -42,6 +48,12 @@ class Current:
 
     kind: Literal["current"] = "current"
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+
+def check_average(average_coef: float, behaviour: Current) -> None:
+    """Refuse a penalty to an average that nobody keeps, with a ValueError."""
+    if average_coef:
+        raise ValueError("algorithm.objective.average_coef: there is no average; leave it out")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -41,8 +41,8 @@ class Objective(Protocol):
         """The loss of each term, (T,), differentiable by the score and the columns."""
         ...
 
-    def metrics(self, score: Tensor, old: Tensor) -> Mapping[str, float]:
-        """What the scores of an update say of it; `ratio_max_dev`, where there is a ratio, makes `drift`."""
+    def metrics(self, score: Tensor, old: Tensor, advantage: Tensor, columns: Columns) -> Mapping[str, float]:
+        """What the terms of an update say of it."""
         ...
 
 
@@ -102,7 +102,7 @@ def _backward(
         if given is None:
             assert part.advantage is not None, "samples are compared before they are learnt from"
             losses = objective.losses(score, part.old, part.advantage, part.weight, columns)
-            metrics.add_batch(score, part.old, losses, columns)
+            metrics.add_batch(score, part.old, part.advantage, losses, columns)
         else:
             losses = given["score"] * score
             for name, values in columns.items():
@@ -157,7 +157,8 @@ def _judged(
     first = sum(len(theirs["score"]) for theirs in ranks[:rank] if theirs)
     mine = slice(first, first + len(own.get("score", ())))
     columns = {name: terms[name][mine] for name in objective.columns}
-    metrics.add_batch(terms["score"][mine], terms["old"][mine], losses[mine], columns)
+    score, old, advantage = (terms[name][mine] for name in ("score", "old", "advantage"))
+    metrics.add_batch(score, old, advantage, losses[mine], columns)
     return _by_part({name: values[mine] for name, values in gradients.items()}, parts)
 
 
@@ -200,9 +201,9 @@ class UpdateMetrics:
         self._lr = 0.0
         self._slot_gradients: dict[int, list[Tensor]] = defaultdict(list)
 
-    def add_batch(self, score: Tensor, old: Tensor, losses: Tensor, columns: Columns) -> None:
+    def add_batch(self, score: Tensor, old: Tensor, advantage: Tensor, losses: Tensor, columns: Columns) -> None:
         """Record a micro-batch, a value per term."""
-        rows = {"score": score, "old": old, "loss": losses, **columns}
+        rows = {"score": score, "old": old, "advantage": advantage, "loss": losses, **columns}
         if not self._grad_norms:
             rows |= {"first_score": score, "first_old": old}
         for name, values in rows.items():
@@ -220,27 +221,26 @@ class UpdateMetrics:
     def summary(self, world: World) -> dict[str, Any]:
         """The metrics of the update; means over the terms of all ranks and over its optimizer steps.
 
-        `drift` is the largest |ratio - 1| within the first optimizer step, where the policy has not changed yet: any
-        deviation there is a difference between rollout and replay. `ratio_max_dev` is over all of them. `grad_norm` is
-        the mean of the steps that were taken; `skipped_steps` counts the others, where there are any.
-        `grad_norm_by_step` is the norm of the mean gradient of the terms of a slot.
+        `drift` is the largest |exp(score - old) - 1| within the first optimizer step, where the policy has not changed
+        yet: where the weights that are trained have drawn, any deviation there is a difference between rollout and
+        replay. `grad_norm` is the mean of the steps that were taken; `skipped_steps` counts the others, where there are
+        any. `grad_norm_by_step` is the norm of the mean gradient of the terms of a slot.
         """
         own = {name: torch.cat(values).tolist() for name, values in self._rows.items()}
         rows = defaultdict[str, list[float]](list)
         for theirs in world.gather(own):
             for name, values in theirs.items():
                 rows[name] += values
-        score, old, first, first_old = (
-            torch.tensor(rows[name]) for name in ("score", "old", "first_score", "first_old")
-        )
+        columns = {name: torch.tensor(rows[name]) for name in ("score", "old", "advantage", *self._objective.columns)}
+        first, first_old = torch.tensor(rows["first_score"]), torch.tensor(rows["first_old"])
         taken = [norm for norm in self._grad_norms if math.isfinite(norm)]
         skipped = len(self._grad_norms) - len(taken)
         return {
             "loss": _mean(rows["loss"]),
             "kl": _mean(rows["kl"]) if "kl" in rows else 0.0,
-            **self._objective.metrics(score, old),
+            **self._objective.metrics(columns["score"], columns["old"], columns["advantage"], columns),
             "lr": self._lr,
-            "drift": self._objective.metrics(first, first_old).get("ratio_max_dev", 0.0),
+            "drift": float(((first - first_old).exp() - 1).abs().max()),
             "grad_norm": sum(taken) / len(taken) if taken else math.nan,
             "grad_norm_by_step": {str(k): float(sum(n)) / len(n) for k, n in sorted(self._slot_gradients.items())},
             **({"skipped_steps": skipped} if skipped else {}),

@@ -36,16 +36,16 @@ def make_process(model, algorithm: Algorithm, steps=6, micro_batch=64, exact=2, 
 
 
 def draw(
-    model, algorithm: Algorithm, groups=3, size=2, update=0, uses=1, **settings: Any
+    model, algorithm: Algorithm, groups=3, size=2, update=0, uses=1, columns=(), **settings: Any
 ) -> tuple[FlowProcess, Latents, Record]:
     """A process, with the samples of some groups drawn from it."""
     process = make_process(model, algorithm, **settings)
-    return process, *draw_from(process, samples_of(groups, size, update), uses)
+    return process, *draw_from(process, samples_of(groups, size, update), uses, columns)
 
 
-def draw_from(process: FlowProcess, samples: list[Sample], uses: int = 1) -> tuple[Latents, Record]:
+def draw_from(process: FlowProcess, samples: list[Sample], uses: int = 1, columns=()) -> tuple[Latents, Record]:
     """Draw these samples, with seed 0."""
-    return process.draw(samples, 0, lambda rows, latents: None, uses)
+    return process.draw(samples, 0, lambda rows, latents: None, uses, columns)
 
 
 def perturb(model) -> None:

@@ -133,7 +133,9 @@ class FlowProcess:
         return self.model.token_counts(texts)
 
     @torch.no_grad()
-    def draw(self, samples: Sequence[Sample], seed: int, on_drawn: OnDrawn, uses: int = 1) -> tuple[Outputs, Record]:
+    def draw(
+        self, samples: Sequence[Sample], seed: int, on_drawn: OnDrawn, uses: int = 1, columns: Sequence[str] = ()
+    ) -> tuple[Outputs, Record]:
         """Draw samples: stochastic where `explore.steps` says, deterministic elsewhere; see `Process`.
 
         With shared initial noise the steps before the first stochastic one are computed once for a group's samples in a
@@ -141,7 +143,7 @@ class FlowProcess:
         """
         names = [(seed, *sample.name) for sample in samples]
         condition = self.encode([sample.group.prompt for sample in samples]) if samples else self.model.nothing()
-        keep_v = self.score.ratio.needs_old_velocity and uses > 1
+        keep_v = (self.score.ratio.needs_old_velocity or "kl_old" in columns) and uses > 1
         recorder = Recorder(self._graphs_for(seed) if uses == 1 else None, keep_v)
 
         def start(batch: MicroBatch) -> Start:
@@ -243,20 +245,21 @@ class FlowProcess:
         return [record[units] for units in (*(left.split(self.micro_batch) if len(left) else ()), *with_graph)]
 
     def replay(self, record: Record, columns: Sequence[str]) -> list[tuple[Float32[Tensor, " terms"], Columns]]:
-        """Log-density of each recorded step, or what the ratio makes of it; column "kl" is the KL to the base model."""
+        """Log-density of each recorded step, or what the ratio makes of it, with its KLs.
+
+        "kl" is to the base model, "kl_old" from that which drew. Without recorded velocities v is the old one, too.
+        """
         state: FlowState = record.state  # type: ignore[assignment]
         table, k, step = self.table, state.k, int(state.k[0])
-        v = state.graph
-        if v is None:
-            v = self._exact(step, state)
+        v = self._exact(step, state) if state.graph is None else state.graph
         log_prob = table.log_prob(k, state.x_next, state.x, v)
         old_v = v if state.old_v is None else state.old_v
         score, _ = self.score.ratio.scores(table, k, log_prob, state.log_prob, v, old_v)
-        if "kl" not in columns:
-            return [(score, {})]
-        with torch.no_grad(), self.model.reference():
-            v_ref = self._exact(step, state)
-        return [(score, {"kl": table.kl(k, v, v_ref)})]
+        found = {"kl_old": table.kl(k, v, old_v.detach())} if "kl_old" in columns else {}
+        if "kl" in columns:
+            with torch.no_grad(), self.model.reference():
+                found["kl"] = table.kl(k, v, self._exact(step, state))
+        return [(score, found)]
 
     def _exact(self, k: int, state: FlowState) -> Latents:
         return torch.cat(exact_velocities(self.exact, k, state.x, state.conditions, self.micro_batch))
