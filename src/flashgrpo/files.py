@@ -148,14 +148,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def lock(file: Any, warn: Callable[[str], None] = lambda _: None) -> bool:
-    """Take the exclusive lock of an open file without waiting; returns whether no other process holds it.
+def lock(file: Any, warn: Callable[[str], None] = lambda _: None, *, shared: bool = False, wait: bool = False) -> bool:
+    """Take the lock of an open file, exclusive or shared; returns whether no other process holds it.
 
     The system releases it when the file is closed, also after kill -9. A file system without locks keeps nobody out,
     and `warn` is told.
+
+    Args:
+        shared: with others that share it.
+        wait: until it is free.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A second launcher, for clusters that run Ray instead of torchrun: `pip install flash-grpo[ray]`."""
+"""A second launcher, for clusters that run Ray instead of torchrun; the extra `ray` installs it."""
 
 import re
 from collections.abc import Callable

@@ -6,11 +6,15 @@ stands in `requirements/FILE.txt` for the rewards that ship, and in a user's fil
     # /// script
     # dependencies = ["transformers==4.45.2"]
     # ///
+
+uv makes the environment, and is told what pip is told by its settings and PIP_*. torch is the trainer's own build, by a
+link: that one is known to work on this machine, and an index may have another, of gigabytes, under the same version.
 """
 
-import fcntl
+import ast
+import contextlib
 import hashlib
-import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -20,16 +24,17 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from flashgrpo.errors import UserError, first_line
-from flashgrpo.files import cache_folder, lock, remove, write_text
+from flashgrpo.errors import UserError, first_line, install_hint, printable
+from flashgrpo.files import PACKAGE, cache_folder, explain_os_errors, lock, remove, write_text
 from flashgrpo.scoring.names import full_name
 
 if sys.version_info >= (3, 11):
@@ -38,11 +43,14 @@ else:
     import tomli as tomllib
 
 LOG = logging.getLogger("flashgrpo")
-PACKAGE = Path(__file__).parent.parent
 SHIPPED = PACKAGE / "rewards/requirements"
 # What importing the package, its command line and the server takes; diffusers, transformers and peft are not in it.
 NEEDS = ["torch", "numpy", "scipy", "safetensors", "jaxtyping", "pydantic", "pyyaml", "rich", "typer"]
 NEEDS += ["imageio", "imageio-ffmpeg", "fastapi", "uvicorn", "httpx", "tenacity"]
+# pip's setting -> uv's variable; not an option, for it may hold a password, and a log is kept.
+SETTINGS = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "find-links": "UV_FIND_LINKS"}
+SETTINGS |= {"constraint": "UV_CONSTRAINT", "trusted-host": "UV_INSECURE_HOST", "proxy": "ALL_PROXY"}
+SETTINGS |= {"cert": "SSL_CERT_FILE", "client-cert": "SSL_CLIENT_CERT"}
 
 
 @dataclass(frozen=True)
@@ -92,69 +100,115 @@ class Environment:
         """Whether its making came to an end."""
         return (self.folder / "whole.txt").is_file()
 
-    def hold(self, rebuild: bool = False) -> int:
+    def hold(self, rebuild: bool = False) -> IO[str]:
         """Make the environment where it is not there yet.
 
         Returns:
-            The descriptor of a lock: while it is open, in this process or one that inherits it, nobody rebuilds.
+            A locked file: while it is open, in this process or one that inherits it, nobody rebuilds.
 
         Raises:
             UserError: it cannot be made, or is to be rebuilt while a server runs in it.
         """
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(f"{self.folder}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            self._make_under(descriptor, rebuild)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _make_under(self, descriptor: int, rebuild: bool) -> None:
-        if rebuild:
-            if not lock(descriptor):
-                raise UserError(f"--rebuild: {self.folder} is in use; stop the server in it first")
-            self._make()
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for another start that makes it
-        while not self.is_whole:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not self.is_whole:
+        with explain_os_errors(self.folder), contextlib.ExitStack() as failing:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            file = failing.enter_context(open(f"{self.folder}.lock", "a"))
+            if rebuild:
+                if not lock(file):
+                    raise UserError(f"--rebuild: {self.folder} is in use; stop the server in it first")
                 self._make()
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            while lock(file, LOG.warning, shared=True, wait=True) and not self.is_whole:
+                lock(file, wait=True)
+                if not self.is_whole:  # else another start has made it in between
+                    self._make()
+            failing.pop_all()
+            return file
 
     def _make(self) -> None:
         """Make it, under the exclusive lock; whatever a start that was killed has left is thrown away first."""
         if self.folder.exists():
             remove(self.folder)
         log = Path(f"{self.folder}.log")
-        log.write_text("")
+        log.unlink(missing_ok=True)
         LOG.warning("making %s for %s; this can take minutes (%s)", self.folder, self.reward, log)
-        self._run([sys.executable, "-m", "venv", str(self.folder)], log)
-        listed, versions = self.folder / "requirements.txt", self.folder / "constraints.txt"
-        listed.write_text("".join(f"{line}\n" for line in self.requirements))
-        versions.write_text("".join(f"{line}\n" for line in self.constraints))
-        pip = [str(self.python), "-I", "-m", "pip"]
-        self._run([*pip, "install", "--no-input", "--no-compile", "-r", str(listed), "-c", str(versions)], log)
-        # A link, for the package installed again would bring all its requirements, which this is to be free of.
+        try:
+            from uv import find_uv_bin
+        except ImportError as missing:
+            raise UserError(f"`flashgrpo reward env` needs uv: {install_hint('server')}") from missing
+        uv, (settings, options) = find_uv_bin(), pip_settings()
+        self._run([uv, "venv", "--no-project", "--python", sys.executable, str(self.folder)], log, settings)
         place = self.folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-        (place / PACKAGE.name).symlink_to(PACKAGE, target_is_directory=True)
-        self._run([str(self.python), "-I", "-c", "import flashgrpo.cli, flashgrpo.serving.server"], log)
-        self._run([*pip, "freeze"], log)
-        write_text(self.folder / "whole.txt", "".join(f"{line}\n" for line in self.requirements))
+        (place / "links.pth").write_text(f"{self.folder / 'links'}\n")
+        (self.folder / "links").mkdir()
+        # A link, for the package installed again would bring all its requirements, which this is to be free of.
+        (self.folder / "links" / PACKAGE.name).symlink_to(PACKAGE, target_is_directory=True)
+        if _torch_line() in self.requirements:
+            link_torch(place, self.folder / "links")
+        for name, lines in (("requirements", self.requirements), ("constraints", self.constraints)):
+            (self.folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+            options += [f"--{name}", str(self.folder / f"{name}.txt")]
+        self._run([uv, "pip", "install", "--python", str(self.python), *options], log, settings)
+        self._run([str(self.python), "-I", "-c", "import flashgrpo.cli, flashgrpo.serving.server"], log, {})
+        write_text(self.folder / "whole.txt", "")
 
-    def _run(self, command: Sequence[str], log: Path) -> None:
+    def _run(self, command: Sequence[str], log: Path, settings: Mapping[str, str]) -> None:
         """Run a step; what it says goes to the log."""
-        # Settings of the trainer's Python and of where its pip installs to are not this environment's.
-        leaks = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT")
-        clean = {name: value for name, value in os.environ.items() if name not in leaks}
+        cache = {"UV_CACHE_DIR": str(cache_folder() / "uv")}  # of this file system: files are linked, not copied
+        variables = {**cache, **os.environ, **settings}
+        clean = {name: value for name, value in variables.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         with log.open("a") as file:
-            file.write(f"$ {' '.join(command)}\n")
-            file.flush()
+            print("$", *command, file=file, flush=True)
             code = subprocess.run(command, env=clean, stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
         if code:
-            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
-            raise UserError(f"the environment of {self.reward} cannot be made: {reason[:300]} (all of it: {log})")
+            text = log.read_text(errors="replace").strip()
+            reason = printable(text.rpartition("\nerror: ")[2] if "\nerror: " in text else text.splitlines()[-1])
+            raise UserError(f"the environment of {self.reward} cannot be made: {reason} (all of it: {log})")
+
+
+def pip_settings() -> tuple[dict[str, str], list[str]]:
+    """Return what pip is told by its files and by PIP_*, as environment variables and options of uv.
+
+    Raises:
+        UserError: pip cannot read its settings.
+    """
+    told: dict[str, str] = {}
+    if importlib.util.find_spec("pip"):
+        command = [sys.executable, "-m", "pip", "config", "list"]
+        asked = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        if asked.returncode:
+            raise UserError(f"pip cannot read its settings: {printable(asked.stderr or asked.stdout)}")
+        for section in ("global", "install", ":env:"):  # the later ones count more
+            lines = re.findall(rf"^{section}\.([\w-]+)=(.+)$", asked.stdout, re.MULTILINE)
+            told |= {key: str(ast.literal_eval(value)) for key, value in lines}
+    variables = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # pip's rule for several indexes
+    for key, name in SETTINGS.items():
+        if key in told:
+            values = [told[key]] if key.endswith("cert") else told[key].split()
+            variables[name] = ("," if key == "find-links" else " ").join(values)
+    alone = told.get("no-index", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    return variables, ["--no-index"] * alone
+
+
+def link_torch(place: Path, links: Path) -> None:
+    """Link the trainer's torch with what it pins to one version, and what these pin: one build (CUDA, triton).
+
+    uv takes them for installed in `place`, the site-packages, where it finds no file of theirs to delete or write over.
+    """
+    names, seen = ["torch"], set()
+    while names:
+        name = canonicalize_name(names.pop())
+        if name in seen or not any(metadata.distributions(name=name)):
+            continue
+        seen.add(name)
+        found = metadata.distribution(name)
+        folder = place / f"{name.replace('-', '_')}-{found.version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(found.read_text("METADATA") or "")
+        (folder / "RECORD").write_text("")
+        for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if ".dist-info" not in top and not (links / top).is_symlink():  # nvidia is a folder of many
+                (links / top).symlink_to(str(found.locate_file(top)))
+        needs = [Requirement(line) for line in found.requires or ()]
+        names += [need.name for need in needs if any(bound.operator == "==" for bound in need.specifier)]
 
 
 def start(environment: Environment, args: Sequence[str], options: Mapping[str, Any], rebuild: bool = False) -> None:
@@ -164,7 +218,8 @@ def start(environment: Environment, args: Sequence[str], options: Mapping[str, A
         args: the reward's arguments, `key=value` each.
         options: of `flashgrpo reward serve`.
     """
-    os.set_inheritable(environment.hold(rebuild), True)
+    held = environment.hold(rebuild)
+    os.set_inheritable(held.fileno(), True)
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     serve = ["-I", "-m", "flashgrpo", "reward", "serve", *given, "--", environment.reward, *args]
     python = str(environment.python)
@@ -193,21 +248,16 @@ def script_requirements(text: str, name: str) -> list[str]:
     Raises:
         UserError: the block cannot be read, or wants another Python.
     """
-    lines = text.splitlines()
-    starts = [number for number, line in enumerate(lines) if line.rstrip() == "# /// script"]
-    if not starts:
+    _, *blocks = re.split(r"^# /// script[ \t]*\n", text, flags=re.MULTILINE)
+    if not blocks:
         return []
-    if len(starts) > 1:
+    if len(blocks) > 1:
         raise UserError(f"{name} has more than one block `# /// script`")
-    block = []
-    for line in lines[starts[0] + 1 :]:
-        if line.rstrip() == "# ///":
-            break
-        if line != "#" and not line.startswith("# "):
-            raise UserError(f"{name}: the block `# /// script` must end with a line `# ///`")
-        block.append(line[2:])
+    block = re.match(r"((?:#(?: .*)?\n)*?)# ///[ \t]*$", blocks[0], re.MULTILINE)
+    if not block:
+        raise UserError(f"{name}: the block `# /// script` must end with a line `# ///`")
     try:
-        told = tomllib.loads("\n".join(block))
+        told = tomllib.loads(re.sub("^# ?", "", block[1], flags=re.MULTILINE))
         wanted = SpecifierSet(told.get("requires-python", ""))
         dependencies = told.get("dependencies", [])
         if not isinstance(dependencies, list):
@@ -224,12 +274,16 @@ def script_requirements(text: str, name: str) -> list[str]:
 def server_requirements(own: Sequence[str]) -> list[str]:
     """List what the server needs beside a reward's own requirements, which come first where both name a package."""
     bounds: dict[str, str] = {}
-    for line in importlib.metadata.requires("flash-grpo") or []:
+    for line in metadata.requires("flash-grpo") or []:
         requirement = Requirement(line)
         bounds[canonicalize_name(requirement.name)] = f"{requirement.name}{requirement.specifier}"
-    # The trainer's torch, for its build is known to work on this machine; a local label (+cpu) is no package index's.
-    bounds["torch"] = f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
+    bounds["torch"] = _torch_line()
     return [bounds.get(name, name) for name in NEEDS if name not in _names(own)]
+
+
+def _torch_line() -> str:
+    """Return the requirement of exactly the trainer's torch."""
+    return f"torch=={metadata.version('torch')}"
 
 
 def _names(lines: Sequence[str]) -> set[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flashgrpo.config.recipe import merge_choices, parse_override
-from flashgrpo.errors import UserError, printable
+from flashgrpo.errors import UserError, install_hint, printable
 from flashgrpo.scoring.loading import bind, declared, load_reward, takes_of
 from flashgrpo.scoring.names import full_name
 from flashgrpo.serving.client import TOKEN
@@ -26,7 +26,7 @@ try:
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as missing:
-    raise UserError("a reward server needs FastAPI and uvicorn: pip install 'flash-grpo[server]'") from missing
+    raise UserError(f"a reward server needs FastAPI and uvicorn: {install_hint('server')}") from missing
 
 LOG = logging.getLogger("flashgrpo")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from flashgrpo.errors import UserError, printable
+from flashgrpo.errors import UserError, install_hint, printable
 from flashgrpo.scoring.loading import checked_values
 from flashgrpo.serving import wire
 from flashgrpo.serving.messages import Info, pack_answer
@@ -32,7 +32,7 @@ try:
     from fastapi.responses import JSONResponse
     from starlette.requests import ClientDisconnect
 except ImportError as missing:
-    raise UserError("a reward server needs FastAPI and uvicorn: pip install 'flash-grpo[server]'") from missing
+    raise UserError(f"a reward server needs FastAPI and uvicorn: {install_hint('server')}") from missing
 
 LOG = logging.getLogger("flashgrpo")
 SLOWEST = 128 * 2**10  # bytes a second that a request has to arrive with
