@@ -12,10 +12,14 @@ from safetensors.torch import load_file
 
 from flashgrpo import RunConfig
 from flashgrpo.distributed.world import process_group
+from flashgrpo.models.load import load_model
+from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import read_lines
+from flashgrpo.types import Prompt
 
 LORA, FULL = [], ["model.train={kind: full}"]
+PROMPTS = [Prompt("a red circle moving left slowly", {})]
 DEAD_AFTER = "parallel.dead_after=4"
 BY_STEP = "optim.grad_norm_by_step=true"  # ranks that hold a network between them leave it out when not asked
 GEOMETRY = ["rollout.prompts=3", "rollout.group_size=3", "rollout.num_steps=6", "rollout.micro_batch=4"]
@@ -164,6 +168,27 @@ def test_mixed_precision_computes_in_bf16_and_learns_in_fp32(update):
         a, b = (torch.cat([tensors[name].flatten() for name in gradients]) for tensors in (expected, found))
         assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.95
         assert not torch.equal(a, b)
+
+
+def test_mixed_precision_keeps_what_diffusers_keeps_in_float32(monkeypatch):
+    for variable in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    config = RunConfig.load("tiny", ["model.compute_dtype=bfloat16"])
+    used = {}
+    with process_group(config.parallel, config.model.compute_dtype) as world:
+        model = load_model(config.model, world, 0, PROMPTS)
+        for name in ("condition_embedder.time_embedder.linear_1", "blocks.0.norm2", "blocks.0.attn1.to_k"):
+            module = model.network.get_submodule(name)
+            hook = lambda module, inputs, name=name: used.update({name: module.weight.dtype})  # noqa: E731
+            module.register_forward_pre_hook(hook)
+        grid, k = model.grid(4), torch.zeros(1, dtype=torch.int64)
+        point = GridPoint(grid.timesteps[k], grid.sigmas[k], torch.ones(1))
+        model.velocity(torch.zeros(1, *model.latent_shape), point, model.encode(PROMPTS))
+    assert used == {
+        "condition_embedder.time_embedder.linear_1": torch.float32,
+        "blocks.0.norm2": torch.float32,
+        "blocks.0.attn1.to_k": torch.bfloat16,
+    }
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,12 @@ def test_a_process_runs_as_on_the_cpu(ask, name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_family_runs(ask, name, tmp_path):
-    """With experts in turns and in bfloat16, where there are two."""
+    """With experts in turns and in bfloat16, where there are two; nobody waits for what comes and goes."""
     settings = {"offload": True, "dtype": "bfloat16"} if "a14b" in name else {}
     answer = ask("family", name, tmp_path, **settings)
     assert not answer["error"], answer["error"]
     assert answer["result"]["drift"] == 0
+    assert not [place for place in answer["waits"] if place.endswith(("residence.py:bring", "residence.py:place"))]
 
 
 def test_a_whole_run(ask, tmp_path):

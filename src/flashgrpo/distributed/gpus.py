@@ -20,7 +20,7 @@ def refuse_shared_gpus(device: torch.device, all_gather: Callable[[Any], list[An
         SharedError: there are more processes than GPUs.
     """
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    own = str(getattr(gpu, "uuid", "")) or None  # old versions of torch have none
+    own = str(gpu.uuid) if gpu is not None else None
     everyone = all_gather(own)
     for rank, one in enumerate(everyone):
         if one is not None and one in everyone[:rank]:

@@ -33,8 +33,23 @@ def place(network: nn.Module, world: World, compute_dtype: torch.dtype | None) -
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if shape[0] > 1 else mesh["shard"]
     precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    precise = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in precise_parts_of(network) if compute_dtype else ():
+        fully_shard(module, mesh=mesh, mp_policy=precise, reshard_after_forward=True)
     for module in [*blocks_of(network), network]:
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+
+def precise_parts_of(network: nn.Module) -> list[nn.Module]:
+    """Return the modules with weights that diffusers computes in float32 whatever the dtype of the others is.
+
+    A parameter that has no module of its own (Wan's tables of scales and shifts) is cast with its block.
+    """
+    if isinstance(network, nn.ModuleDict):
+        return [part for expert in network.values() for part in precise_parts_of(expert)]
+    names = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    parts = ((name.rpartition(".")[2], module) for name, module in network.named_modules())
+    return [part for name, part in parts if name in names and any(True for _ in part.parameters())]
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

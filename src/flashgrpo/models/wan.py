@@ -26,6 +26,8 @@ from flashgrpo.types import Condition, Latents
 from flashgrpo.video import cropped, image_name, open_image
 
 CLIP_LENGTH = 512  # places of text that diffusers' attention splits off from what CLIP says about an image
+SHIFT_720P = 5.0  # https://huggingface.co/docs/diffusers/api/pipelines/wan: 3.0 for 480p, 5.0 for 720p
+PIXELS_720P = 704 * 1280  # Wan 2.2 5B's "720p" is the smallest
 MOST = 0.75  # of a picture; what keeps less of it is worth a word
 ImageRow = Float[Tensor, "1 channels frames height width"]
 
@@ -184,6 +186,12 @@ class WanModel(PipelineModel):
             )
         scale, (_, patch, _) = vae.scale_factor_spatial, network["patch_size"]
         frames = checked_size(self.config, scale * patch, vae.scale_factor_temporal)
+        own, pixels = self.pipeline.scheduler.config.get("flow_shift"), self.config.height * self.config.width
+        if self.config.shift is None and own is not None and own < SHIFT_720P and pixels >= PIXELS_720P:
+            self.say(
+                f"the checkpoint's scheduler has flow_shift {own:g}, which is for 480p; Wan's authors advise "
+                f"{SHIFT_720P:g} at 720p: model.shift={SHIFT_720P:g}"
+            )
         return vae.z_dim, frames, self.config.height // scale, self.config.width // scale
 
     def tokens(self) -> int:

@@ -75,8 +75,8 @@ def _flows(video: Tensor, size: int) -> Iterator[Flow]:
     pictures = (gray[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     diagonal = float(np.hypot(*pictures.shape[1:]))
     for before, after in itertools.pairwise(pictures):
-        flow = cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 15, 3, 5, 1.2, 0)  # type: ignore[call-overload]
-        yield flow * (100 / diagonal)
+        flow = np.empty((*before.shape, 2), np.float32)
+        yield cv2.calcOpticalFlowFarneback(before, after, flow, 0.5, 3, 15, 3, 5, 1.2, 0) * (100 / diagonal)
 
 
 def _lengths(flow: Flow) -> Float[np.ndarray, "height width"]:
