@@ -22,7 +22,7 @@ from flashgrpo.processes.flow.cost import Guided, guided_steps, update_cost
 from flashgrpo.processes.flow.float8 import check_float8
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.settings import RolloutConfig
-from flashgrpo.prompts import prompt_groups, read_prompts
+from flashgrpo.prompts import prompt_groups, read_prompts, trained_on
 from flashgrpo.scoring.heldout import Evaluator
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, untimed
@@ -36,6 +36,7 @@ class Assembly:
 
     Attributes:
         used: every prompt that the run will draw or evaluate, each once.
+        trained_on: held-out prompts that are training prompts; where there are some, nothing calls them held-out.
     """
 
     def __init__(self, config: RunConfig, world: World, say: Say | None = None) -> None:
@@ -54,6 +55,7 @@ class Assembly:
             check_float8(world.device)  # before anything is loaded
         with explain_shortage("what lies on the GPU: model.dtype=bfloat16, model.offload or parallel.shard"):
             self.process = make_process(config, world, self.used, say)
+        self.trained_on = trained_on(self.heldout, self.prompts, self.process.takes_image)
         self.rewards.check_channels(self.process.channels)
         self.rewards.load(world)  # after the prompts' encoders have made room, and before anything is drawn
         self.objective = config.algorithm.objective

@@ -1,11 +1,13 @@
 """Prompts: from a file to the groups of an update, as a pure function of (seed, update)."""
 
 import csv
+import hashlib
 import io
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from flashgrpo.errors import UserError, first_line, install_hint, system_reason
 from flashgrpo.files import json_lines, resolve_path
 from flashgrpo.seeds import generator
 from flashgrpo.types import Prompt, PromptGroup
+from flashgrpo.video import image_bytes
 
 RESERVED = ("videos", "prompts", "self")
 """What a column cannot be called, since rewards take the columns as keywords beside these arguments."""
@@ -180,6 +183,38 @@ def prompt_groups(prompts: Sequence[Prompt], seed: int, update: int, groups: int
             orders[walk] = torch.randperm(len(prompts), generator=generator(seed, "prompts", walk)).tolist()
         chosen.append(PromptGroup(update, group, prompts[orders[walk][place]], group_size))
     return chosen
+
+
+def trained_on(heldout: Sequence[Prompt], train: Sequence[Prompt], images: bool) -> int:
+    """Count the held-out prompts that are training prompts: the same words, whatever their case and spaces.
+
+    Args:
+        images: prompts come with a first frame, which has to be the same as well.
+    """
+    words = [_words(prompt) for prompt in heldout]
+    known: dict[str, list[Prompt]] = {text: [] for text in words}
+    for prompt in train:
+        if (text := _words(prompt)) in known:
+            known[text].append(prompt)
+    return sum(
+        any(not images or _image_of(prompt) == _image_of(other) for other in known[text])
+        for prompt, text in zip(heldout, words, strict=True)
+    )
+
+
+def _words(prompt: Prompt) -> str:
+    return " ".join(prompt.text.casefold().split())
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: str) -> bytes:
+    return hashlib.sha256(image_bytes(path)).digest()
+
+
+def _image_of(prompt: Prompt) -> bytes:
+    """Return the digest of a prompt's first frame."""
+    image = prompt.columns.get("image")
+    return _digest(image) if isinstance(image, str) else hashlib.sha256(image_bytes(image)).digest()
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:

@@ -281,6 +281,10 @@ def test_what_counts_as_a_collapse():
     assert training(np.full(60, 0.5)) is None, "noise alone"
     broken = run_of([0.5], updates=[{"reward": 0.5, "grad_norm": None}])
     assert statistics.collapse(broken) == "a gradient or a reward was not finite"
+    skipped = {"reward": 0.5, "grad_norm": None, "skipped_steps": 1}
+    dropped = {"reward": None, "grad_norm": 0.0, "dropped_groups": 2}
+    assert statistics.collapse(run_of([0.5], updates=[skipped, dropped])) is None, "such an update cost itself"
+    assert statistics.collapse(run_of([0.5], updates=[{**skipped, "reward": None}])) is not None
     reason = "the gradient of optimizer step 3 is nan; lower optim.lr or check rewards"
     assert statistics.collapse(run_of([0.5], status="failed", reason=reason)) == reason
     below = run_of([0.5])

@@ -15,7 +15,7 @@ import flashgrpo.models.wan
 from flashgrpo.cli import app
 from flashgrpo.distributed import memory
 from flashgrpo.doctor import Diagnosis, examine
-from flashgrpo.doctor.checks import QUICK, THOROUGH
+from flashgrpo.doctor.checks import QUICK, THOROUGH, TOLD
 from flashgrpo.doctor.costs import COSTS
 from flashgrpo.errors import UserError
 from flashgrpo.learning import experience
@@ -62,7 +62,7 @@ def test_a_sound_run(diagnose, algorithm):
     diagnosis = diagnose(f"algorithm={algorithm}")
     assert diagnosis.sound
     assert {"residual noise", "evaluation sampler", "rounding"} <= {found.check for found in diagnosis.findings}
-    assert len(diagnosis.findings) == len({*QUICK, *THOROUGH, *COSTS}) + 3  # those are the process's own
+    assert len(diagnosis.findings) == len({*QUICK, *TOLD, *THOROUGH, *COSTS}) + 3  # those are the process's own
     assert {finding.level for finding in diagnosis.findings} == {"sound"}
     for found in diagnosis.findings:
         assert "\n" not in found.sentence

@@ -26,10 +26,12 @@ SHORT = ["evaluation.num_steps=4", "evaluation.samples_per_prompt=1", "parallel.
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    out = tmp_path_factory.mktemp("evidence") / "comparison"
+    out, drawn = tmp_path_factory.mktemp("evidence") / "comparison", []
     with pytest.MonkeyPatch.context() as patch:
         real, effort = diagnostics.diagnose, Effort(prompts=4, members=3, updates=3)
         patch.setattr(diagnostics, "diagnose", lambda *given, **options: real(*given, effort=effort, **options))
+        split = diagnostics.split_variance
+        patch.setattr(diagnostics, "split_variance", lambda *given: drawn.append(given) or split(*given))
         comparison = compare(
             "tiny",
             [*WHOLE_GRID, *SHORT],
@@ -42,7 +44,7 @@ def found(tmp_path_factory):
             diagnose=True,
             console=Console(quiet=True),
         )
-    return comparison, json.loads((out / "diagnosis.json").read_text())
+    return comparison, json.loads((out / "diagnosis.json").read_text()), drawn
 
 
 def test_training_costs_a_nineteenth(found):
@@ -54,7 +56,7 @@ def test_training_costs_a_nineteenth(found):
 
 
 def test_ratios_are_one_before_the_policy_moves(found):
-    comparison, diagnosis = found
+    comparison, diagnosis, _ = found
     assert {update["drift"] for run in comparison["runs"] for update in run["updates"]} == {0.0}
     assert {one["drift"] for one in diagnosis["consistency"].values()} == {0.0}
 
@@ -69,16 +71,26 @@ def test_rectification_levels_the_gradient(found):
     assert level["rectified_score"]["value"] < 0.5
 
 
-@pytest.mark.parametrize("start", ["independent", "shared"])
-def test_the_variance_of_rewards_adds_up(found, start):
-    """Law of total variance: what a group that shares its step is spared is what lies between the steps."""
-    ((_, by_start),) = found[1]["noises"].items()
-    measured = by_start[start]["reward_variance"]
-    std = dict(zip(measured["steps"], measured["std"], strict=True))
-    for split in measured["windows"].values():
-        within, between, total = (split[part]["value"] for part in ("within", "between", "total"))
-        assert within == pytest.approx(sum(std[k] ** 2 for k in split["steps"]) / len(split["steps"]))
-        assert total == pytest.approx(within + between)
+@pytest.mark.parametrize("number", [0, 1], ids=["independent", "shared"])
+def test_the_variance_of_rewards_adds_up(found, number):
+    """Law of total variance, against numpy on the rewards that were drawn: of K steps and M samples at each,
+
+        var of all K M = between + within (1 - 1 / (K M)),   within the mean over the steps of their unbiased variance
+
+    where the factor is what the unbiased estimates leave out. `within` is what a group that shares its step sees.
+    """
+    _, diagnosis, drawn = found
+    ((_, by_start),) = diagnosis["noises"].items()
+    start = ("independent", "shared")[number]
+    assert by_start[start]["reward_variance"]["shared_noise"] == bool(number)
+    splits = by_start[start]["reward_variance"]["windows"]
+    assert len(drawn) == 2 * len(splits)
+    for split, (rewards, steps) in zip(splits.values(), drawn[number * len(splits) :], strict=False):
+        assert split["steps"] == steps
+        within, between, total, share = (split[part]["value"] for part in ("within", "between", "total", "share"))
+        cells = rewards.numpy()[:, steps]
+        assert within == pytest.approx(cells.var(axis=2, ddof=1).mean())
+        whole = cells.reshape(len(cells), -1).var(axis=1).mean()
+        assert between + within * (1 - 1 / cells[0].size) == pytest.approx(whole)
         assert total > 0
-        assert split["share"]["value"] == pytest.approx(between / total)
-        assert abs(between) < total
+        assert (total, share) == (pytest.approx(within + between), pytest.approx(between / total))

@@ -16,7 +16,10 @@ from flashgrpo.scoring.heldout import selected
 from flashgrpo.scoring.intervals import mean_interval
 
 NOT_TRAINING = ("evaluate", "checkpoint", "total")  # phases that a comparison by seconds leaves out
-KEPT = ("reward", "reward_std", "grad_norm", "drift", "ratio_mean", "ratio_max_dev", "clip_fraction", "approx_kl", "kl")
+KEPT = (
+    *("reward", "reward_std", "grad_norm", "drift", "ratio_mean", "ratio_max_dev", "clip_fraction", "approx_kl", "kl"),
+    *("skipped_steps", "dropped_groups"),  # in lines of updates that had some
+)
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the first algorithm's gain: the levels where none are given
 AXES = ("compute", "seconds")
 ENDED = ("complete", "ended early")

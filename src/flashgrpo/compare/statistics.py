@@ -75,15 +75,16 @@ def _variation(values: Sequence[float]) -> float | None:
 def collapse(run: Row) -> str | None:
     """Say why a run counts as collapsed, None where it does not. It does when
 
-    - a gradient norm or a training reward was not finite, or the run failed over one;
+    - a gradient norm or a training reward was not finite, or the run failed over one; an optimizer step that was
+      skipped, or an update whose groups were all dropped, has none and cost that update only;
     - a watched reward had fallen too far at its last evaluation (`max_fall`);
     - at its last evaluation the held-out reward lies below the base model's with its whole 95 % interval over prompts;
     - its training reward lost more than half of what it had gained: of about ten stretches of equal length (of at least
       three updates each), the last has a mean nearer to the first one's than to the best one's. Gain and loss both have
       to be more than three standard errors of the difference of two such means, or it is noise.
     """
-    rewards = [update["reward"] for update in run["updates"]]
-    if any(update["grad_norm"] is None or update["reward"] is None for update in run["updates"]):
+    rewards = [update["reward"] for update in run["updates"] if update["reward"] is not None]
+    if any(_is_broken(update) for update in run["updates"]):
         return "a gradient or a reward was not finite"
     if run["status"] == "failed" and "the gradient of optimizer step" in (run["reason"] or ""):
         return str(run["reason"])
@@ -94,6 +95,12 @@ def collapse(run: Row) -> str | None:
         low, high = last["interval"]
         return f"held-out reward fell below the base by {-high:.3g} to {-low:.3g}"
     return _lost_its_gain(np.array(rewards, dtype=np.float64))
+
+
+def _is_broken(update: Row) -> bool:
+    """Whether an update has no gradient norm or no reward, and it was not left out for that."""
+    counted = {"grad_norm": "skipped_steps", "reward": "dropped_groups"}
+    return any(update[key] is None and not update.get(count) for key, count in counted.items())
 
 
 def _lost_its_gain(rewards: Values) -> str | None:

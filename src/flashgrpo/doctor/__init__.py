@@ -1,7 +1,7 @@
 """Preflight: measure what a run would do before it costs anything, explain in one line each, refuse what is unsound.
 
-`flashgrpo doctor RECIPE` runs every check on a trial of a few prompt groups; `train` runs the quick ones on one group
-before its first update. Each check is a function from what was measured to a `Finding`.
+`flashgrpo doctor RECIPE` runs every check on a trial of a few prompt groups; `train` runs the quick ones before its
+first update, on one group where its rewards differ. Each check is a function from what was measured to a `Finding`.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import process_group
-from flashgrpo.doctor.checks import QUICK, THOROUGH, Check
+from flashgrpo.doctor.checks import QUICK, THOROUGH, TOLD, Check, constant_rewards
 from flashgrpo.doctor.costs import COSTS
 from flashgrpo.doctor.trial import Trial, try_out
 from flashgrpo.errors import UserError
@@ -46,27 +46,40 @@ def examine(recipe: str, overrides: Sequence[str] = ()) -> Diagnosis:
         parts = Assembly(config, world)
         stack.callback(parts.rewards.close)
         trial = try_out(parts, min(4, config.rollout.prompts), config.rollout.group_size, thorough=True)
-        return Diagnosis(_shared(parts, _findings(parts, trial, (*QUICK, *THOROUGH, *COSTS))))
+        return Diagnosis(_shared(parts, _findings(parts, trial, (*QUICK, *TOLD, *THOROUGH, *COSTS))))
 
 
 def refuse_unsound(parts: Assembly, warn: Callable[[str], None]) -> None:
-    """Run the quick checks on one prompt group.
+    """Run the quick checks on one prompt group, and on more where a reward is the same for all samples of it.
+
+    What is found of the spread of rewards and of the prompts is told and refuses nothing.
 
     Raises:
         UserError: a run would be unsound; `tracking.preflight` says whether that only warns.
     """
     if parts.config.tracking.preflight == "skip":
         return
-    trial = try_out(parts, 1, parts.config.rollout.group_size, thorough=False)
+    trial = _tried_until_rewards_differ(parts)
     findings = _shared(parts, _findings(parts, trial, QUICK))
+    told = _shared(parts, [check(parts, trial) for check in TOLD])
     unsound = [finding for finding in findings if finding.level == "unsound"]
     if unsound and parts.config.tracking.preflight == "refuse":
         raise UserError(
             f"this run would be unsound: {unsound[0].sentence}; `flashgrpo doctor` tells more, and "
             "tracking.preflight=warn trains in spite of it"
         )
-    for finding in unsound:
-        warn(finding.sentence)
+    for sentence in dict.fromkeys(finding.sentence for finding in (*told, *findings) if finding.level != "sound"):
+        warn(sentence)
+
+
+def _tried_until_rewards_differ(parts: Assembly) -> Trial:
+    """Try out one group, then four, then those of a whole update, as long as some reward is constant in all of them."""
+    rollout = parts.config.rollout
+    for groups in sorted({1, 4, max(4, rollout.prompts)}):
+        trial = try_out(parts, groups, rollout.group_size, thorough=False)
+        if not constant_rewards(parts, trial):
+            break
+    return trial
 
 
 def _findings(parts: Assembly, trial: Trial, checks: Sequence[Check]) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""The checks: each looks at a trial and says in one sentence what it found. `train` does those in QUICK."""
+"""The checks: each looks at a trial and says in one sentence what it found. `train` does those in QUICK and TOLD."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from torch import nn
 
 from flashgrpo.assembly import Assembly
 from flashgrpo.doctor.trial import Trial
+from flashgrpo.errors import printable
+from flashgrpo.learning.advantage import has_spread
 from flashgrpo.models.settings import Lora
 from flashgrpo.process import Finding
 from flashgrpo.types import representable
@@ -107,20 +109,39 @@ def rewards_repeat(parts: Assembly, trial: Trial) -> Finding:
     return Finding("rewards repeat", "sound", "all rewards are finite and give the same video the same value twice")
 
 
+def constant_rewards(parts: Assembly, trial: Trial) -> list[str]:
+    """Return the trained rewards whose components are finite and, but for rounding, constant inside every group."""
+    table, sizes = trial.drawn.rewards, (trial.groups, trial.group_size)
+    columns = {table.names[column]: table.values[:, column].unflatten(0, sizes) for column in table.trained}
+    flat = {name: bool(v.isfinite().all()) and not bool(has_spread(v).any()) for name, v in columns.items()}
+    own = {name: [flat[part] for part in flat if f"{part}.".startswith(f"{name}.")] for name in parts.rewards.configs}
+    return [name for name, constant in own.items() if constant and all(constant)]
+
+
 def reward_spread(parts: Assembly, trial: Trial) -> Finding:
-    """Rewards differ inside groups, so that there is something to learn from."""
+    """Rewards differ inside groups, so that there is something to learn from.
+
+    One group may be without spread by chance, so that a single one is a warning only: `train` looks at more then.
+    """
     groups = trial.drawn.rewards.total.unflatten(0, (trial.groups, trial.group_size))
-    inside = groups.std(dim=1, correction=0)
-    flat = int((inside == 0).sum())
-    inside = inside[inside.isfinite()]  # the others are told by `rewards_repeat`
-    if not len(inside):
+    groups = groups[groups.isfinite().all(dim=1)]  # the others are told by `rewards_repeat`
+    if not len(groups):
         return Finding("reward spread", "warning", "no group has rewards that are all finite", {"groups": trial.groups})
-    numbers = {"std_inside_groups": float(inside.mean()), "flat_groups": flat, "groups": trial.groups}
-    if flat == trial.groups:
-        some = trial.groups >= 2
-        sentence = f"the reward was the same for all samples in each of {trial.groups} groups; nothing can be learnt"
-        return Finding("reward spread", "unsound" if some else "warning", sentence, numbers)
-    sentence = f"rewards spread by {float(inside.mean()):.3g} inside groups ({flat} of {trial.groups} groups are flat)"
+    inside, flat = groups.std(dim=1, correction=0), int((~has_spread(groups)).sum())
+    constant, every = constant_rewards(parts, trial), len(parts.rewards.names(watched=False))
+    spread = float(inside.mean())
+    numbers = {"std_inside_groups": spread, "flat_groups": flat, "groups": trial.groups, "constant": constant}
+    seen = f"the same for all {trial.group_size} samples " + (
+        f"in each of {trial.groups} groups" if trial.groups > 1 else "of the one group that was looked at"
+    )
+    if len(constant) == every or flat == len(groups):
+        which = f"reward {', '.join(constant)} was" if constant else "the weighted sum of the rewards was"
+        sentence = f"{which} {seen}; nothing can be learnt"
+        return Finding("reward spread", "unsound" if trial.groups > 1 else "warning", sentence, numbers)
+    if constant:
+        sentence = f"reward {', '.join(constant)} was {seen}, so only the other rewards teach anything"
+        return Finding("reward spread", "warning", sentence, numbers)
+    sentence = f"rewards spread by {spread:.3g} inside groups ({flat} of {trial.groups} groups are flat)"
     return Finding("reward spread", "sound", sentence, numbers)
 
 
@@ -128,7 +149,10 @@ def advantage_signs(parts: Assembly, trial: Trial) -> Finding:
     """Some samples are to become likelier and some less likely."""
     advantages = trial.compared.advantage
     share = float((advantages > 0).double().mean())
-    if advantages.any() and not 0 < share < 1:
+    if not advantages.any():
+        sentence = "all advantages are 0: no group has rewards that differ"
+        return Finding("advantages", "warning", sentence, {"positive_share": share})
+    if not 0 < share < 1:
         return Finding("advantages", "unsound", "all advantages have the same sign", {"positive_share": share})
     return Finding("advantages", "sound", f"{share:.0%} of the advantages are positive", {"positive_share": share})
 
@@ -146,8 +170,10 @@ def planted_pairs(parts: Assembly, trial: Trial) -> Finding:
     if wrong:
         sentence = f"reward {wrong[0]} prefers the worse of two videos that it declares itself; is its sign right?"
         return Finding("planted pair", "unsound", sentence, {"wrong": wrong})
-    which = ", ".join(right) or "none of the rewards"
-    return Finding("planted pair", "sound", f"ranked as declared: {which}", {"right": right})
+    if not right:
+        sentence = "no reward declares a better and a worse video to rank, so there was nothing to check"
+        return Finding("planted pair", "sound", sentence, {"right": right})
+    return Finding("planted pair", "sound", f"ranked as declared: {', '.join(right)}", {"right": right})
 
 
 def replicas(parts: Assembly, trial: Trial) -> Finding:
@@ -162,16 +188,26 @@ def prompts(parts: Assembly, trial: Trial) -> Finding:
     """Prompts are distinct, short enough for the text encoder, and not those of the evaluation."""
     texts, heldout = [p.text for p in parts.prompts], [p.text for p in parts.heldout]
     twice = sum(count - 1 for count in Counter(texts).values())
-    leaked = len(set(texts) & set(heldout))
     limit = parts.config.model.max_sequence_length
-    cut = sum(length > limit for length in parts.process.token_counts([*texts, *heldout]))
-    numbers = {"train": len(texts), "heldout": len(heldout), "duplicates": twice, "in_both": leaked, "cut": cut}
-    if leaked:
-        sentence = f"{leaked} held-out prompts are trained on as well, so evaluation would not be held out"
-        return Finding("prompts", "unsound", sentence, numbers)
-    if cut or twice:
-        sentence = f"{cut} prompts are longer than {limit} tokens and lose their end; {twice} occur more than once"
-        return Finding("prompts", "unsound" if cut else "warning", sentence, numbers)
+    lengths = dict(zip([*texts, *heldout], parts.process.token_counts([*texts, *heldout]), strict=True))
+    cut = [text for text in (*texts, *heldout) if lengths[text] > limit]
+    counts = {"train": len(texts), "heldout": len(heldout), "duplicates": twice, "in_both": parts.trained_on}
+    numbers = {**counts, "cut": len(cut)}
+    wrong = []
+    if parts.trained_on:
+        wrong.append(
+            f"{parts.trained_on} held-out prompts are trained on as well, so evaluation would not be held out and is "
+            "not called so; prompts.heldout names others"
+        )
+    if cut:
+        longest = max(cut, key=lambda text: lengths[text])
+        wrong.append(
+            f"{len(cut)} prompts are longer than {limit} tokens (model.max_sequence_length) and lose their end, "
+            f"{printable(longest, 60)!r} with {lengths[longest]} tokens among them"
+        )
+    told = [*wrong, f"{twice} prompts of prompts.train occur more than once"] if twice else wrong
+    if told:
+        return Finding("prompts", "unsound" if wrong else "warning", "; ".join(told), numbers)
     sentence = f"{len(texts)} prompts and {len(heldout)} held out, none twice, none longer than {limit} tokens"
     return Finding("prompts", "sound", sentence, numbers)
 
@@ -194,7 +230,7 @@ QUICK: tuple[Check, ...] = (
     clip_range,
     trained_layers,
     rewards_repeat,
-    reward_spread,
     advantage_signs,
 )
-THOROUGH: tuple[Check, ...] = (planted_pairs, replicas, prompts, text_embeddings)
+TOLD: tuple[Check, ...] = (reward_spread, prompts)  # `train` says what they find, and refuses no run over it
+THOROUGH: tuple[Check, ...] = (planted_pairs, replicas, text_embeddings)

@@ -144,9 +144,12 @@ def _normalized(
         scale = rewards.std(dim=1, keepdim=True, correction=0)
     else:
         scale = (rewards if whole is None else whole).std(correction=0)
-    spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
-    has_spread = spread > ROUNDING * rewards.abs().amax(dim=1, keepdim=True)
-    return torch.where(has_spread, centered / (scale + EPSILON), 0.0)
+    return torch.where(has_spread(rewards)[:, None], centered / (scale + EPSILON), 0.0)
+
+
+def has_spread(rewards: Float[Tensor, "groups members"]) -> Bool[Tensor, " groups"]:
+    """Whether the rewards of a group differ by more than float32 rounding; not those of which one is NaN."""
+    return rewards.amax(dim=1) - rewards.amin(dim=1) > ROUNDING * rewards.abs().amax(dim=1)
 
 
 def _check_clip(clip: float) -> None:
