@@ -395,6 +395,37 @@ def test_i6_a_constant_reward_leaves_every_weight_as_it_is(case, settings):
         assert torch.equal(optimizer.ema[name], before[name])
 
 
+def test_a_reward_that_is_no_number_drops_its_keys_and_no_other(case):
+    noise = torch.randn(2, len(SAMPLES), generator=torch.Generator().manual_seed(0))
+    spoilt = noise.clone()
+    spoilt[:, 1] = torch.nan
+    process, credit = trained(case), Credit(std="group")
+    sound, result = (compared(process, lambda number, own=own: own[number], credit) for own in (noise, spoilt))
+    with_one = torch.isin(result.key, result.key[result.sample == 1])
+    assert torch.equal(result.dropped, with_one)
+    assert result.dropped_groups > 0
+    assert torch.equal(result.advantage, torch.where(with_one, 0.0, sound.advantage))
+    gradient, _ = gradients(process, case.objective, result.record)
+    assert all(one.isfinite().all() for one in gradient.values())
+
+
+def test_a_gradient_that_is_no_number_costs_one_step(case):
+    process = trained(case)
+    record = judged(draw(process, columns=case.objective.columns)[1])
+    config = OptimConfig(lr=0.1)
+    optimizer = Optimizer(trained_parameters(process.network), config, WORLD)
+    before = {name: weight.clone() for name, weight in optimizer.weights().items()}
+    hook = next(iter(optimizer.parameters.values())).register_hook(lambda gradient: gradient * torch.nan)
+    metrics = policy_update(process, case.objective, optimizer, record, config, WORLD)
+    hook.remove()
+    assert (metrics["skipped_steps"], optimizer.steps, optimizer.skipped_in_a_row) == (1, 1, 1)
+    assert all(torch.equal(weight, before[name]) for name, weight in optimizer.weights().items())
+    metrics = policy_update(process, case.objective, optimizer, record, config, WORLD)
+    assert "skipped_steps" not in metrics
+    assert optimizer.skipped_in_a_row == 0
+    assert not all(torch.equal(weight, before[name]) for name, weight in optimizer.weights().items())
+
+
 def test_i7_order_and_partition_change_no_bit_of_a_score(case):
     process = trained(case)
     _, record = draw(process)
