@@ -82,6 +82,55 @@ def test_nothing_is_unpickled():
         assert found <= ({"pickle.Unpickler", "pickle.UnpicklingError"} if name == "run/index.py" else set()), name
 
 
+def test_texts_are_utf8_whatever_the_locale():
+    """Every file that is opened as text says its encoding."""
+    for name, file in zip(NAMES, FILES, strict=True):
+        calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        assert not [(name, call.lineno) for call in calls if takes_the_locale(call)]
+
+
+OTHER_OPENS = ("os.open", "Image.open")
+
+
+def takes_the_locale(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in whatever encoding the locale has."""
+    is_method = isinstance(call.func, ast.Attribute)
+    called = call.func.attr if is_method else getattr(call.func, "id", "")
+    words = {keyword.arg: keyword.value for keyword in call.keywords}
+    if called in ("run", "Popen", "check_output"):
+        return any(key in words for key in ("text", "universal_newlines")) and "encoding" not in words
+    if called in ("read_text", "write_text"):
+        own = not is_method  # files.write_text, which has one
+        return not own and "encoding" not in words and len(call.args) <= (called == "write_text")
+    if called not in ("open", "fdopen") or ast.unparse(call.func) in OTHER_OPENS:
+        return False
+    place = 0 if is_method and called == "open" else 1
+    mode = words.get("mode", call.args[place] if len(call.args) > place else ast.Constant("r"))
+    return "encoding" not in words and "b" not in ast.literal_eval(mode)
+
+
+@pytest.mark.parametrize(
+    ("code", "takes"),
+    [
+        ("path.read_text()", True),
+        ("path.read_text('utf-8')", False),
+        ("path.write_text(text)", True),
+        ("path.write_text(text, encoding='utf-8')", False),
+        ("write_text(path, text)", False),
+        ("open(path)", True),
+        ("open(path, 'rb')", False),
+        ("path.open('w')", True),
+        ("path.open('ab')", False),
+        ("path.open(encoding='utf-8')", False),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("subprocess.run(words, text=True)", True),
+        ("subprocess.run(words)", False),
+    ],
+)
+def test_what_takes_the_locale(code, takes):
+    assert takes_the_locale(ast.parse(code).body[0].value) == takes
+
+
 def test_what_others_import():
     assert set(flashgrpo.__all__) >= {"RunConfig", "train", "evaluate", "presets"}
     assert callable(flashgrpo.train)

@@ -10,27 +10,43 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flashgrpo import __version__
 from flashgrpo.config import RunConfig
-from flashgrpo.errors import UserError, launcher_number, suggest
+from flashgrpo.errors import UserError, clean, suggest, system_reason
 from flashgrpo.files import to_json
+from flashgrpo.serving.commands import reward_app
+from flashgrpo.terminal import PATH, PATH_TEXT, cell, check_arguments, path, path_text, prints, use_utf8
 
 app = typer.Typer(
-    help="Align video diffusion models with rewards by training one denoising step per rollout.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-reward_app = typer.Typer(help="Rewards that run beside the trainer.", no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
-Recipe = Annotated[str, typer.Argument(help="A YAML recipe, or the name of one that ships with the package.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(parser=path_text, help="A YAML recipe, or the name of one that ships with the package."),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example updates=20.")]
-RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
+RunFolder = Annotated[Path, typer.Argument(parser=path, help="A run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Align video diffusion models with rewards by training one denoising step per rollout."""
+    if version:
+        print(__version__)
+        raise typer.Exit()
 
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option(help="The run directory; runs/demo-seedS when not given.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(**PATH, help="The run directory; runs/demo-seedS when not given."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts, steps and noise.")] = 0,
 ) -> None:
     """Align the bundled model on this machine, from start to report, in minutes and without a GPU."""
@@ -54,13 +70,16 @@ def train(
 
     config = RunConfig.load(recipe, overrides or [])
     run = train_on_ray(config, ray_workers) if ray_workers else run_training(config)
-    if _prints():
+    if prints():
         print(run)
 
 
 @app.command()
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run directory, or a recipe to score its base model.")],
+    target: Annotated[
+        str,
+        typer.Argument(parser=path_text, help="A run directory, or a recipe to score its base model."),
+    ],
     overrides: Overrides = None,
     checkpoint: Annotated[int | None, typer.Option(help="The update to evaluate; the best when not given.")] = None,
     as_json: AsJson = False,
@@ -70,7 +89,7 @@ def evaluate(
     from flashgrpo.run.progress import describe
 
     record = run_evaluation(target, overrides or [], checkpoint)
-    if not _prints():
+    if not prints():
         return
     if as_json:
         print(to_json(record))
@@ -79,7 +98,7 @@ def evaluate(
     for kind in ("rewards", "watched"):
         for name, value in record[kind].items():
             label = name if kind == "rewards" else f"{name} (watched)"
-            table.add_row(label, f"{record[f'base_{kind}'][name]:.3f}", f"{value:.3f}")
+            table.add_row(cell(label), f"{record[f'base_{kind}'][name]:.3f}", f"{value:.3f}")
     Console().print(table)
     print(describe(record))
 
@@ -88,9 +107,12 @@ def evaluate(
 def sample(
     run: RunFolder,
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
-    file: Annotated[str | None, typer.Option(help="A prompt file in place of PROMPT.")] = None,
-    image: Annotated[str | None, typer.Option(help="The first frame, for a model that starts from one.")] = None,
-    out: Annotated[Path, typer.Option(help="The mp4 to write.")] = Path("sample.mp4"),
+    file: Annotated[str | None, typer.Option(**PATH_TEXT, help="A prompt file in place of PROMPT.")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(**PATH_TEXT, help="The first frame, for a model that starts from one."),
+    ] = None,
+    out: Annotated[Path, typer.Option(**PATH, help="The mp4 to write.")] = Path("sample.mp4"),
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise, 0 by default; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; the evaluation's when not given.")] = None,
     size: Annotated[
@@ -119,7 +141,7 @@ def export(
     format: Annotated[
         str, typer.Option(help="diffusers, comfyui (adapters) or merged (a whole pipeline).")
     ] = "diffusers",
-    out: Annotated[Path | None, typer.Option(help="The folder; RUN/export/FORMAT when not given.")] = None,
+    out: Annotated[Path | None, typer.Option(**PATH, help="The folder; RUN/export/FORMAT when not given.")] = None,
     checkpoint: Annotated[int | None, typer.Option(help="The update to export; the best when not given.")] = None,
 ) -> None:
     """Write the tuned weights for diffusers or ComfyUI, with a model card."""
@@ -152,13 +174,13 @@ def doctor(
     from flashgrpo.doctor import examine
 
     diagnosis = examine(recipe, overrides or [])
-    if _prints() and as_json:
+    if prints() and as_json:
         print(to_json(diagnosis.as_json()))
-    elif _prints():
+    elif prints():
         table = Table("", "check", "finding", show_header=False, box=None)
         colors = {"sound": "green", "warning": "yellow", "unsound": "red"}
         for finding in diagnosis.findings:
-            table.add_row(f"[{colors[finding.level]}]{finding.level}[/]", finding.check, finding.sentence)
+            table.add_row(cell(finding.level, colors[finding.level]), cell(finding.check), cell(finding.sentence))
         Console().print(table)
         print("a run would be sound" if diagnosis.sound else "a run would not be sound")
     raise typer.Exit(0 if diagnosis.sound else 1)
@@ -175,7 +197,7 @@ def compare(
         str, typer.Option(help="Presets, or NAME={preset: ..., ...}, with commas; the first is the baseline.")
     ] = "flash-grpo,flow-grpo",
     seeds: Annotated[int, typer.Option(help="Runs of each, from the recipe's seed upwards.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="The folder; runs/compare-RECIPE when not given.")] = None,
+    out: Annotated[Path | None, typer.Option(**PATH, help="The folder; runs/compare-RECIPE when not given.")] = None,
     budget: Annotated[
         int | None, typer.Option(help="Network forwards of a run; what `updates` cost the first algorithm by default.")
     ] = None,
@@ -220,69 +242,19 @@ def schema() -> None:
     print(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
-RewardName = Annotated[
-    str, typer.Argument(help="motion:amount, package.module:function, or path/to/file.py:function; classes too.")
-]
-RewardArguments = Annotated[list[str] | None, typer.Argument(help="The reward's arguments as key=value.")]
-Host = Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")]
-Batch = Annotated[int, typer.Option(min=1, help="Videos that the reward is called with at most.")]
-Queue = Annotated[int, typer.Option(min=1, help="Requests held at a time; others are told to come back.")]
-MaxMib = Annotated[float, typer.Option(min=0.001, help="MiB that a request may have.")]
-TokenEnv = Annotated[str | None, typer.Option(help="Variable with its clients' token; else FLASHGRPO_REWARD_TOKEN.")]
-
-
-@reward_app.command("serve")
-def serve_reward(
-    name: RewardName,
-    args: RewardArguments = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8765,
-    batch: Batch = 16,
-    queue: Queue = 16,
-    max_mib: MaxMib = 1024.0,
-    token_env: TokenEnv = None,
-) -> None:
-    """Serve a reward over HTTP, for recipes with `call: "http://HOST:PORT"`."""
-    from flashgrpo.serving.server import serve
-    from flashgrpo.serving.service import Options
-
-    serve(name, args or [], Options(host, port, batch, queue, max_mib, token_env))
-
-
-@reward_app.command("env")
-def reward_environment(
-    name: RewardName,
-    args: RewardArguments = None,
-    requirements: Annotated[Path | None, typer.Option(help="Of the reward, in place of its own.")] = None,
-    constraint: Annotated[Path | None, typer.Option(help="A file of versions for everything, as pip's.")] = None,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the environment anew.")] = False,
-    host: Host = "127.0.0.1",
-    port: Port = 8765,
-    batch: Batch = 16,
-    queue: Queue = 16,
-    max_mib: MaxMib = 1024.0,
-    token_env: TokenEnv = None,
-) -> None:
-    """Serve a reward in a virtual environment of its own, with the versions that it needs; made at the first call."""
-    from flashgrpo.serving.environment import Environment, start
-
-    options = {"host": host, "port": port, "batch": batch, "queue": queue, "max-mib": max_mib}
-    options |= {} if token_env is None else {"token-env": token_env}
-    start(Environment.of(name, requirements, constraint), args or [], options, rebuild)
-
-
-def _prints() -> bool:
-    """Whether this process of a launcher's is the one that prints results."""
-    return launcher_number("RANK", 0) == 0
-
-
 def main() -> None:
-    """Run the command line: a `UserError` becomes one sentence and exit code 2."""
+    """Run the command line: a `UserError`, or what the system says of a file, becomes one sentence and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    use_utf8()
     try:
+        check_arguments(sys.argv[1:])
         app()
     except UserError as error:
         if not error.told:
-            print(f"flashgrpo: {error}", file=sys.stderr)
+            print(f"flashgrpo: {clean(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"flashgrpo: {clean(str(error.filename))}: {system_reason(error)}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 """The folder of the project, where the package is used from a checkout."""
 
 
+MOST_NAMES = 20  # told in one sentence
+
+
 class UserError(ValueError):
     """A mistake of the user's, told in one sentence that names the place and the fix.
 
@@ -41,7 +44,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """'did you mean X?', or the known names where none is near."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    if near:
+        return f"did you mean {near[0]!r}?"
+    more = f" and {len(known) - MOST_NAMES} more" if len(known) > MOST_NAMES else ""
+    return f"known are {', '.join(known[:MOST_NAMES])}{more}" if known else "none is known"
 
 
 def first_line(error: BaseException) -> str:
@@ -85,6 +91,11 @@ def install_hint(extra: str) -> str:
 def is_text(text: str) -> bool:
     """Whether UTF-8 can hold a text: no half of a surrogate pair, which bytes of a command line may become."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def clean(text: str) -> str:
+    """Return lines of a sentence without control and escape codes, or halves of characters, that others put there."""
+    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in text.split("\n"))
 
 
 def printable(text: str, limit: int = 300) -> str:

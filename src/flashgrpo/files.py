@@ -13,7 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, first_line, system_reason
+from flashgrpo.settings import expand_home
 
 PACKAGE = Path(__file__).parent
 SHIPPED = (PACKAGE / "models", PACKAGE / "shipped", PACKAGE.parent.parent)
@@ -36,7 +37,7 @@ def resolve_path(path: str) -> str:
 
 def cache_folder() -> Path:
     """Return `$FLASHGRPO_CACHE`, or `~/.cache/flashgrpo` where it is not set."""
-    return Path(os.environ.get("FLASHGRPO_CACHE") or Path.home() / ".cache/flashgrpo").expanduser()
+    return Path(expand_home(os.environ.get("FLASHGRPO_CACHE") or "~/.cache/flashgrpo"))
 
 
 @contextlib.contextmanager
@@ -122,6 +123,23 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
     return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {system_reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); put it back, or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (no JSON object); put it back, or remove it")
+    return value
 
 
 def json_lines(text: str) -> Iterator[tuple[int, Any]]:

@@ -7,15 +7,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+LONGEST_NAME = 255  # bytes of a file's or a folder's name, of every file system of Linux
+
 
 def expand_home(path: str) -> str:
     """Replace `~` and `~user` at the beginning of a path, or of the folder in `datasets:FOLDER`.
 
     Raises:
-        ValueError: nobody knows the user's home, or the path holds the character NUL, which no path can.
+        ValueError: nobody knows the user's home, or the path is none: it holds the character NUL, or is too long.
     """
     if "\0" in path:
-        raise ValueError(f"{path!r} is no path, for it holds the character NUL")
+        raise ValueError(f"{path!r:.200} is no path, for it holds the character NUL")
+    if any(len(name.encode("utf-8", "surrogatepass")) > LONGEST_NAME for name in path.split("/")):
+        raise ValueError(f"{path!r:.40}... is no path, for a name in it has more than {LONGEST_NAME} bytes")
     before, colon, name = path.rpartition("datasets:")
     home = os.path.expanduser(name)
     if home.startswith("~"):

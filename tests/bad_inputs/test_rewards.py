@@ -3,7 +3,7 @@
 import pytest
 
 from flashgrpo.run import checkpoint
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 from tests.bad_inputs.cases import Case
 
 MINE = """
@@ -29,6 +29,14 @@ CASES = [
     of_call("nothing", "'nothing' must have the form package.module:function"),
     of_call("no.such.module:f", "no.such.module cannot be imported"),
     of_call("/no/such/file.py:f", "there is no file /no/such/file.py"),
+    *(
+        of_call(f"builtins:{name}", f"builtins:{name} does not say which arguments it takes; write a function")
+        for name in ("max", "dict", "int", "ValueError", "type", "iter")
+    ),
+    of_call("builtins:abs", "has incorrect arguments); give it a **columns", ", args: {x: 1}"),
+    of_call("math:pi", "math has no function 'pi'"),
+    of_call("os:path", "os has no function 'path'"),
+    of_call("..:f", "rewards.mine.call: .. raised TypeError"),
     of_call("mine:gone", "has no function 'gone'"),
     of_call("flashgrpo.rewards.shapes:agrement", "did you mean 'agreement'?"),
     of_call("mine:good", "did you mean 'threshold'?", ", args: {treshold: 1}"),

@@ -10,6 +10,19 @@ import pytest
 from tests.bad_inputs.cases import Case
 from tests.conftest import small_run
 
+
+def of_environment(content: str | bytes, sentence: str) -> Case:
+    """Resuming a run whose environment.json is damaged."""
+    return Case("train RECIPE out=RUN updates=2", f"{sentence}", {ENVIRONMENT: content})
+
+
+def of_lines(line: str, wrong: str) -> Case:
+    """Evaluating a run whose first evaluation is damaged."""
+    sentence = f"evaluations.jsonl line 1 is no line that a run writes ({wrong}"
+    return Case("evaluate RUN", sentence, {"run/evaluations.jsonl": f"{line}\n"})
+
+
+ENVIRONMENT = "run/environment.json"
 CASES = [
     Case("train RECIPE", "holds 'thesis.tex' and is no run", {"run/thesis.tex": "years of work"}),
     Case("train RECIPE", "holds 'config.yaml' and is no run", {"run/config.yaml/thesis.tex": ""}),
@@ -27,6 +40,31 @@ CASES = [
     Case("evaluate RECIPE", "WORLD_SIZE is '1e9'", env={"WORLD_SIZE": "1e9"}),
     Case("compare RECIPE --out HERE/c", "WORLD_SIZE is 'many'", env={"WORLD_SIZE": "many"}),
     Case("evaluate RUN", "is not whole", {"run/checkpoints/000001/state.json": "{"}),
+    of_environment("", "Expecting value"),
+    of_environment("{", "Expecting property name"),
+    of_environment("[]", "no JSON object); put it back, or remove it"),
+    of_environment(b"\x80", ""),
+    of_environment("[" * 100_000, "maximum recursion depth"),
+    of_environment('{"n": ' + "1" * 5000 + "}", "Exceeds the limit"),
+    of_environment('{"prompts": 3}', "prompts: input should be a valid dictionary)"),
+    of_environment('{"model": 3}', "model: input should be a valid string"),
+    *(
+        of_lines(line, wrong)
+        for line, wrong in {
+            "3": "no object)",
+            '"{}"': "no object)",
+            "null": "no object)",
+            "{}": "update: field required)",
+            '{"update": true}': "update: input should be a valid integer)",
+            '{"update": 1e300}': "update: ",
+            '{"update": -1}': "update: input should be greater than or equal to 0)",
+            '{"update": 0, "reward": "high"}': "reward: input should be a valid number)",
+            '{"update": 0, "reward": 1, "rewards": [1]}': "rewards: input should be a valid dictionary)",
+            '{"update": 0, "reward": NaN}': "reward: input should be a finite number)",
+            '{"update": 0, "update": 1}': "no JSON, the key 'update' is there twice)",
+            "[" * 100_000: "no JSON, it is nested too deeply)",
+        }.items()
+    ),
 ]
 
 

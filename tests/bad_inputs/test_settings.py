@@ -4,6 +4,8 @@ import pytest
 
 from tests.bad_inputs.cases import Case
 
+LONG_NAMES = ["config"], ["report"], ["evaluate"], ["export"], ["sample"], ["doctor"], ["compare"], ["demo", "--out"]
+LONG_PATHS = "out=", "prompts.train=", "model.path=", "model.condition_cache=", "rewards.agreement.call="
 CASES = [
     Case("train RECIPE updatse=3", "unknown key updatse; did you mean 'updates'?"),
     Case("train RECIPE rollout.group_size=1", "rollout.group_size"),
@@ -12,6 +14,21 @@ CASES = [
     Case("tran", "No such command 'tran'"),
     Case("demo --seed -1", "Invalid value for '--seed'"),
     Case("sample", "Missing argument 'run'"),
+    Case("config tiny model.negative_prompt=caf\udce9", "the argument 'model.negative_prompt=caf\\xe9' is no UTF-8"),
+    Case("config tiny out=~nobody-here/x", "out: no home is known for ~nobody-here"),
+    Case("report ~nobody-here/x", "no home is known for ~nobody-here"),
+    Case("compare tiny --out ~nobody-here/x", "no home is known for ~nobody-here"),
+    Case("sample HERE/run --file ~nobody-here/x", "no home is known for ~nobody-here"),
+    Case(["config", "a\0b"], "'a\\x00b' is no path, for it holds the character NUL"),
+    Case(["config", "tiny", "model.path=a\0b"], "'a\\x00b' is no path, for it holds the character NUL"),
+    *(Case([*words, "x" * 300], "a name in it has more than 255 bytes") for words in LONG_NAMES),
+    *(Case(["config", "tiny", key + "é" * 200], "a name in it has more than 255 bytes") for key in LONG_PATHS),
+    Case(["report", "x/" * 3000 + "x"], "file name too long"),
+    Case(["evaluate", "x/" * 3000 + "x"], "file name too long"),
+    Case(["export", "x/" * 3000 + "x"], "file name too long"),
+    Case(["train", "RECIPE", "model.path=" + "x/" * 3000], "file name too long"),
+    Case(["train", "RECIPE", "prompts.train=" + "x/" * 3000 + "a.txt"], "file name too long"),
+    Case("config tiny algorithm={preset:[]}", "no preset is called []"),
 ]
 
 

@@ -30,7 +30,7 @@ from flashgrpo.process import Cost
 from flashgrpo.processes.flow.cost import Guided, update_cost
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.report import write_report
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 from flashgrpo.run.progress import Clock
 from flashgrpo.train import train
 from tests.conftest import EXACT, small_run

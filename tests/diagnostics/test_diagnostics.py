@@ -38,7 +38,7 @@ from flashgrpo.processes.flow.noise import LinearSde
 from flashgrpo.processes.flow.state import FlowState
 from flashgrpo.processes.flow.steps import OneStep
 from flashgrpo.processes.flow.weighting import Rectified, Uniform
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 from flashgrpo.train import train
 from flashgrpo.types import Condition
 

@@ -15,7 +15,7 @@ from flashgrpo.distributed.world import process_group
 from flashgrpo.models.load import load_model
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.run import checkpoint
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 from flashgrpo.types import Prompt
 
 LORA, FULL = [], ["model.train={kind: full}"]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flashgrpo"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from flashgrpo.cli import app
 from flashgrpo.errors import install_hint
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 
 
 def test_without_ray_one_sentence_says_how_to_get_it(make_run, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 from flashgrpo.errors import UserError
 from flashgrpo.files import to_json
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 from flashgrpo.scoring.heldout import Evaluation, evaluation_record, largest_changes
 from flashgrpo.train import train
 from flashgrpo.types import Prompt, RewardTable

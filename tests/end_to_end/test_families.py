@@ -15,7 +15,7 @@ from flashgrpo.evaluate import evaluate
 from flashgrpo.export import export
 from flashgrpo.models.load import load_model
 from flashgrpo.models.source import Source
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 from flashgrpo.train import train
 from flashgrpo.types import Prompt
 from tests.families import KINDS

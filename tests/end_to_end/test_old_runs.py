@@ -23,7 +23,8 @@ from flashgrpo.processes.flow.noise import Cps
 from flashgrpo.processes.flow.steps import OneStep
 from flashgrpo.report import write_report
 from flashgrpo.run import checkpoint
-from flashgrpo.run.directory import RunDirectory, read_lines
+from flashgrpo.run.directory import RunDirectory
+from flashgrpo.run.lines import read_lines
 from flashgrpo.train import train
 from tools import curve
 

@@ -10,7 +10,7 @@ import pytest
 from flashgrpo.errors import UserError
 from flashgrpo.report import write_report
 from flashgrpo.run import checkpoint
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 from flashgrpo.train import train
 from tests.conftest import small_run
 from tests.reward_servers import Served

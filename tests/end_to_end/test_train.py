@@ -16,7 +16,8 @@ from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import evaluate
 from flashgrpo.run import checkpoint
-from flashgrpo.run.directory import RunDirectory, read_lines
+from flashgrpo.run.directory import RunDirectory
+from flashgrpo.run.lines import read_lines
 from flashgrpo.run.progress import Clock, Interrupt
 from flashgrpo.sample import sample
 from flashgrpo.scoring.heldout import Evaluator, selected

@@ -15,7 +15,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, write_aside
 from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 
 TENSORS = {"policy": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}, "ema": {"a": torch.ones(2, 3).T}}
 
@@ -211,7 +211,9 @@ def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read_lines(file) == [{"update": 1}]
     file.write_text('{"update": 1}\n{"upd\n{"update": 2}\n')
-    with pytest.raises(UserError, match="has a line that is no JSON"):
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl line 2 is no line that a run writes \(no JSON, .*\): something"
+    ):
         read_lines(file)
 
 

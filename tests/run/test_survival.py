@@ -16,7 +16,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, lock, write_text
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.run import checkpoint
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 from flashgrpo.train import train
 from tests.conftest import small_run
 from tests.end_to_end.test_train import same, weights

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashgrpo.errors import UserError
-from flashgrpo.run.directory import read_lines
+from flashgrpo.run.lines import read_lines
 from flashgrpo.run.trackers import Trackers
 from flashgrpo.train import train
 

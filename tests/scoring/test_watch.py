@@ -6,7 +6,8 @@ import pytest
 
 from flashgrpo.errors import UserError
 from flashgrpo.report import findings, write_report
-from flashgrpo.run.directory import RunDirectory, read_lines
+from flashgrpo.run.directory import RunDirectory
+from flashgrpo.run.lines import read_lines
 from flashgrpo.run.progress import Reporter
 from flashgrpo.scoring.heldout import guard
 from flashgrpo.scoring.settings import RewardConfig

@@ -36,6 +36,7 @@ from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.errors import UserError, launcher_number
 from flashgrpo.files import write_text
 from flashgrpo.report import write_report
+from flashgrpo.terminal import cell
 
 __all__ = ["compare"]
 
@@ -111,7 +112,7 @@ def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float
     }
 
     def say(sentence: str) -> None:
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        console.print(cell(sentence), highlight=False, soft_wrap=True)
 
     def ended(run: RunFiles) -> None:
         why = run.failure.read_text(encoding="utf-8").strip() if run.failure.exists() else None
@@ -131,7 +132,7 @@ def _diagnose(plan: Plan, folder: ComparisonFolder, console: Console) -> None:
         algorithms = {name: config.algorithm for name, config in plan.algorithms.items()}
         first = next(iter(plan.algorithms.values()))
         measured = diagnostics.diagnose(
-            first, algorithms, say=lambda sentence: console.print(sentence, highlight=False, markup=False)
+            first, algorithms, say=lambda sentence: console.print(cell(sentence), highlight=False)
         )
         write_text(folder.diagnosis, json.dumps(measured, indent=1, allow_nan=False) + "\n")
 

@@ -9,10 +9,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from flashgrpo.compare.plan import FORMAT, Plan
 from flashgrpo.config.recipe import differences
 from flashgrpo.errors import UserError
-from flashgrpo.files import explain_os_errors, lock, write_text
+from flashgrpo.files import explain_os_errors, lock, read_object, write_text
+from flashgrpo.run.lines import Entries, Forwards, mistake
+
+
+class _Evaluation(Entries):
+    samples_per_prompt: int = Field(ge=1)
+    patience: int | None
+
+
+class _Train(Entries):
+    kind: str
+
+
+class _Model(Entries):
+    train: _Train
+
+
+class _Settings(Entries):
+    evaluation: _Evaluation
+    model: _Model
+
+
+class _Algorithm(Entries):
+    updates: int
+    compute_per_update: Forwards
+    settings: _Settings
+
+
+class _Plan(Entries):
+    """What is read of plan.json."""
+
+    budget: int
+    seeds: list[int]
+    algorithms: dict[str, _Algorithm]
 
 
 @dataclass(frozen=True)
@@ -44,7 +79,7 @@ class RunFiles:
         path = self.path / ".lock"
         if not path.exists():
             return False
-        with explain_os_errors(path), path.open("w") as file:
+        with explain_os_errors(path), path.open("w", encoding="utf-8") as file:
             return not lock(file)
 
 
@@ -73,13 +108,13 @@ class ComparisonFolder:
         Raises:
             UserError: there is none, or one that this version cannot read.
         """
-        try:
-            plan = json.loads(self.plan_file.read_text(encoding="utf-8"))
-            known = plan["format"] == FORMAT
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.path} is no comparison, for it has no plan.json that can be read") from error
-        if not known:
+        if not self.plan_file.is_file():
+            raise UserError(f"{self.path} is no comparison, for it has no plan.json")
+        plan = read_object(self.plan_file)
+        if isinstance(plan.get("format"), int) and plan["format"] != FORMAT:
             raise UserError(f"{self.plan_file} was written by another version of flashgrpo")
+        if wrong := mistake(_Plan, plan):
+            raise UserError(f"{self.plan_file} is damaged ({wrong}); put it back")
         return plan
 
     @contextmanager
@@ -98,7 +133,7 @@ class ComparisonFolder:
             if foreign:
                 raise UserError(f"--out: {self.path} holds {foreign[0]!r} and is no comparison; choose another folder")
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
+            file = (self.path / ".lock").open("w", encoding="utf-8")
         with file:
             if not lock(file):
                 raise UserError(f"--out: another process is comparing into {self.path}")

@@ -16,6 +16,7 @@ from flashgrpo.compare.folder import RunFiles
 from flashgrpo.config import RunConfig
 from flashgrpo.files import write_text
 from flashgrpo.run.progress import Interrupt
+from flashgrpo.terminal import cell
 
 POLL = 0.2  # seconds between two looks at the processes
 Process = subprocess.Popen[bytes]
@@ -131,7 +132,12 @@ class Board:
         self._console, self._runs = console, runs
         self._rows: dict[RunFiles, TaskID] = {}
         self._told: set[RunFiles] = set()
-        columns = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+        )
         self._live = Progress(*columns, console=console, speed_estimate_period=3600)
 
     def __enter__(self) -> "Board":
@@ -144,7 +150,7 @@ class Board:
 
     def say(self, sentence: str) -> None:
         """Print a sentence that stays."""
-        self._console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(cell(sentence), highlight=False, soft_wrap=True)
 
     def show(self, running: list[RunFiles], waiting: list[RunFiles]) -> None:
         """Show the runs that are in progress."""

@@ -1,6 +1,5 @@
 """comparison.json: what the run directories of a comparison say, whole and summed up."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ from flashgrpo.compare.folder import ComparisonFolder, RunFiles
 from flashgrpo.files import finite
 from flashgrpo.report.record import Row
 from flashgrpo.run import checkpoint
-from flashgrpo.run.directory import RunDirectory, read_lines
+from flashgrpo.run.directory import RunDirectory
+from flashgrpo.run.lines import read_lines
 from flashgrpo.scoring.heldout import selected
 from flashgrpo.scoring.intervals import mean_interval
 
@@ -20,6 +20,7 @@ KEPT = (
     *("reward", "reward_std", "grad_norm", "drift", "ratio_mean", "ratio_max_dev", "clip_fraction", "approx_kl", "kl"),
     *("skipped_steps", "dropped_groups"),  # in lines of updates that had some
 )
+UPDATE_NEEDS = ("compute", "seconds", "samples", "grad_norm_by_step")
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the first algorithm's gain: the levels where none are given
 AXES = ("compute", "seconds")
 ENDED = ("complete", "ended early")
@@ -76,7 +77,10 @@ def collect(folder: ComparisonFolder, levels: Sequence[float] = ()) -> dict[str,
 
 def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Read one run: how it ended, and every evaluation and update, by the compute and the seconds spent until then."""
-    metrics, evaluations = (read_lines(files.path / f"{name}.jsonl") for name in ("metrics", "evaluations"))
+    metrics, evaluations = (
+        read_lines(files.path / "metrics.jsonl", UPDATE_NEEDS),
+        read_lines(files.path / "evaluations.jsonl", ("watch",)),
+    )
     settings = entry["settings"]
     compute, seconds, updates = [0], [0.0], []
     for line in metrics:
@@ -113,12 +117,12 @@ def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
     run |= {"folder": f"{files.path.parent.name}/{files.path.name}", "points": points, "updates": updates}
     run |= {"selected": selected(evaluations), "confirmed": _point(confirmed, each) if confirmed else None}
     run = finite(run)
-    environment = files.path / "environment.json"
+    environment = RunDirectory(files.path).environment()
     return {
         **run,
         "collapse": statistics.collapse(run),
         "gradients": statistics.gradient_spread(run["updates"]),
-        "environment": json.loads(environment.read_text()) if environment.exists() else {},
+        "environment": environment,
     }
 
 

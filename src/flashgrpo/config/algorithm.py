@@ -117,7 +117,7 @@ def algorithm_from(value: Any) -> Any:
         return value
     changes = {"preset": value} if isinstance(value, str) else spelled_out(value)
     name = changes.pop("preset", "flash-grpo")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}; {suggest(str(name), PRESETS)}")
     return merge_choices(asdict(PRESETS[name]), changes)
 

@@ -23,7 +23,7 @@ WORDS: Mapping[str, str] = {
         ("dict_type", "model_type", "dataclass_type", "model_attributes_type"), "must hold settings, key: value"
     ),
     "finite_number": "must be a finite number",
-    "string_type": "must be text",
+    **dict.fromkeys(("string_type", "string_unicode"), "must be text"),
     "string_too_short": "must not be empty",
     "literal_error": "must be {expected}",
     "union_tag_invalid": "is of the kind {expected_tags}",

@@ -32,9 +32,9 @@ def peak(device: torch.device, reset: bool = False) -> int:
         return torch.cuda.max_memory_allocated(device)
     try:
         if reset:  # Linux keeps the mark of a process
-            with open("/proc/self/clear_refs", "w") as file:
+            with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
                 file.write("5")  # resets the high-water mark below
-        with open("/proc/self/status") as file:
+        with open("/proc/self/status", encoding="utf-8") as file:
             lines = dict(line.split(":", 1) for line in file)
         return int(lines["VmHWM"].split()[0]) * 1024
     except (OSError, KeyError):
@@ -58,5 +58,5 @@ def total(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     return there // max(1, launcher_number("LOCAL_WORLD_SIZE", 1))

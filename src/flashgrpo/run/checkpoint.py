@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flashgrpo.distributed.world import World, single_process, use_in_thread
 from flashgrpo.errors import UserError
-from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, remove
+from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, read_object, remove
 from flashgrpo.run.index import ShardReader, check_shards
 from flashgrpo.run.shards import Tensors, digests, own_part
 
@@ -166,7 +166,10 @@ def read_progress(folder: Path, update: int) -> Progress:
     """
     path = _path(folder, update)
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state = read_object(path / "state.json")
+    except UserError as error:
+        raise UserError(f"checkpoint {path} is not whole: {error}") from error
+    try:
         if isinstance(state["format"], int) and state["format"] != FORMAT:
             raise OtherFormat(
                 f"checkpoint {path} has format {state['format']} and this version of flashgrpo reads {FORMAT}; "
@@ -274,7 +277,7 @@ def _seal(folder: Path, progress: Progress, world: World) -> None:
     state = {"format": FORMAT, "files": digests(folder, names, world), "progress": asdict(progress)}
     if world.is_main:
         text = json.dumps({**state, "digest": _digest_of(state)}, indent=2)
-        (folder / "state.json").write_text(text + "\n")
+        (folder / "state.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _prune(folder: Path, progress: Progress, keep: int) -> None:

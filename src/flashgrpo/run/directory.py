@@ -2,13 +2,12 @@
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +20,10 @@ from flashgrpo.config import RunConfig
 from flashgrpo.config.recipe import differences, value_at
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
-from flashgrpo.files import append_line, explain_os_errors, json_lines, lock, to_json, write_text
+from flashgrpo.files import append_line, explain_os_errors, lock, read_object, to_json, write_text
 from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
+from flashgrpo.run.lines import Environment, Evaluation, mistake, ranges, read_lines, whole_lines
 from flashgrpo.scoring.heldout import selected
 from flashgrpo.types import Prompt
 from flashgrpo.video import image_bytes
@@ -43,6 +43,7 @@ class RunDirectory:
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.evaluations_file = path / "evaluations.jsonl"
+        self.environment_file = path / "environment.json"
         self.confirmation_file = path / "confirmation.json"
         self.checkpoints = path / "checkpoints"
         self.lora = path / "lora"
@@ -79,6 +80,7 @@ class RunDirectory:
             return
         if not self._has_lines() and not any(self.checkpoints.glob("*")):
             return  # nothing was done yet that other settings could contradict
+        self.environment()  # refused before anything is loaded
         before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
         different = differences(before, now)
         free = {*FREE_TO_CHANGE, *NOTED, *(key for key in different if key.endswith(".max_fall"))}
@@ -110,7 +112,7 @@ class RunDirectory:
         """
         with explain_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("w", encoding="utf-8")
         if not lock(self._lock, warn):
             self.close()
             raise UserError(f"out: another process is training into {self.path}")
@@ -128,21 +130,18 @@ class RunDirectory:
         if self._has_lines():
             self._note_changes(config)
         write_text(self.config_file, config.to_yaml())  # first, for it is what marks the folder as a run
-        write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_text(self.environment_file, json.dumps(environment, indent=2) + "\n")
 
     def _note_changes(self, config: RunConfig) -> None:
         """Keep what a later start has changed of how is learnt: setting, values, and the updates done until then."""
         before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
-        done = max((line["update"] for line in _whole_lines(self.metrics_file)), default=0)
+        done = max((line["update"] for line in whole_lines(self.metrics_file)), default=0)
         for key in (key for key in differences(before, now) if key in NOTED):
             change = {"after_update": done, "setting": key, "before": value_at(before, key), "now": value_at(now, key)}
             append_line(self.path / "changes.jsonl", to_json(change))
 
     def _check_prompts(self, now: Mapping[str, str]) -> None:
-        file = self.path / "environment.json"
-        if not file.exists() or not self._has_lines():
-            return
-        before = json.loads(file.read_text()).get("prompts", {})
+        before = self.environment().get("prompts", {}) if self._has_lines() else {}
         for key, digest in now.items():
             if before.get(key, digest) != digest:
                 raise UserError(f"{key}: the file has changed since {self.path} began; choose another out")
@@ -153,9 +152,21 @@ class RunDirectory:
         Raises:
             UserError: they are others.
         """
-        file = self.path / "environment.json"
-        if file.exists() and json.loads(file.read_text()).get("model", model) != model:
+        if self.environment().get("model", model) != model:
             raise UserError(f"model.path holds other weights than those that {self.path} was trained on")
+
+    def environment(self) -> dict[str, Any]:
+        """Read environment.json; without one, what the run began with is unknown.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if not self.environment_file.exists():
+            return {}
+        known = read_object(self.environment_file)
+        if wrong := mistake(Environment, known):
+            raise UserError(f"{self.environment_file} is damaged ({wrong}); put it back, or remove it")
+        return known
 
     def close(self) -> None:
         """Release the lock, if it is held."""
@@ -183,7 +194,7 @@ class RunDirectory:
         update = checkpoint.newest_whole(self.checkpoints, warn, self._lost_lines)
         for file in (self.metrics_file, self.evaluations_file):
             if file.exists():
-                kept = [to_json(line) for line in _whole_lines(file) if line["update"] <= (update or 0)]
+                kept = [to_json(line) for line in whole_lines(file) if line["update"] <= (update or 0)]
                 if update and not kept:
                     warn(f"{file} holds no line of the {update} updates that are done")
                 write_text(file, "".join(f"{line}\n" for line in kept))
@@ -193,8 +204,8 @@ class RunDirectory:
         """Say which lines of what a checkpoint knows are missing; a file that was emptied is meant to be empty."""
         known = {self.metrics_file: range(1, progress.update + 1), self.evaluations_file: progress.evaluated}
         for file, updates in known.items():
-            there = {line["update"] for line in _whole_lines(file)}
-            if there and (lost := _ranges(sorted({*updates} - there))):
+            there = {line["update"] for line in whole_lines(file)}
+            if there and (lost := ranges(sorted({*updates} - there))):
                 return f"{file} has lost the lines of updates {lost}"
         return None
 
@@ -209,10 +220,11 @@ class RunDirectory:
     def confirmation(self) -> dict[str, Any] | None:
         """Read the evaluation of the best checkpoint on noise that selected nothing, where there is one."""
         try:
-            record = json.loads(self.confirmation_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = read_object(self.confirmation_file)
+        except UserError:
             return None
-        return record if isinstance(record, dict) and record.get("update") == selected(self.evaluations()) else None
+        whole = not mistake(Evaluation, record)
+        return record if whole and record["update"] == selected(self.evaluations()) else None
 
     def result(self) -> dict[str, Any]:
         """Return what a run has come to: its confirmation, or else its last evaluation."""
@@ -220,7 +232,7 @@ class RunDirectory:
 
     def _has_lines(self) -> bool:
         """Whether something was evaluated, and so begun."""
-        return bool(_whole_lines(self.evaluations_file))
+        return bool(whole_lines(self.evaluations_file))
 
     def choose_checkpoint(self, update: int | None, warn: Callable[[str], None]) -> int:
         """`update` itself; without one, that of the best held-out reward, or the newest where none beat the base.
@@ -237,37 +249,6 @@ class RunDirectory:
                 "all the same"
             )
         return checkpoint.choose(self.checkpoints, update, warn)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a .jsonl file; what a kill left of a last line is passed over.
-
-    Raises:
-        UserError: a line is none that a run writes.
-    """
-    lines = _read_lines(file)
-    if None in lines:
-        raise UserError(f"{file} has a line that is no JSON, so it was changed by something else")
-    return [line for line in lines if line]
-
-
-def _whole_lines(file: Path) -> list[dict[str, Any]]:
-    """Read the lines before the first that is none that a run writes: what a power cut leaves may hold anything."""
-    return list(itertools.takewhile(bool, _read_lines(file)))  # type: ignore[arg-type]
-
-
-def _read_lines(file: Path) -> list[dict[str, Any] | None]:
-    if not file.exists():
-        return []
-    whole = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
-    return [value if isinstance(value, dict) and "update" in value else None for _, value in json_lines(whole)]
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """Write rising numbers in short: '3, 7 to 12'."""
-    groups = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    runs = [[number for _, number in group] for _, group in groups]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def _digest(prompts: Sequence[Prompt], images: bool) -> str:

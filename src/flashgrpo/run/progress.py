@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from flashgrpo.distributed.memory import wait_for_device
+from flashgrpo.terminal import cell
 
 
 class Reporter:
@@ -37,7 +37,7 @@ class Reporter:
                 TextColumn("update"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=self.console,
@@ -49,11 +49,11 @@ class Reporter:
     def say(self, sentence: str) -> None:
         """Print a sentence that stays."""
         if not self._quiet:
-            self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(cell(sentence), highlight=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
         """Print a warning, also when quiet."""
-        self.console.print(Text("warning: ", "yellow") + Text(sentence), soft_wrap=True)
+        self.console.print(cell("warning: ", "yellow") + cell(sentence), soft_wrap=True)
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Show that an update is done."""

@@ -49,6 +49,12 @@ def load_reward(call: str, key: str) -> Any:
     if not callable(found):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UserError(f"{key}: {module_name} has no function {function!r}; {suggest(function, public)}")
+    try:
+        inspect.signature(found)
+    except (ValueError, TypeError) as error:  # of what is written in C, such as max or dict
+        raise UserError(
+            f"{key}: {call} does not say which arguments it takes; write a function reward(videos, prompts, **columns)"
+        ) from error
     return found
 
 

@@ -66,7 +66,7 @@ class Rewards:
                 raise UserError(f"rewards.{name}.args: {fixed[0]!r} is a column of {key} as well; rename one of them")
             try:
                 check_columns(found, args, prompt.columns)
-            except TypeError as error:
+            except (TypeError, ValueError) as error:
                 raise UserError(
                     f"rewards.{name}: the function cannot take the columns of {key} ({first_line(error)}); "
                     "give it a **columns parameter"

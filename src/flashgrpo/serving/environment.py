@@ -111,7 +111,7 @@ class Environment:
         """
         with explain_os_errors(self.folder), contextlib.ExitStack() as failing:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            file = failing.enter_context(open(f"{self.folder}.lock", "a"))
+            file = failing.enter_context(open(f"{self.folder}.lock", "a", encoding="utf-8"))
             if rebuild:
                 if not lock(file):
                     raise UserError(f"--rebuild: {self.folder} is in use; stop the server in it first")
@@ -137,14 +137,14 @@ class Environment:
         uv, (settings, options) = find_uv_bin(), pip_settings()
         self._run([uv, "venv", "--no-project", "--python", sys.executable, str(self.folder)], log, settings)
         place = self.folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-        (place / "links.pth").write_text(f"{self.folder / 'links'}\n")
+        (place / "links.pth").write_text(f"{self.folder / 'links'}\n", encoding="utf-8")
         (self.folder / "links").mkdir()
         # A link, for the package installed again would bring all its requirements, which this is to be free of.
         (self.folder / "links" / PACKAGE.name).symlink_to(PACKAGE, target_is_directory=True)
         if _torch_line() in self.requirements:
             link_torch(place, self.folder / "links")
         for name, lines in (("requirements", self.requirements), ("constraints", self.constraints)):
-            (self.folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+            (self.folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             options += [f"--{name}", str(self.folder / f"{name}.txt")]
         self._run([uv, "pip", "install", "--python", str(self.python), *options], log, settings)
         self._run([str(self.python), "-I", "-c", "import flashgrpo.cli, flashgrpo.serving.server"], log, {})
@@ -155,11 +155,11 @@ class Environment:
         cache = {"UV_CACHE_DIR": str(cache_folder() / "uv")}  # of this file system: files are linked, not copied
         variables = {**cache, **os.environ, **settings}
         clean = {name: value for name, value in variables.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             print("$", *command, file=file, flush=True)
             code = subprocess.run(command, env=clean, stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
         if code:
-            text = log.read_text(errors="replace").strip()
+            text = log.read_text(encoding="utf-8", errors="replace").strip()
             reason = printable(text.rpartition("\nerror: ")[2] if "\nerror: " in text else text.splitlines()[-1])
             raise UserError(f"the environment of {self.reward} cannot be made: {reason} (all of it: {log})")
 
@@ -202,8 +202,8 @@ def link_torch(place: Path, links: Path) -> None:
         found = metadata.distribution(name)
         folder = place / f"{name.replace('-', '_')}-{found.version}.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_text(found.read_text("METADATA") or "")
-        (folder / "RECORD").write_text("")
+        (folder / "METADATA").write_text(found.read_text("METADATA") or "", encoding="utf-8")
+        (folder / "RECORD").write_bytes(b"")
         for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
             if ".dist-info" not in top and not (links / top).is_symlink():  # nvidia is a folder of many
                 (links / top).symlink_to(str(found.locate_file(top)))
@@ -239,7 +239,11 @@ def requirements_of(call: str) -> list[str]:
     if module == shipped:
         raise UserError(f"{call}: give what it needs in --requirements FILE; only files and shipped rewards tell")
     file = SHIPPED / f"{shipped}.txt"
-    return [line for line in file.read_text().splitlines() if line and line[0] != "#"] if file.is_file() else []
+    return (
+        [line for line in file.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+        if file.is_file()
+        else []
+    )
 
 
 def script_requirements(text: str, name: str) -> list[str]:
@@ -294,6 +298,6 @@ def _names(lines: Sequence[str]) -> set[str]:
 
 def _read(file: Path, key: str) -> str:
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
