@@ -48,13 +48,13 @@ class Update(_Line):
 class Sample(Entries):
     """A video of an evaluation, under both models."""
 
-    prompt: str
+    prompt: str = ""
     reward: Number
-    rewards: Numbers
-    watched: Numbers
     base_reward: Number
-    base_rewards: Numbers
-    base_watched: Numbers
+    rewards: Numbers = {}
+    watched: Numbers = {}
+    base_rewards: Numbers = {}
+    base_watched: Numbers = {}
 
 
 class Evaluation(_Line):
@@ -64,7 +64,7 @@ class Evaluation(_Line):
     rewards: dict[str, float]
     watched: dict[str, float]
     base_reward: float
-    base_rewards: dict[str, float]
+    base_rewards: dict[str, float] = {}
     base_watched: dict[str, float]
     difference: float
     interval: Interval | None

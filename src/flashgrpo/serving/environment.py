@@ -173,7 +173,7 @@ def pip_settings() -> tuple[dict[str, str], list[str]]:
     told: dict[str, str] = {}
     if importlib.util.find_spec("pip"):
         command = [sys.executable, "-m", "pip", "config", "list"]
-        asked = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        asked = subprocess.run(command, input="", capture_output=True, encoding="utf-8", errors="replace")
         if asked.returncode:
             raise UserError(f"pip cannot read its settings: {printable(asked.stderr or asked.stdout)}")
         for section in ("global", "install", ":env:"):  # the later ones count more
@@ -239,11 +239,8 @@ def requirements_of(call: str) -> list[str]:
     if module == shipped:
         raise UserError(f"{call}: give what it needs in --requirements FILE; only files and shipped rewards tell")
     file = SHIPPED / f"{shipped}.txt"
-    return (
-        [line for line in file.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
-        if file.is_file()
-        else []
-    )
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [line for line in lines if line and line[0] != "#"]
 
 
 def script_requirements(text: str, name: str) -> list[str]:
