@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -12,6 +13,7 @@ from flashgrpo.cli import app
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.export import export
+from flashgrpo.model_card import public
 from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.run import checkpoint
@@ -70,6 +72,36 @@ def test_adapters_give_diffusers_the_trained_velocity(lora, style):
     assert "rank 4, alpha 10" in card
     line = read_lines(run / "evaluations.jsonl")[-1]
     assert f"Held-out reward {line['reward']:.3f}" in card
+    assert str(run.parent) not in card
+    assert "(kind=" not in card
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (head["library_name"], head["base_model"]) == ("diffusers", "flashgrpo:tiny/weights")
+    assert {"text-to-video", "lora"} <= set(head["tags"])
+
+
+@pytest.mark.parametrize("format", ["diffusers", "merged"])
+def test_the_program_of_the_card_runs(lora, format, monkeypatch):
+    folder = export(lora[1], format)
+    program = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    exec(compile(program, "README.md", "exec"), {})
+    assert (folder / "video.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        ("/home/me/models/wan", "wan"),
+        ("flashgrpo:tiny/prompts/train.jsonl", "flashgrpo:tiny/prompts/train.jsonl"),
+        ("/data/a.py:mine", "a.py:mine"),
+        ("datasets:/data/clips", "datasets:clips"),
+        ("datasets:user/clips:train", "datasets:user/clips:train"),
+        ("http://10.0.0.1:80,/data/a.py:mine", "a reward server, a.py:mine"),
+    ],
+)
+def test_a_card_names_no_folder_of_the_machine(path, told):
+    assert public(path) == told
 
 
 def test_comfyui_gets_the_original_names(lora):

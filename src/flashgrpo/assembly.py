@@ -60,7 +60,7 @@ class Assembly:
         self.rewards.load(world)  # after the prompts' encoders have made room, and before anything is drawn
         self.objective = config.algorithm.objective
         self.optimizer = Optimizer(trained_parameters(self.process.network), config.optim, world)
-        self.evaluator = make_evaluator(config, self.process, self.heldout, self.rewards, world)
+        self.evaluator = make_evaluator(config, self.process, self.heldout, self.rewards, world, self.trained_on)
 
     def prompt_groups(self, update: int) -> list[PromptGroup]:
         """The prompt groups of an update."""
@@ -163,11 +163,16 @@ def make_process(config: RunConfig, world: World, prompts: Sequence[Prompt], say
 
 
 def make_evaluator(
-    config: RunConfig, process: Process, prompts: Sequence[Prompt], rewards: Rewards, world: World
+    config: RunConfig,
+    process: Process,
+    prompts: Sequence[Prompt],
+    rewards: Rewards,
+    world: World,
+    trained_on: int,
 ) -> Evaluator:
-    """The evaluation of a run's held-out prompts."""
+    """The evaluation of a run's held-out prompts, of which so many are training prompts."""
     batch, deferred = config.rollout.decode_micro_batch, config.model.offload
-    return Evaluator(process, config.evaluation, prompts, rewards, world, batch, deferred)
+    return Evaluator(process, config.evaluation, prompts, rewards, world, batch, deferred, trained_on)
 
 
 def planned_cost(config: RunConfig, update: int) -> Cost:

@@ -14,6 +14,7 @@ from flashgrpo import __version__
 from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError, clean, suggest, system_reason
 from flashgrpo.files import to_json
+from flashgrpo.formats import Numbers
 from flashgrpo.serving.commands import reward_app
 from flashgrpo.terminal import PATH, PATH_TEXT, cell, check_arguments, path, path_text, prints, use_utf8
 
@@ -94,11 +95,13 @@ def evaluate(
     if as_json:
         print(to_json(record))
         return
-    table = Table("", "base", f"update {record['update']}")
+    tuned = [f"update {record['update']}"] if record["update"] else []
+    table = Table("", "base", *tuned)
     for kind in ("rewards", "watched"):
         for name, value in record[kind].items():
-            label = name if kind == "rewards" else f"{name} (watched)"
-            table.add_row(cell(label), f"{record[f'base_{kind}'][name]:.3f}", f"{value:.3f}")
+            base, label = record[f"base_{kind}"][name], name if kind == "rewards" else f"{name} (watched)"
+            form = Numbers.alone(base, value)
+            table.add_row(cell(label), form.plain(base), *(form.plain(value) for _ in tuned))
     Console().print(table)
     print(describe(record))
 

@@ -8,14 +8,16 @@ from typing import Any
 from flashgrpo.assembly import Assembly, make_evaluator, make_process
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import World, process_group, use_threads
+from flashgrpo.errors import UserError
 from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.process import Process
-from flashgrpo.prompts import read_prompts
+from flashgrpo.prompts import read_prompts, trained_on
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
 from flashgrpo.scoring.heldout import Evaluator, evaluation_record, selected, tuned_lines
 from flashgrpo.scoring.rewards import Rewards
+from flashgrpo.types import Prompt
 
 
 def confirmation(
@@ -53,12 +55,22 @@ def evaluate_checkpoint(target: str | Path, overrides: Sequence[str], update: in
         if directory:
             directory.check_model(process.identity)
         rewards.load(world)
-        evaluator = make_evaluator(config, process, prompts, rewards, world)
+        evaluator = make_evaluator(
+            config, process, prompts, rewards, world, _trained_on(config, process, prompts, directory)
+        )
         base = evaluation_record(0, evaluator(fresh=fresh), None, config.evaluation.samples_per_prompt)
         if directory is None or update is None:
             return base
         record = _of_checkpoint(config, process, evaluator, world, directory, update, base, fresh)
         return record | ({"selected_from": len(tuned_lines(evaluations))} if fresh else {})
+
+
+def _trained_on(config: RunConfig, process: Process, prompts: Sequence[Prompt], directory: RunDirectory | None) -> int:
+    """Count the prompts that are training prompts; where the file of those is not here, as the run has noted."""
+    try:
+        return trained_on(prompts, read_prompts(config.prompts.train, "prompts.train"), process.takes_image)
+    except UserError:
+        return max((line.get("trained_on", 0) for line in directory.evaluations()), default=0) if directory else 0
 
 
 def _of_checkpoint(

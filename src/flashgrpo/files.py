@@ -64,6 +64,11 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write strict JSON into a file, whole or not at all."""
+    write_text(path, to_json(value, indent) + "\n")
+
+
 def make_room_aside(path: Path) -> Path:
     """Return the name to write `path` under until it is whole, after removing what was there."""
     aside = path.with_name(f".partial-{path.name}")  # the ending stays: encoders go by it
@@ -111,9 +116,9 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None, sort_keys: bool = False) -> str:
     """Write strict JSON: it has no word for a float that is not finite, and null takes its place."""
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+    return json.dumps(finite(value), indent=indent, allow_nan=False, sort_keys=sort_keys)
 
 
 def finite(value: Any) -> Any:

@@ -84,7 +84,7 @@ class Session:
             if lags := self.config.optim.average_lags(self.config.updates):
                 self.reporter.warn(lags)
         if not self._evaluations:
-            self.reporter.say("scoring the base model on the held-out prompts")
+            self.reporter.say("scoring the base model")
             self._evaluate(0)
         self.progress = self._saved = self._begun = self._as_evaluated(Progress())
         if saved:

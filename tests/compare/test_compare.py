@@ -25,11 +25,13 @@ from flashgrpo.config import RunConfig
 from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
+from flashgrpo.formats import Numbers
 from flashgrpo.presets import PRESETS
 from flashgrpo.process import Cost
 from flashgrpo.processes.flow.cost import Guided, update_cost
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.report import write_report
+from flashgrpo.report.comparison import headline
 from flashgrpo.run.lines import read_lines
 from flashgrpo.run.progress import Clock
 from flashgrpo.train import train
@@ -173,7 +175,11 @@ def test_names_and_changes_are_told_apart():
         ((), {"points": 0}, "--points"),
         ((), {"budget": 100}, "--budget: 100 forwards are less than one update of flash-grpo, which costs 1,664"),
         ((), {"budget": 10**12}, "more than 100,000 updates"),
-        (("updates=2",), {}, "less than one update of flow-grpo"),
+        (
+            ("updates=2",),
+            {},
+            "updates: the 2 updates of flash-grpo, 3,328 forwards, are less than one update of flow-grpo, which costs",
+        ),
         ((), {"keep": "nois"}, "no 'nois'; did you mean 'noise'?"),
         (("flow:optim.lr=1",), {}, "no algorithm is called 'flow'; did you mean 'flow-grpo'?"),
         (("flow-grpo:rewards.agreement.weight=2",), {}, "all algorithms are to solve one problem"),
@@ -542,6 +548,40 @@ def test_what_the_page_says(written):
     ids = re.findall(r'\sid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
     assert page.count('role="img"') == page.count("<svg ") == 8
+
+
+def row(algorithm: str, gain: float, interval: list[float] | None, over_first: list[float] | None = None) -> dict:
+    """A row of the summary, as far as the headline goes."""
+    over = {"interval": over_first} if over_first else None
+    return {"algorithm": algorithm, "final": {"difference": gain, "interval": interval}, "over_first": over}
+
+
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        (
+            [row("a", 0.2, [0.1, 0.3]), row("b", 0.1, [0.0, 0.2], [-0.2, -0.1])],
+            "a ended highest: +0.200 [0.100, 0.300]",
+        ),
+        (
+            [row("a", 0.2, [0.1, 0.3]), row("b", 0.19, [0.1, 0.3], [-0.2, 0.1])],
+            "a ended highest: +0.200 [0.100, 0.300] over the base model, but not clearly above b",
+        ),
+        (
+            [row("a", 0.19, [0.1, 0.3]), row("b", 0.2, [0.1, 0.3], [-0.1, 0.2])],
+            "b ended highest: +0.200 [0.100, 0.300] over the base model, but not clearly above a",
+        ),
+        (
+            [row("a", 0.1, [-0.1, 0.3]), row("b", 0.0, [-0.1, 0.1], [-0.2, 0.0])],
+            "No algorithm ended clearly above the base model; nearest to it is a: +0.100 [−0.100, 0.300] includes zero",
+        ),
+        ([row("a", -0.2, [-0.3, -0.1])], "Every algorithm ended below the base model, a the least: −0.200"),
+        ([row("a", 0.2, None)], "a ended +0.200 from the base model, with no interval to judge it by"),
+        ([{"algorithm": "a", "final": None, "over_first": None}], "No run has ended yet"),
+    ],
+)
+def test_the_headline_says_what_the_intervals_do(summary, said):
+    assert headline(summary, Numbers(3)).startswith(said)
 
 
 def test_the_page_is_written_again_as_it_was(written):

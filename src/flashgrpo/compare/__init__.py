@@ -34,7 +34,7 @@ from flashgrpo.compare.results import collect, is_done
 from flashgrpo.compare.table import as_markdown
 from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.errors import UserError, launcher_number
-from flashgrpo.files import write_text
+from flashgrpo.files import write_json, write_text
 from flashgrpo.report import write_report
 from flashgrpo.terminal import cell
 
@@ -134,7 +134,7 @@ def _diagnose(plan: Plan, folder: ComparisonFolder, console: Console) -> None:
         measured = diagnostics.diagnose(
             first, algorithms, say=lambda sentence: console.print(cell(sentence), highlight=False)
         )
-        write_text(folder.diagnosis, json.dumps(measured, indent=1, allow_nan=False) + "\n")
+        write_json(folder.diagnosis, measured, indent=1)
 
 
 def read_diagnosis(folder: ComparisonFolder) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def write_data(folder: ComparisonFolder, levels: Sequence[float]) -> dict[str, A
     """Write comparison.json and comparison.md from the runs as far as they have come; returns the former."""
     comparison = collect(folder, levels)
     measured = diagnosis_as_markdown(read_diagnosis(folder)) if folder.diagnosis.exists() else ""
-    write_text(folder.results, json.dumps(comparison, indent=1, allow_nan=False) + "\n")
+    write_json(folder.results, comparison, indent=1)
     write_text(folder.table, "\n".join(filter(None, (as_markdown(comparison), measured))))
     return comparison
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from flashgrpo.files import write_aside
+from flashgrpo.formats import called
 from flashgrpo.report import comparison_charts as charts
 from flashgrpo.report.charts import NICE
 
@@ -31,8 +32,8 @@ STYLE: dict[Any, Any] = {
     "text.color": charts.PAPER.ink,
 }
 FIGURES = {
-    "reward-by-compute": (charts.reward_by("compute"), "held-out reward", (6.5, 3.2)),
-    "reward-by-seconds": (charts.reward_by("seconds"), "held-out reward", (6.5, 3.2)),
+    "reward-by-compute": (charts.reward_by("compute"), "reward", (6.5, 3.2)),
+    "reward-by-seconds": (charts.reward_by("seconds"), "reward", (6.5, 3.2)),
     "cost-of-an-update": (charts.cost_bars, "", (6.5, 0.0)),
     "gradient-by-step": (charts.gradient_by_step, "gradient norm / its mean", (6.5, 2.8)),
 }
@@ -51,7 +52,7 @@ def write_figures(comparison: charts.Row, folder: Path) -> None:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
             if not draw(axes, comparison, charts.PAPER):
                 continue
-            axes.set_ylabel(label)
+            axes.set_ylabel(label and f"{called(comparison)} {label}")
             if axes.get_legend_handles_labels()[0]:
                 figure.legend(loc="outside upper left", ncols=4, frameon=False, handlelength=3)
             charts.save_figure(figure, aside / name)

@@ -1,7 +1,6 @@
 """The folder of a comparison: where its runs lie, whose it is, and whether it may be resumed."""
 
 import errno
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pydantic import Field
 from flashgrpo.compare.plan import FORMAT, Plan
 from flashgrpo.config.recipe import differences
 from flashgrpo.errors import UserError
-from flashgrpo.files import explain_os_errors, lock, read_object, write_text
+from flashgrpo.files import explain_os_errors, finite, lock, read_object, write_json
 from flashgrpo.run.lines import Entries, Forwards, mistake
 
 
@@ -138,8 +137,8 @@ class ComparisonFolder:
             if not lock(file):
                 raise UserError(f"--out: another process is comparing into {self.path}")
             if self.plan_file.is_file():
-                self._check(plan.as_json())
-            write_text(self.plan_file, json.dumps(plan.as_json(), indent=1) + "\n")
+                self._check(finite(plan.as_json()))
+            write_json(self.plan_file, plan.as_json(), indent=1)
             yield
 
     def _check(self, now: Mapping[str, Any]) -> None:

@@ -79,10 +79,12 @@ def make_plan(
         for name, spec in specs.items()
     }
     first = next(iter(configs.values()))
+    source = f"--budget: {budget:,} forwards" if budget is not None else ""
     if budget is None:
         budget = sum(planned_cost(first, update).total for update in range(base.updates))
+        source = f"updates: the {base.updates:,} updates of {next(iter(configs))}, {budget:,} forwards,"
     whole = {
-        name: _at_its_length(config, f"{recipe}, {name}", _updates_within(config, budget, name), points)
+        name: _at_its_length(config, f"{recipe}, {name}", _updates_within(config, budget, name, source), points)
         for name, config in configs.items()
     }
     return Plan(recipe, budget, range(base.seed, base.seed + seeds), whole)
@@ -201,16 +203,16 @@ def _at_its_length(config: RunConfig, source: str, updates: int, points: int) ->
     return RunConfig.parse(tree, source)
 
 
-def _updates_within(config: RunConfig, budget: int, name: str) -> int:
-    """Return the largest number of updates that cost no more than the budget."""
+def _updates_within(config: RunConfig, budget: int, name: str, source: str) -> int:
+    """Return the largest number of updates that cost no more than the budget; `source` says where that is from."""
     first = planned_cost(config, 0)
     if first.total > budget:
         raise UserError(
-            f"--budget: {budget:,} forwards are less than one update of {name}, which costs {first.total:,} "
+            f"{source} are less than one update of {name}, which costs {first.total:,} "
             f"(rollout {first.rollout:,}, update {first.update:,})"
         )
     if budget / first.total > MOST_UPDATES:
-        raise UserError(f"--budget: {budget:,} forwards buy {name} more than {MOST_UPDATES:,} updates; lower it")
+        raise UserError(f"{source} buy {name} more than {MOST_UPDATES:,} updates; lower it")
     updates, spent = 1, first.total
     while (spent := spent + planned_cost(config, updates).total) <= budget:
         updates += 1

@@ -67,6 +67,7 @@ def collect(folder: ComparisonFolder, levels: Sequence[float] = ()) -> dict[str,
             **plan,
             "versions": {key: env[key] for env in environments for key in VERSIONS if key in env},
             "base_reward": next((run["points"][0]["reward"] for run in runs if run["points"]), None),
+            "trained_on": max(run["trained_on"] for run in runs),
             "levels": chosen,
             "equal_seconds": seconds,
             "summary": summary,
@@ -114,6 +115,7 @@ def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
     confirmed = RunDirectory(files.path).confirmation()
     status, reason = _status(files, points, entry)
     run: dict[str, Any] = {"algorithm": files.algorithm, "seed": files.seed, "status": status, "reason": reason}
+    run["trained_on"] = max((line.get("trained_on", 0) for line in evaluations), default=0)
     run |= {"folder": f"{files.path.parent.name}/{files.path.name}", "points": points, "updates": updates}
     run |= {"selected": selected(evaluations), "confirmed": _point(confirmed, each) if confirmed else None}
     run = finite(run)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flashgrpo.formats import called
 from flashgrpo.report.record import Row, Values
 
 SMOOTHED = 10  # a run's training reward is looked at in this number of stretches
@@ -93,7 +94,7 @@ def collapse(run: Row) -> str | None:
         return str(last["watch"])
     if last and last["interval"] and last["interval"][1] < 0:
         low, high = last["interval"]
-        return f"held-out reward fell below the base by {-high:.3g} to {-low:.3g}"
+        return f"{called(run)} reward fell below the base by {-high:.3g} to {-low:.3g}"
     return _lost_its_gain(np.array(rewards, dtype=np.float64))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from flashgrpo.formats import Numbers, called, not_held_out
 from flashgrpo.report.findings import duration
 from flashgrpo.report.record import Row
 
@@ -10,7 +11,8 @@ def as_markdown(comparison: Row) -> str:
     """Write the comparison as text that is read as it stands, and as Markdown."""
     summary, runs = comparison["summary"], comparison["runs"]
     first, base = summary[0]["algorithm"], comparison["base_reward"]
-    began = f"; the base model's held-out reward is {base:.3f}" if base is not None else ""
+    what, form = f"{called(comparison)} reward", Numbers.alone(base)
+    began = f"; the base model's {what} is {form.plain(base)}" if base is not None else ""
     parts = [
         f"# {', '.join(row['algorithm'] for row in summary)} on {comparison['recipe']}",
         f"Every run has {comparison['budget']:,} network forwards to spend (a backward counts two, recomputation one "
@@ -31,16 +33,18 @@ def as_markdown(comparison: Row) -> str:
                 for row in summary
             ],
         ),
-        "Held-out reward and its difference to the base model; 95 % intervals by Student's t over seeds and "
+        f"{what.capitalize()} and its difference to the base model; 95 % intervals by Student's t over seeds and "
         "prompts (crossed effects), of one seed over prompts alone. `best` is each run's best update, scored once more "
         "on noise that had no part in selecting it. "
         f"`above {first}` is paired, by seed and prompt. Runs that failed or are unfinished are not in these figures.",
     ]
+    if why := not_held_out(comparison):
+        parts.append(f"The evaluation is not held-out: {why}.")
     if comparison["levels"]:
         heads = [f"{level:.4g}" for level in comparison["levels"]]
         rows = [[row["algorithm"], *(cost(reached) for reached in row["levels"])] for row in summary]
         parts += [
-            "## Compute to reach a held-out reward",
+            f"## Compute to reach {'a held-out' if called(comparison) == 'held-out' else 'an evaluation'} reward",
             grid(["algorithm", *heads], rows),
             "Forwards (and time of training) at which the mean over the seeds first gets there, between evaluations by "
             "interpolation; - where it never does.",
@@ -59,7 +63,7 @@ def _stability(comparison: Row) -> str:
             _per_sample(row["per_sample"]),
             percent(row["training_share"]),
             duration(row["seconds_per_update"]) if row["seconds_per_update"] else "-",
-            "-" if row["at_equal_seconds"] is None else f"{row['at_equal_seconds']:+.3f}",
+            "-" if row["at_equal_seconds"] is None else _gain(row["at_equal_seconds"]),
             percent(row["gradient_spread"]["over_updates"]),
             percent(row["gradient_spread"]["over_steps"]),
             f"{row['collapsed']} of {row['seeds']}",
@@ -83,6 +87,10 @@ def _stability(comparison: Row) -> str:
         "spread of the gradient norm is its standard deviation in per cent of its mean: over updates, and over the "
         "denoising steps, of the mean norm of each."
     )
+
+
+def _gain(change: float) -> str:
+    return Numbers.of({"difference": change}).signed(change)
 
 
 def _per_sample(cost: Row) -> str:
@@ -115,15 +123,16 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def score(of: Row | None) -> str:
     """Format a reward with its change: `0.712, +0.140 (+0.101 to +0.180)`."""
-    return "-" if of is None else f"{of['reward']:.3f}, {change(of)}"
+    return "-" if of is None else f"{Numbers.of(of).plain(of['reward'])}, {change(of)}"
 
 
 def change(of: Row | None) -> str:
     """Format a change with its interval: `+0.140 (+0.101 to +0.180)`."""
     if of is None:
         return "-"
-    between = "" if of["interval"] is None else " ({:+.3f} to {:+.3f})".format(*of["interval"])
-    return f"{of['difference']:+.3f}{between}"
+    form = Numbers.of(of)
+    between = "" if of["interval"] is None else f" ({form.between(of['interval'])})"
+    return f"{form.signed(of['difference'])}{between}"
 
 
 def cost(reached: Row) -> str:

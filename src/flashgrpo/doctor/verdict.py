@@ -1,6 +1,5 @@
 """Whether a recipe fits a card, by the estimate of its memory, and which setting to change first where it does not."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from rich.table import Table
 from flashgrpo.config import RunConfig
 from flashgrpo.doctor.estimate import MemoryEstimate, estimate
 from flashgrpo.errors import UserError
+from flashgrpo.files import to_json
 
 GIB = 2**30
 
@@ -52,7 +52,7 @@ def print_estimate(config: RunConfig, processes: int | None, card: float | None,
     if as_json:
         counted = {"processes": result.processes, "parameters": result.parameters, "bytes": result.phases}
         found = {"highest": result.highest, "host": result.host, "card": judged and asdict(judged)}
-        print(json.dumps({**counted, **found}))
+        print(to_json({**counted, **found}))
         return not judged or judged.fits
     names = list(next(iter(result.phases.values())))
     table = Table("GiB", *names, "together", box=None)

@@ -24,6 +24,7 @@ import numpy as np
 from markupsafe import Markup
 
 from flashgrpo.files import write_text
+from flashgrpo.formats import Numbers, called
 from flashgrpo.report import charts, comparison, findings
 from flashgrpo.report.page import both_shapes, template
 from flashgrpo.report.record import Row, Run, column, headline_evaluation, names, read_run, samples_of
@@ -58,17 +59,18 @@ def write_report(run: Path) -> Path:
 
 def render(run: Run) -> str:
     shown = run.result
-    form = findings.Numbers(findings.decimals(shown))
+    form = Numbers(findings.decimals(shown))
     prompts = findings.by_prompt(samples_of(shown))
     return template("template.html.j2").render(
         name=run.path.resolve().name,
+        kind=called(shown or next(iter(run.evaluations), {})),
         date=findings.date(run.environment.get("started")),
         version=run.environment.get("flashgrpo", ""),
         notes=run.notes,
         result=findings.result(shown, run.evaluations, form) if shown else None,
         tiles=findings.tiles(run, shown, form),
         form=form,
-        two=findings.Numbers(2),
+        two=Numbers(2),
         rewards=reward_charts(run, shown),
         watch=watch_note(run.evaluations),
         correlations=[

@@ -21,11 +21,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from flashgrpo.report.record import Row, Values, bounds, column, names
 
-ROLES = ("currentColor", *(f"var(--{role})" for role in ("muted", "grid", "training", "held-out", "watched", "fall")))
+ROLES = ("currentColor", *(f"var(--{role})" for role in ("muted", "grid", "training", "evaluated", "watched", "fall")))
 STAND_INS = tuple(
     f"#0000{i:02x}" for i in range(1, len(ROLES) + 1)
 )  # black itself is left out of an SVG, being the default
-INK, MUTED, GRID, TRAINING, HELD_OUT, WATCHED, FALL = STAND_INS
+INK, MUTED, GRID, TRAINING, EVALUATED, WATCHED, FALL = STAND_INS
 PHASES = tuple(f"#0001{i:02x}" for i in range(8))
 CSS = {**dict(zip(STAND_INS, ROLES, strict=True)), **{colour: f"var(--phase-{i})" for i, colour in enumerate(PHASES)}}
 STYLE: dict[Any, Any] = {
@@ -81,12 +81,12 @@ def reward_curves(metrics: Sequence[Row], evaluations: Sequence[Row], best: int 
     line(axes, x, mean, TRAINING, width=1.2)
     line(axes, when, base, MUTED, dashes=(4, 3))
     low, high = (base + bound for bound in bounds(evaluations))
-    axes.vlines(when, low, high, color=HELD_OUT, linewidth=5, alpha=0.22)
-    line(axes, when, tuned, HELD_OUT, width=2.2, marker="o")
+    axes.vlines(when, low, high, color=EVALUATED, linewidth=5, alpha=0.22)
+    line(axes, when, tuned, EVALUATED, width=2.2, marker="o")
     if best is not None:
-        axes.plot(when[when == best], tuned[when == best], "o", color=HELD_OUT, markersize=11, fillstyle="none")
-    end_labels(axes, [("training", mean, TRAINING), ("tuned", tuned, HELD_OUT), ("base", base, MUTED)])
-    label = f"Reward by update. Training {ends(mean)}; held-out prompts: tuned {ends(tuned)}, base {ends(base)}."
+        axes.plot(when[when == best], tuned[when == best], "o", color=EVALUATED, markersize=11, fillstyle="none")
+    end_labels(axes, [("training", mean, TRAINING), ("tuned", tuned, EVALUATED), ("base", base, MUTED)])
+    label = f"Reward by update. Training {ends(mean)}; evaluation: tuned {ends(tuned)}, base {ends(base)}."
     return svg(figure, f"reward-{size[0]}", label)
 
 
@@ -99,9 +99,9 @@ def difference_curve(evaluations: Sequence[Row]) -> str:
         return ""
     low, high = bounds(evaluations)
     axes.axhline(0, color=MUTED, linewidth=1, dashes=(4, 3))
-    axes.fill_between(when, low, high, color=HELD_OUT, alpha=0.12, linewidth=0)
-    axes.vlines(when, low, high, color=HELD_OUT, linewidth=5, alpha=0.22)
-    line(axes, when, difference, HELD_OUT, width=2.2, marker="o")
+    axes.fill_between(when, low, high, color=EVALUATED, alpha=0.12, linewidth=0)
+    axes.vlines(when, low, high, color=EVALUATED, linewidth=5, alpha=0.22)
+    line(axes, when, difference, EVALUATED, width=2.2, marker="o")
     return svg(figure, "difference", f"Difference between tuned and base model by update: {ends(difference)}.")
 
 
@@ -109,7 +109,7 @@ def difference_curve(evaluations: Sequence[Row]) -> str:
 def component_curve(metrics: Sequence[Row], evaluations: Sequence[Row], name: str, watched: bool) -> str:
     """One component of the reward, in training and on held-out prompts; or one that is watched, on held-out prompts."""
     figure, axes = canvas(height=180)
-    kind, colour, marker = ("watched", WATCHED, "s") if watched else ("rewards", HELD_OUT, "o")
+    kind, colour, marker = ("watched", WATCHED, "s") if watched else ("rewards", EVALUATED, "o")
     x, mean, std = binned(column(metrics, "update"), column(metrics, kind, name), column(metrics, "rewards_std", name))
     when, tuned, base = (column(evaluations, *keys) for keys in (("update",), (kind, name), (f"base_{kind}", name)))
     if not np.isfinite([*mean, *tuned]).any():
@@ -122,7 +122,7 @@ def component_curve(metrics: Sequence[Row], evaluations: Sequence[Row], name: st
     middle = (low + high) / 2
     if high - low < 0.1 * abs(middle):  # a flat curve should look flat
         axes.set_ylim(0.95 * middle, 1.05 * middle)
-    label = f"{name}: held-out prompts, tuned {ends(tuned)}, base {ends(base)}; training {ends(mean)}."
+    label = f"{name}: evaluation, tuned {ends(tuned)}, base {ends(base)}; training {ends(mean)}."
     return svg(figure, f"component-{kind}-{name}", label)
 
 
@@ -134,11 +134,11 @@ def prompt_changes(changes: Sequence[float], size: tuple[int, int]) -> str:
         return ""
     figure, axes = canvas(*size)
     edges = np.arange(len(values) + 1) + 0.5
-    axes.stairs(np.maximum(values, 0), edges, fill=True, color=HELD_OUT, alpha=0.85)
+    axes.stairs(np.maximum(values, 0), edges, fill=True, color=EVALUATED, alpha=0.85)
     axes.stairs(np.minimum(values, 0), edges, fill=True, color=FALL, alpha=0.85)
     axes.axhline(0, color=MUTED, linewidth=1)
-    axes.set_xlabel("held-out prompts, sorted", loc="right")
-    text = f"Change of reward for each of {len(values)} held-out prompts: from {values[0]:+.2f} to {values[-1]:+.2f}."
+    axes.set_xlabel("prompts, sorted", loc="right")
+    text = f"Change of reward for each of {len(values)} prompts: from {values[0]:+.2g} to {values[-1]:+.2g}."
     return svg(figure, f"prompts-{size[0]}", f"{text} {int((values < 0).sum())} fell.")
 
 

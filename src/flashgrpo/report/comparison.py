@@ -10,9 +10,10 @@ import yaml
 from matplotlib.axes import Axes
 
 from flashgrpo.errors import UserError
+from flashgrpo.formats import Numbers, called, not_held_out
 from flashgrpo.report import charts
 from flashgrpo.report import comparison_charts as drawings
-from flashgrpo.report.findings import Numbers, decimals, duration
+from flashgrpo.report.findings import decimals, duration
 from flashgrpo.report.page import both_shapes, template
 from flashgrpo.report.record import Row
 
@@ -44,6 +45,7 @@ def render(folder: Path) -> str:
         summary=summary,
         first=summary[0]["algorithm"],
         form=form,
+        kind=called(comparison),
         headline=headline(summary, form),
         differences=[difference(row, summary[0]["algorithm"], form) for row in summary if row["over_first"]],
         notes=notes(comparison),
@@ -64,14 +66,28 @@ def render(folder: Path) -> str:
 
 
 def headline(summary: Sequence[Row], form: Numbers) -> str:
-    """Say which algorithm ended highest."""
+    """Say which algorithm ended highest, as far as the intervals tell."""
     scored = [row for row in summary if row["final"]]
     if not scored:
         return "No run has ended yet"
     best = max(scored, key=lambda row: row["final"]["difference"])
-    gain, interval = best["final"]["difference"], best["final"]["interval"]
-    between = f" {form.interval(*interval)}" if interval else ""
-    return f"{best['algorithm']} ended highest: {form.signed(gain)}{between} over the base model"
+    name, gain, interval = best["algorithm"], best["final"]["difference"], best["final"]["interval"]
+    if not interval:
+        return f"{name} ended {form.signed(gain)} from the base model, with no interval to judge it by"
+    between = f"{form.signed(gain)} {form.interval(*interval)}"
+    if interval[1] < 0:
+        return f"Every algorithm ended below the base model, {name} the least: {between}"
+    if interval[0] <= 0:
+        return f"No algorithm ended clearly above the base model; nearest to it is {name}: {between} includes zero"
+    unclear = [row["algorithm"] for row in scored if row is not best and not _is_clear(best, row)]
+    but = f", but not clearly above {' and '.join(unclear)}" if unclear else ""
+    return f"{name} ended highest: {between} over the base model{but}"
+
+
+def _is_clear(best: Row, other: Row) -> bool:
+    """Whether the paired interval of two algorithms leaves out zero; only those with the first one are known."""
+    intervals = [row["over_first"]["interval"] for row in (best, other) if row["over_first"]]
+    return len(intervals) != 1 or not intervals[0] or intervals[0][0] > 0 or intervals[0][1] < 0
 
 
 def difference(row: Row, first: str, form: Numbers) -> str:
@@ -100,6 +116,8 @@ def notes(comparison: Row) -> list[str]:
             found.append(f"{who}: {run['status']}" + (f" ({run['reason']})." if run["reason"] else "."))
         if run["collapse"] and run["collapse"] != run["reason"]:
             found.append(f"{who}: collapsed ({run['collapse']}).")
+    if why := not_held_out(comparison):
+        found.append(f"The evaluation is not held-out: {why}.")
     if len(comparison["seeds"]) == 1:
         found.append("One seed: intervals are over prompts alone and say nothing of how runs differ.")
     return found
@@ -151,4 +169,4 @@ def spoken(comparison: Row, name: str) -> str:
         for row in comparison["summary"]
         if row["curves"][name]["x"]
     ]
-    return f"Held-out reward by {name}. {'; '.join(parts)}."
+    return f"{called(comparison).capitalize()} reward by {name}. {'; '.join(parts)}."

@@ -2,46 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
 
-from flashgrpo.report.record import Row, Run, Values, bounds, column, names, number, samples_of
+from flashgrpo import formats
+from flashgrpo.formats import DASH, MINUS, Numbers, called, not_held_out, number
+from flashgrpo.report.record import Row, Run, Values, bounds, column, names, samples_of
 
-DASH = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
+__all__ = ["DASH", "MINUS", "Numbers"]
+
 SURE = "95\N{NO-BREAK SPACE}% interval"
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Numbers as text, all with the decimals that the measured uncertainty supports."""
-
-    decimals: int = 2
-
-    def plain(self, value: object) -> str:
-        rounded = round(number(value), self.decimals) + 0.0  # -0.0 + 0.0 is 0.0: no minus before a zero
-        return DASH if math.isnan(rounded) else f"{rounded:.{self.decimals}f}".replace("-", MINUS)
-
-    def signed(self, value: object) -> str:
-        return ("+" if round(number(value), self.decimals) > 0 else "") + self.plain(value)
-
-    def direction(self, value: object) -> str:
-        """Return the class of a table cell; what rounds to zero has no direction."""
-        rounded = round(number(value), self.decimals)
-        return "up" if rounded > 0 else "down" if rounded < 0 else ""
-
-    def interval(self, low: float, high: float) -> str:
-        return f"[{self.plain(low)}, {self.plain(high)}]"
-
-
 def decimals(evaluation: Row | None) -> int:
-    """Two decimals, or as many more as the interval is narrow: 0.06 wide gives 2, 0.004 wide 3."""
-    (low,), (high,) = bounds([evaluation or {}])
-    return min(max(-math.floor(math.log10(high - low)), 2), 5) if high > low else 2
+    """Return the decimals of an evaluation's numbers."""
+    row = evaluation or {}
+    (low,), (high,) = bounds([row])
+    return formats.decimals(row.get("difference"), [low, high], row.get("reward"))
 
 
 class Result(NamedTuple):
@@ -55,16 +35,17 @@ class Result(NamedTuple):
 def result(shown: Row, evaluations: Sequence[Row], form: Numbers) -> Result:
     (low,), (high,) = bounds([shown])
     change, samples = number(shown.get("difference")), samples_of(shown)
+    what = f"{called(shown)} reward"
     if math.isnan(low) or math.isnan(high):
-        headline = f"Held-out reward changed by {form.signed(change)}, with no interval to judge it by"
+        headline = f"{what.capitalize()} changed by {form.signed(change)}, with no interval to judge it by"
     elif low > 0:
-        headline = f"Held-out reward rose by {form.plain(change)} {form.interval(low, high)}"
+        headline = f"{what.capitalize()} rose by {form.plain(change)} {form.interval(low, high)}"
     elif high < 0:
-        headline = f"Held-out reward fell by {form.plain(-change)} {form.interval(-high, -low)}"
+        headline = f"{what.capitalize()} fell by {form.plain(-change)} {form.interval(-high, -low)}"
     else:
-        headline = f"No clear change of held-out reward: {form.signed(change)} {form.interval(low, high)} includes zero"
+        headline = f"No clear change of {what}: {form.signed(change)} {form.interval(low, high)} includes zero"
     counts = f"{len(samples)} paired videos, {len(by_prompt(samples))} prompts" if samples else ""
-    basis = ", ".join(filter(None, ("" if math.isnan(low) else SURE, counts)))
+    basis = ", ".join(filter(None, ("" if math.isnan(low) else SURE, counts, not_held_out(shown))))
     return Result(headline, basis, choice(shown, evaluations, form))
 
 
@@ -97,8 +78,8 @@ def tiles(run: Run, shown: Row | None, form: Numbers) -> list[tuple[str, str, st
     figures = []
     if shown:
         (low,), (high,) = bounds([shown])
-        held_out = f"{form.plain(shown.get('base_reward'))} → {form.plain(shown.get('reward'))}"
-        figures.append(("Held-out reward", held_out, f"base → tuned, update {shown['update']}"))
+        rewards = f"{form.plain(shown.get('base_reward'))} → {form.plain(shown.get('reward'))}"
+        figures.append((f"{called(shown).capitalize()} reward", rewards, f"base → tuned, update {shown['update']}"))
         between = f"{SURE} {form.plain(low)} to {form.plain(high)}" if low <= high else "no interval"
         figures.append(("Difference", form.signed(shown.get("difference")), between))
         moved = 100 * number(shown.get("average_moved"))

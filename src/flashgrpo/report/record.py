@@ -1,7 +1,6 @@
 """What a run directory says, read so that anything may be missing, cut short or not a number."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from flashgrpo.errors import UserError
 from flashgrpo.files import json_lines
+from flashgrpo.formats import number
 
 Row = Mapping[str, Any]  # one line of metrics.jsonl or evaluations.jsonl
 Values = np.ndarray[Any, np.dtype[np.float64]]
@@ -87,13 +87,6 @@ def headline_evaluation(evaluations: Sequence[Row]) -> Row | None:
 def samples_of(evaluation: Row | None) -> list[Row]:
     samples = evaluation.get("samples") if evaluation else None
     return [sample for sample in samples if isinstance(sample, Mapping)] if isinstance(samples, Sequence) else []
-
-
-def number(value: object) -> float:
-    """`value` where it is a finite number, nan for whatever else a line of JSON can hold."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return math.nan
 
 
 def column(rows: Sequence[Row], *keys: str) -> Values:

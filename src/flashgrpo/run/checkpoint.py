@@ -8,7 +8,6 @@ only when it is whole. Pruning keeps the newest `keep` and the best.
 
 import errno
 import hashlib
-import json
 import os
 import threading
 import warnings
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flashgrpo.distributed.world import World, single_process, use_in_thread
 from flashgrpo.errors import UserError
-from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, read_object, remove
+from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, read_object, remove, to_json
 from flashgrpo.run.index import ShardReader, check_shards
 from flashgrpo.run.shards import Tensors, digests, own_part
 
@@ -276,7 +275,7 @@ def _seal(folder: Path, progress: Progress, world: World) -> None:
     names = world.on_main(written)
     state = {"format": FORMAT, "files": digests(folder, names, world), "progress": asdict(progress)}
     if world.is_main:
-        text = json.dumps({**state, "digest": _digest_of(state)}, indent=2)
+        text = to_json({**state, "digest": _digest_of(state)}, indent=2)
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -292,4 +291,4 @@ def _path(folder: Path, update: int) -> Path:
 
 
 def _digest_of(state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(state, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.config.recipe import differences, value_at
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
-from flashgrpo.files import append_line, explain_os_errors, lock, read_object, to_json, write_text
+from flashgrpo.files import append_line, explain_os_errors, lock, read_object, to_json, write_json, write_text
 from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.run.lines import Environment, Evaluation, mistake, ranges, read_lines, whole_lines
@@ -130,7 +130,7 @@ class RunDirectory:
         if self._has_lines():
             self._note_changes(config)
         write_text(self.config_file, config.to_yaml())  # first, for it is what marks the folder as a run
-        write_text(self.environment_file, json.dumps(environment, indent=2) + "\n")
+        write_json(self.environment_file, environment, indent=2)
 
     def _note_changes(self, config: RunConfig) -> None:
         """Keep what a later start has changed of how is learnt: setting, values, and the updates done until then."""
@@ -215,7 +215,7 @@ class RunDirectory:
 
     def write_confirmation(self, record: Mapping[str, Any]) -> None:
         """Write confirmation.json, whole or not at all."""
-        write_text(self.confirmation_file, json.dumps(record) + "\n")
+        write_json(self.confirmation_file, record)
 
     def confirmation(self) -> dict[str, Any] | None:
         """Read the evaluation of the best checkpoint on noise that selected nothing, where there is one."""

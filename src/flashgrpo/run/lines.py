@@ -72,6 +72,7 @@ class Evaluation(_Line):
     samples: list[Sample] = Field(min_length=1)
     best: bool = False
     watch: str | None = None
+    trained_on: int = 0
 
 
 class Environment(Entries):

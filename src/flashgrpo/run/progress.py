@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flashgrpo.distributed.memory import wait_for_device
+from flashgrpo.formats import Numbers, called, not_held_out
 from flashgrpo.terminal import cell
 
 
@@ -59,7 +60,7 @@ class Reporter:
         """Show that an update is done."""
         counts = {"groups dropped": metrics.get("dropped_groups"), "steps skipped": metrics.get("skipped_steps")}
         bad = [f"{count} {what}" for what, count in counts.items() if count]
-        reward = ", ".join([f"reward {metrics['reward']:.3f}", *bad])
+        reward = ", ".join([f"reward {Numbers.alone(metrics['reward']).plain(metrics['reward'])}", *bad])
         if self._live:
             self._live.update(self._task, completed=metrics["update"], description=f"{reward}  {self._held_out}")
         elif metrics["update"] % max(1, self._total // 20) == 0:
@@ -68,9 +69,10 @@ class Reporter:
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Show a held-out evaluation; update 0 is the base model's."""
         if not record["update"]:
-            self.say(f"base model: held-out reward {record['reward']:.3f}")
+            self.say(f"base model: {describe(record)}")
             return
-        self._held_out = f"held-out {record['reward']:.3f} ({record['difference']:+.3f})"
+        form = Numbers.of(record)
+        self._held_out = f"{called(record)} {form.plain(record['reward'])} ({form.signed(record['difference'])})"
         if not self._live:
             self.say(f"update {record['update']}/{self._total}  {describe(record)}")
 
@@ -83,13 +85,16 @@ class Reporter:
 
 def describe(record: Mapping[str, Any]) -> str:
     """Say an evaluation in words: 'held-out reward 0.71, 0.16 above the base (95 % interval +0.12 to +0.20)'."""
-    difference, interval = record["difference"], record["interval"]
-    side = "above" if difference >= 0 else "below"
-    between = f" (95 % interval {interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
+    form, difference, interval = Numbers.of(record), record["difference"], record["interval"]
+    said = f"{called(record)} reward {form.plain(record['reward'])}"
+    if record["update"]:
+        side = "above" if difference >= 0 else "below"
+        between = f" (95 % interval {form.between(interval)})" if interval else ""
+        said += f", {form.plain(abs(difference))} {side} the base{between}"
     still = 1 - record.get("average_moved", 1.0)
-    lag = f", of averaged weights that are still the base model to {100 * still:.0f} %" if still > 0.5 else ""
-    fresh = ", on noise that selected nothing" if "selected_from" in record else ""
-    return f"held-out reward {record['reward']:.3f}, {abs(difference):.3f} {side} the base{between}{fresh}{lag}"
+    lag = f"of averaged weights that are still the base model to {100 * still:.0f} %" if still > 0.5 else ""
+    fresh = "on noise that selected nothing" if "selected_from" in record else ""
+    return ", ".join(filter(None, (said, fresh, lag, not_held_out(record))))
 
 
 class Clock:

@@ -30,6 +30,7 @@ class Evaluation:
     table: RewardTable
     shown: Sequence[int]  # rows whose videos are kept
     videos: Mapping[int, Video]  # those of them that this process made
+    trained_on: int = 0  # prompts that are training prompts
 
 
 class Evaluator:
@@ -38,6 +39,7 @@ class Evaluator:
     Args:
         decode_batch: outputs decoded at once.
         deferred: decode and score once all is drawn; see `Scoring`.
+        trained_on: number of the prompts that are training prompts.
     """
 
     def __init__(
@@ -49,13 +51,14 @@ class Evaluator:
         world: World,
         decode_batch: int,
         deferred: bool,
+        trained_on: int = 0,
     ) -> None:
         self._process = process
         self._settings = settings
         self._prompts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
         self._rewards = rewards
         self._world = world
-        self._decode_batch, self._deferred = decode_batch, deferred
+        self._decode_batch, self._deferred, self._trained_on = decode_batch, deferred, trained_on
 
     @torch.no_grad()
     def __call__(self, limit: int | None = None, fresh: bool = False) -> Evaluation:
@@ -72,7 +75,7 @@ class Evaluator:
             self._rewards, process.media, self._world, every, True, self._decode_batch, shown, self._deferred
         )
         process.sample([every[row] for row in rows], self._names(rows, fresh), scoring.add)
-        return Evaluation(every, scoring.table(), shown, scoring.videos)
+        return Evaluation(every, scoring.table(), shown, scoring.videos, self._trained_on)
 
     @torch.no_grad()
     def resample(self, rows: Sequence[int]) -> Outputs:
@@ -99,7 +102,8 @@ def evaluation_record(
 
     Intervals are over prompts, since a prompt's samples are no independent evidence for other prompts, and None where
     there are fewer than two. `watched_intervals` are those of the watched components. `dropped_prompts` counts those
-    that are left out, where there are any, for a value that is not finite under either model.
+    that are left out, where there are any, for a value that is not finite under either model; `trained_on` those that
+    are training prompts.
 
     Raises:
         SharedError: no prompt is left.
@@ -138,6 +142,7 @@ def evaluation_record(
         "watched_intervals": {name: interval(values) for name, values in falls.items()},
         "reward_failures": dict(table.failures),
         **({"dropped_prompts": dropped} if dropped else {}),
+        **({"trained_on": tuned.trained_on} if tuned.trained_on else {}),
         "samples": samples,
     }
 

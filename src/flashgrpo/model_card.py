@@ -1,0 +1,129 @@
+"""The model card of an export: what it is, what it was trained on, what came of it, and a program that uses it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from flashgrpo.config import RunConfig
+from flashgrpo.formats import Numbers, called
+from flashgrpo.models.settings import Lora
+from flashgrpo.run.progress import describe
+
+Format = Literal["diffusers", "comfyui", "merged"]
+
+
+def model_card(
+    config: RunConfig, format: Format, files: Sequence[str], update: int, evaluated: dict[str, Any] | None, image: bool
+) -> str:
+    """Write what a reader of the files needs to know; it names no folder of the machine that trained.
+
+    Args:
+        files: of the adapters, none of a whole pipeline.
+        evaluated: the line of evaluations.jsonl that tells of this update.
+        image: whether the model starts from one.
+    """
+    train = config.model.train
+    what = f"LoRA, rank {train.rank}, alpha {train.alpha}" if isinstance(train, Lora) else "every weight"
+    rewards = [f"{name} ({public(reward.call)})" for name, reward in config.rewards.items() if not reward.watched]
+    facts = {
+        "Base": public(config.model.path),
+        "Trained": f"{what}; {update} updates of {config.rollout.prompts} x {config.rollout.group_size} videos",
+        "Videos": f"{config.model.width} x {config.model.height}, {config.model.num_frames} frames",
+        "Prompts": public(config.prompts.train),
+        "Reward": ", ".join(rewards),
+        "Guidance": f"{config.rollout.guidance_scale:g} in training, {config.rollout.num_steps} steps",
+        "Seed": str(config.seed),
+    }
+    algorithm = yaml.safe_dump(config.model_dump(mode="json")["algorithm"], sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{yaml.safe_dump(_metadata(config, format, image), sort_keys=False, allow_unicode=True)}---",
+        "# Aligned with Flash-GRPO",
+        _result(evaluated),
+        "\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        "## Use",
+        _in_comfyui(files) if format == "comfyui" else f"```python\n{_program(config, files, image)}```",
+        "## Algorithm",
+        f"```yaml\n{algorithm}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def public(text: str) -> str:
+    """Return a path, or several with commas, without the folders of this machine; what ships or lies on a hub stays."""
+    if "," in text:
+        return ", ".join(map(public, text.split(",")))
+    kind, colon, name = text.partition(":") if text.startswith("datasets:") else ("", "", text.strip())
+    if name.startswith(("http://", "https://")):
+        return "a reward server"
+    return f"{kind}{colon}{Path(name).name if Path(name).is_absolute() else name}"
+
+
+def _metadata(config: RunConfig, format: Format, image: bool) -> dict[str, Any]:
+    """Return the front matter that the hub reads."""
+    task, lora = "image-to-video" if image else "text-to-video", isinstance(config.model.train, Lora)
+    tags = [task, "diffusers", *(["lora"] if lora else []), "flash-grpo", "grpo", "reinforcement-learning"]
+    return {
+        "base_model": public(config.model.path),
+        "base_model_relation": "finetune" if format == "merged" else "adapter",
+        "library_name": "diffusers",
+        "pipeline_tag": task,
+        "tags": tags,
+    }
+
+
+def _result(evaluated: dict[str, Any] | None) -> str:
+    if not evaluated:
+        return "This checkpoint was not evaluated."
+    said = describe(evaluated)
+    result = f"{said[:1].upper()}{said[1:]}; {len(evaluated['samples'])} {called(evaluated)} videos, paired by noise."
+    watched = [
+        f"{name} {Numbers.of({'difference': change}).signed(change)}"
+        for name, value in evaluated["watched"].items()
+        for change in (value - evaluated["base_watched"][name],)
+    ]
+    return result + (f" Watched and never trained on: {', '.join(watched)}." if watched else "")
+
+
+def _in_comfyui(files: Sequence[str]) -> str:
+    """Write a line for each file; the second of two is the low-noise expert's."""
+    return "\n".join(f"- LoraLoaderModelOnly on `{file}`, strength 1" for file in files)
+
+
+def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
+    """Write a program that runs in the folder of the export."""
+    base, frames = public(config.model.path), config.model.num_frames
+    shipped, local = base.startswith("flashgrpo:"), Path(config.model.path).is_absolute()
+    where = f'resolve_path("{base}")' if shipped else f'"{base}"'
+    note = "  # the folder of the base model" if local else ""
+    second = ["", ", load_into_transformer_2=True"]
+    loads = [
+        f'pipe.load_lora_weights(".", weight_name="{file}"{more})' for file, more in zip(files, second, strict=False)
+    ]
+    guidance = config.evaluation.guidance_scale or config.rollout.guidance_scale
+    given = {
+        "prompt": '"A prompt like those it was trained on"',
+        **({"image": 'load_image("first-frame.png")'} if image else {}),
+        **{"height": config.model.height, "width": config.model.width, "num_frames": frames},
+        **{"num_inference_steps": config.evaluation.num_steps or config.rollout.num_steps, "guidance_scale": guidance},
+        "max_sequence_length": config.model.max_sequence_length,
+    }
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        f"from diffusers.utils import export_to_video{', load_image' if image else ''}",
+        *(["from flashgrpo.files import resolve_path"] if shipped and files else []),
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({where}, dtype=torch.bfloat16){note}"
+        if files
+        else 'pipe = DiffusionPipeline.from_pretrained(".", dtype=torch.bfloat16)',
+        *loads,
+        "if torch.accelerator.is_available():",
+        "    pipe.to(torch.accelerator.current_accelerator())",
+        "video = pipe(",
+        *(f"    {name}={value}," for name, value in given.items()),
+        ").frames[0]",
+        f'export_to_video(video, "video.mp4", fps={config.model.fps:g})',
+    ]
+    return "\n".join(lines) + "\n"
