@@ -9,11 +9,11 @@ from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from flashgrpo.card import public
 from flashgrpo.cli import app
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.export import export
-from flashgrpo.model_card import public
 from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.run import checkpoint

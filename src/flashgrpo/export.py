@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from flashgrpo.assembly import make_process
+from flashgrpo.card import Format, model_card
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.files import write_aside
-from flashgrpo.model_card import Format, model_card
 from flashgrpo.models.settings import Lora
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
