@@ -42,6 +42,7 @@ from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring
 from flashgrpo.scoring.settings import RewardConfig
 from flashgrpo.types import Prompt, Sample
+from tests.filesystem import death, failing
 
 torch.set_num_threads(1)
 
@@ -64,20 +65,9 @@ def train(recipe: str, *overrides: str) -> str:
 
 
 def train_and_die(recipe: str, write: int) -> str:
-    """Train until the run dies without a word, at its flush or rename of that number and before it reaches the disk."""
-    left = [write]
-
-    def crashing(function):
-        def call(*arguments):
-            left[0] -= 1
-            if left[0] == 0:
-                os._exit(9)
-            return function(*arguments)
-
-        return call
-
-    os.fsync, os.replace = crashing(os.fsync), crashing(os.replace)
-    return train(recipe)
+    """Train until the run dies without a word, in place of its change of that number in the run directory."""
+    with failing(Path(RunConfig.load(recipe).out), death(after=write)):
+        return train(recipe)
 
 
 def slow_train(recipe: str, seconds: float, *overrides: str) -> str:

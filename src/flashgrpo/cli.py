@@ -15,6 +15,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError, clean, suggest, system_reason
 from flashgrpo.files import to_json
 from flashgrpo.formats import Numbers
+from flashgrpo.outlets import check_arrived, outlets
 from flashgrpo.serving.commands import reward_app
 from flashgrpo.terminal import PATH, PATH_TEXT, cell, check_arguments, path, path_text, prints, use_utf8
 
@@ -94,7 +95,7 @@ def evaluate(
         return
     if as_json:
         print(to_json(record))
-        return
+        return check_arrived()
     tuned = [f"update {record['update']}"] if record["update"] else []
     table = Table("", "base", *tuned)
     for kind in ("rewards", "watched"):
@@ -104,6 +105,7 @@ def evaluate(
             table.add_row(cell(label), form.plain(base), *(form.plain(value) for _ in tuned))
     Console().print(table)
     print(describe(record))
+    check_arrived()
 
 
 @app.command()
@@ -173,6 +175,7 @@ def doctor(
         from flashgrpo.doctor.verdict import print_estimate
 
         fits = print_estimate(RunConfig.load(recipe, overrides or []), processes, card, as_json)
+        check_arrived()
         raise typer.Exit(0 if fits else 1)
     from flashgrpo.doctor import examine
 
@@ -186,6 +189,7 @@ def doctor(
             table.add_row(cell(finding.level, colors[finding.level]), cell(finding.check), cell(finding.sentence))
         Console().print(table)
         print("a run would be sound" if diagnosis.sound else "a run would not be sound")
+    check_arrived()
     raise typer.Exit(0 if diagnosis.sound else 1)
 
 
@@ -237,27 +241,30 @@ def report(run: RunFolder) -> None:
 def config(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print a recipe with every setting resolved."""
     print(RunConfig.load(recipe, overrides or []).to_yaml(), end="")
+    check_arrived()
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    check_arrived()
 
 
 def main() -> None:
     """Run the command line: a `UserError`, or what the system says of a file, becomes one sentence and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     use_utf8()
-    try:
-        check_arguments(sys.argv[1:])
-        app()
-    except UserError as error:
-        if not error.told:
-            print(f"flashgrpo: {clean(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"flashgrpo: {clean(str(error.filename))}: {system_reason(error)}", file=sys.stderr)
-        sys.exit(2)
+    with outlets():
+        try:
+            check_arguments(sys.argv[1:])
+            app()
+        except UserError as error:
+            if not error.told:
+                print(f"flashgrpo: {clean(str(error))}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"flashgrpo: {clean(str(error.filename))}: {system_reason(error)}", file=sys.stderr)
+            sys.exit(2)

@@ -89,11 +89,23 @@ def publish(path: Path) -> None:
     aside = path.with_name(f".partial-{path.name}")
     with explain_os_errors(path):
         for file in [*sorted(aside.rglob("*")), aside]:
-            _flush_to_disk(file)
+            flush_to_disk(file)
         if path.is_dir() and aside.is_dir():  # a folder cannot be renamed over another
             remove(path)
         os.replace(aside, path)
-        _flush_to_disk(path.parent)
+        flush_to_disk(path.parent)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file that a run wrote, whatever bytes a power cut has left in it.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {system_reason(error)}") from error
 
 
 def append_line(path: Path, line: str) -> None:
@@ -107,9 +119,9 @@ def append_line(path: Path, line: str) -> None:
         try:
             with path.open("ab") as file:
                 file.write(line.encode() + b"\n")
-            _flush_to_disk(path)  # before a checkpoint knows of the line
+            flush_to_disk(path)  # before a checkpoint knows of the line
             if not size:
-                _flush_to_disk(path.parent)
+                flush_to_disk(path.parent)
         except OSError:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)
@@ -186,7 +198,7 @@ def lock(file: Any, warn: Callable[[str], None] = lambda _: None, *, shared: boo
     except BlockingIOError:
         return False
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = system_reason(error)
         warn(f"{file.name} cannot be locked ({reason}), so nothing keeps a second process out of its folder")
     return True
 
@@ -206,11 +218,11 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps what the system said in an error of its own
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0].lower()
-        raise UserError(f"cannot write {path}: {reason}") from error
+        raise UserError(f"cannot write {path}: {system_reason(error)}") from error
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk, where the file system has such a call."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

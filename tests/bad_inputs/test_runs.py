@@ -1,14 +1,8 @@
 """Run directories that are none, are another's, or are damaged."""
 
-import json
-import resource
-import subprocess
-import sys
-
 import pytest
 
 from tests.bad_inputs.cases import Case
-from tests.conftest import small_run
 
 
 def of_environment(content: str | bytes, sentence: str) -> Case:
@@ -71,22 +65,3 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_runs(refuse, case):
     refuse(case)
-
-
-def test_a_full_disk(tmp_path):
-    """A limit on file size stands in for a full disk: the same refusal in the middle of the same write."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(small_run(tmp_path / "run", "updates=3").to_yaml(), "utf-8")
-    limited = subprocess.run(
-        [sys.executable, "-c", "from flashgrpo.cli import main; main()", "train", str(path)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
-        capture_output=True,
-        text=True,
-    )
-    assert limited.returncode == 2
-    assert "Traceback" not in limited.stderr
-    assert "cannot write" in limited.stderr.splitlines()[-1]
-    assert not list((tmp_path / "run").rglob(".partial*"))
-    assert [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    again = subprocess.run([sys.executable, "-c", "from flashgrpo.cli import main; main()", "train", str(path)])
-    assert again.returncode == 0

@@ -190,9 +190,9 @@ def assert_same_run(run: Path, expected: Path, update: int) -> None:
     assert not list(run.rglob(".partial*"))
 
 
-@pytest.mark.parametrize("writes", [(8, 24), (3, 14, 19, 21, 27, 31, 33, 40)], ids=["twice", "eight times"])
+@pytest.mark.parametrize("writes", [(30, 62), (8, 35, 48, 52, 67, 78, 83, 100)], ids=["twice", "eight times"])
 def test_killed_at_any_write_the_run_ends_with_the_same_weights(finished, recipe, tmp_path, nursery, writes):
-    """Deaths in a row, at chosen flushes and renames, as kill -9 would have it."""
+    """Deaths in a row, at chosen changes of the run directory, as kill -9 would have it."""
     _, uninterrupted = finished
     settings, run = recipe("updates=6"), tmp_path / "run"
     for write in writes:

@@ -1,7 +1,5 @@
 """What a run survives: holes in its lines, shards that are missing, an export that failed, a system without locks."""
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +18,7 @@ from flashgrpo.run.lines import read_lines
 from flashgrpo.train import train
 from tests.conftest import small_run
 from tests.end_to_end.test_train import same, weights
+from tests.filesystem import Fault, failing
 from tests.run.test_checkpoint import save
 
 ADAPTERS = "lora/pytorch_lora_weights.safetensors"
@@ -149,25 +148,18 @@ def test_adapters_of_an_update_that_is_done_again_go(run, monkeypatch):
 
 
 @pytest.mark.parametrize("number", ["ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK", "EINVAL", "EACCES", "EIO"])
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, number):
-    def flock(*_):
-        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+def test_a_file_system_without_locks_is_warned_of(tmp_path, number):
     warned: list[str] = []
-    with (tmp_path / ".lock").open("w") as file:
+    with (tmp_path / ".lock").open("w") as file, failing(tmp_path, Fault(number, ("lock",))):
         assert lock(file, warned.append)
     assert len(warned) == 1
     assert "cannot be locked" in warned[0]
 
 
 @pytest.mark.parametrize("number", ["EINVAL", "ENOTSUP", "ENOSYS", "EBADF", "EACCES"])
-def test_a_file_system_that_does_not_flush_is_written_to(tmp_path, monkeypatch, number):
-    def fsync(_):
-        raise OSError(getattr(errno, number), "no")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    write_text(tmp_path / "a.txt", "a")
-    append_line(tmp_path / "b.jsonl", "{}")
+def test_a_file_system_that_does_not_flush_is_written_to(tmp_path, number):
+    with failing(tmp_path, Fault(number, ("flush", "flush folder"))):
+        write_text(tmp_path / "a.txt", "a")
+        append_line(tmp_path / "b.jsonl", "{}")
     assert (tmp_path / "a.txt").read_text() == "a"
     assert (tmp_path / "b.jsonl").read_text() == "{}\n"

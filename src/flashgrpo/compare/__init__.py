@@ -18,7 +18,6 @@ A comparison's folder:
     diagnosis.json            gradients by step, variance of rewards, consistency: `diagnostics/measure.py`
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from flashgrpo.compare.results import collect, is_done
 from flashgrpo.compare.table import as_markdown
 from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.errors import UserError, launcher_number
-from flashgrpo.files import write_json, write_text
+from flashgrpo.files import read_object, read_text, write_json, write_text
 from flashgrpo.report import write_report
 from flashgrpo.terminal import cell
 
@@ -115,7 +114,7 @@ def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float
         console.print(cell(sentence), highlight=False, soft_wrap=True)
 
     def ended(run: RunFiles) -> None:
-        why = run.failure.read_text(encoding="utf-8").strip() if run.failure.exists() else None
+        why = read_text(run.failure).strip() if run.failure.exists() else None
         words = f"failed: {why}; all of it is in {run.log}" if why else "ended"
         say(f"{run.algorithm} seed {run.seed} {words}")
         write_data(folder, levels)
@@ -139,8 +138,7 @@ def _diagnose(plan: Plan, folder: ComparisonFolder, console: Console) -> None:
 
 def read_diagnosis(folder: ComparisonFolder) -> dict[str, Any]:
     """Read diagnosis.json."""
-    measured: dict[str, Any] = json.loads(folder.diagnosis.read_text(encoding="utf-8"))
-    return measured
+    return read_object(folder.diagnosis)
 
 
 def write_data(folder: ComparisonFolder, levels: Sequence[float]) -> dict[str, Any]:

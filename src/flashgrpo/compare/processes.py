@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from flashgrpo.compare.folder import RunFiles
 from flashgrpo.config import RunConfig
-from flashgrpo.files import write_text
+from flashgrpo.files import explain_os_errors, read_text, write_text
 from flashgrpo.run.progress import Interrupt
 from flashgrpo.terminal import cell
 
@@ -90,9 +90,9 @@ def start(run: RunFiles, config: RunConfig, slot: int, jobs: int) -> Process:
         parallel = parallel.model_copy(update={"threads": max(1, (os.cpu_count() or 1) // jobs)})
     config = config.model_copy(update={"out": str(run.path), "seed": run.seed, "parallel": parallel})
     write_text(run.recipe, config.to_yaml())
-    run.failure.unlink(missing_ok=True)
     command = [sys.executable, "-m", "flashgrpo", "train", str(run.recipe)]
-    with run.log.open("ab") as log:
+    with explain_os_errors(run.log), run.log.open("ab") as log:
+        run.failure.unlink(missing_ok=True)
         log.write(f"# {' '.join(command[1:])}\n".encode())
         log.flush()
         return subprocess.Popen(
@@ -117,7 +117,7 @@ def note_failure(run: RunFiles, code: int) -> None:
 
     Libraries may have a word after ours, such as "terminate called without an active exception" as the process ends.
     """
-    attempt = run.log.read_text(encoding="utf-8", errors="replace").rpartition("# -m flashgrpo")[2]
+    attempt = read_text(run.log).rpartition("# -m flashgrpo")[2]
     lines = [line.strip() for line in attempt.splitlines() if line.strip()]
     own = [line.removeprefix("flashgrpo: ") for line in lines if line.startswith("flashgrpo: ")]
     last = (own or lines or [""])[-1]
@@ -170,4 +170,4 @@ class Board:
 
 
 def _updates_done(metrics: Path) -> int:
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    return read_text(metrics).count("\n") if metrics.exists() else 0

@@ -7,7 +7,7 @@ import numpy as np
 
 from flashgrpo.compare import statistics
 from flashgrpo.compare.folder import ComparisonFolder, RunFiles
-from flashgrpo.files import finite
+from flashgrpo.files import finite, read_text
 from flashgrpo.report.record import Row
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
@@ -153,7 +153,7 @@ def _status(files: RunFiles, points: Sequence[Row], entry: Mapping[str, Any]) ->
         if patience is not None and stale >= patience:
             return "ended early", f"no new best in {stale} evaluations"
     if files.failure.exists():
-        return "failed", files.failure.read_text(encoding="utf-8").strip()
+        return "failed", read_text(files.failure).strip()
     return "unfinished", None
 
 

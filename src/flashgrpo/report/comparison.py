@@ -10,6 +10,7 @@ import yaml
 from matplotlib.axes import Axes
 
 from flashgrpo.errors import UserError
+from flashgrpo.files import read_object
 from flashgrpo.formats import Numbers, called, not_held_out
 from flashgrpo.report import charts
 from flashgrpo.report import comparison_charts as drawings
@@ -32,10 +33,10 @@ def render(folder: Path) -> str:
         UserError: comparison.json is not that of a comparison.
     """
     file = folder / "comparison.json"
+    comparison = read_object(file)
     try:
-        comparison = json.loads(file.read_text(encoding="utf-8"))
         summary = comparison["summary"]
-    except (ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
         raise UserError(f"{file} is no comparison's; run `flashgrpo compare` again to write it anew") from error
     form = Numbers(max([3, *(decimals(row["final"]) for row in summary if row["final"])]))  # effects are compared
     count = len(summary)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flashgrpo.errors import UserError
-from flashgrpo.files import json_lines
+from flashgrpo.files import json_lines, read_text
 from flashgrpo.formats import number
 
 Row = Mapping[str, Any]  # one line of metrics.jsonl or evaluations.jsonl
@@ -45,7 +45,7 @@ def read_run(path: Path) -> Run:
     if environment is None:
         notes.append("environment.json is missing or unreadable.")
         environment = {}
-    config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    config = read_text(path / "config.yaml")
     headline, confirmed = headline_evaluation(evaluations), read_mapping(path / "confirmation.json") or {}
     result = confirmed if headline and confirmed.get("update") == headline["update"] else headline
     return Run(path, config, environment, metrics, evaluations, result, notes)
@@ -63,7 +63,7 @@ def read_mapping(file: Path) -> dict[str, Any] | None:
 def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Read the rows of a JSONL file by update. A resumed run repeats updates; the later row is the one that counts."""
     rows: dict[int, dict[str, Any]] = {}
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = read_text(path) if path.is_file() else ""
     unreadable = 0
     for _, row in json_lines(text):
         try:

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flashgrpo.distributed.world import World, single_process, use_in_thread
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, system_reason
 from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, read_object, remove, to_json
 from flashgrpo.run.index import ShardReader, check_shards
-from flashgrpo.run.shards import Tensors, digests, own_part
+from flashgrpo.run.shards import Tensors, digests, flush_shards, own_part
 
 FORMAT = 2
 warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
@@ -134,7 +134,7 @@ def newest_whole(
     if why:
         raise UserError(f"{why}; put them back, or empty the file to go on without what it held")
     if saved:
-        raise UserError(f"no checkpoint in {folder} is whole; remove the folder of the run to start over")
+        raise UserError(f"no checkpoint in {folder} is whole; put one back, or choose another out to begin anew")
     return None
 
 
@@ -185,7 +185,8 @@ def read_progress(folder: Path, update: int) -> Progress:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"checkpoint {path} is not whole") from error
+        why = f": {system_reason(error)}" if isinstance(error, OSError) else ""
+        raise UserError(f"checkpoint {path} is not whole{why}") from error
 
 
 def read_into(folder: Path, update: int, tensors: Tensors, world: World) -> None:
@@ -227,7 +228,8 @@ def updates(folder: Path) -> list[int]:
 
 def _write_shards(tensors: Tensors, folder: Path, group: Any) -> None:
     try:
-        dcp.save(dict(tensors), checkpoint_id=folder, process_group=group)
+        writer = dcp.FileSystemWriter(folder, sync_files=False)  # which insists on what some file systems lack
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:  # on every rank; it holds what happened on the one that failed
         failure = next(iter(error.failures.values()))[0]
         if isinstance(failure, RuntimeError) and "inline_container" in str(failure):  # torch's archive, of a full disk
@@ -266,6 +268,7 @@ class _Background(threading.Thread):
 
 def _seal(folder: Path, progress: Progress, world: World) -> None:
     """Write state.json, with the digests that the ranks compute; all ranks call this together."""
+    world.on_all(lambda: flush_shards(folder, world.rank))
 
     def written() -> list[str]:
         check_shards(folder)

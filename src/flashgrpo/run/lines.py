@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashgrpo.errors import UserError
-from flashgrpo.files import json_lines
+from flashgrpo.files import json_lines, read_text
 from flashgrpo.settings import MANY
 
 Number = float | None
@@ -136,7 +136,7 @@ def mistake(kind: type[BaseModel], value: Any) -> str | None:
 
 def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     if file.exists():
-        yield from json_lines(file.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0])
+        yield from json_lines(read_text(file).rpartition("\n")[0])
 
 
 def ranges(numbers: Iterable[int]) -> str:

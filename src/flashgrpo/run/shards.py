@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
+from flashgrpo.files import explain_os_errors, flush_to_disk
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Kind -> name -> tensor."""
@@ -49,6 +50,17 @@ def digests(folder: Path, names: Sequence[str], world: World) -> dict[str, str]:
             raise UserError(f"checkpoint {folder} is not whole: {error.filename} cannot be read") from error
 
     return {name: digest for part in world.on_all(own) for name, digest in part.items()}
+
+
+def flush_shards(folder: Path, rank: int) -> None:
+    """Wait until the shards that a rank has written are on disk.
+
+    Raises:
+        UserError: the disk did not take them.
+    """
+    with explain_os_errors(folder):
+        for file in folder.glob(f"__{rank}_*.distcp"):
+            flush_to_disk(file)
 
 
 def _size(tensor: Tensor) -> int:
