@@ -7,9 +7,14 @@ reward ends that run.
 """
 
 
+def brightness(videos, prompts, **columns):
+    """Mean brightness; (B, F, 3, H, W) in [0, 1] -> (B,)."""
+    return videos.mean(dim=(1, 2, 3, 4))
+
+
 def levels(videos, prompts, **columns):
     """Mean brightness; (B, F, 3, H, W) in [0, 1] -> (B,)."""
-    return 255 * videos.mean(dim=(1, 2, 3, 4))
+    return 255 * brightness(videos, prompts)
 
 
 def near(videos, prompts, target=110.0, **columns):

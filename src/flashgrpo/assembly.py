@@ -4,12 +4,14 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.memory import explain_shortage
 from flashgrpo.distributed.world import World, use_threads
 from flashgrpo.errors import SharedError
+from flashgrpo.files import cache_folder
 from flashgrpo.learning.experience import Compared, Drawn, Phases, compare, draw_and_score
 from flashgrpo.learning.optim import GradientSum, Optimizer
 from flashgrpo.learning.update import policy_update
@@ -149,8 +151,11 @@ class Assembly:
 
 def make_process(config: RunConfig, world: World, prompts: Sequence[Prompt], say: Say | None = None) -> FlowProcess:
     """Load the model of a run, with the process that draws from it; encodes `prompts` before the network is loaded."""
-    algorithm = config.algorithm
-    model = load_model(config.model, world, config.seed, prompts, algorithm.objective.needs_reference, say)
+    algorithm, settings = config.algorithm, config.model
+    if settings.condition_cache is None:
+        cache = cache_folder(Path(config.out) / ".cache", say or (lambda _: None)) / "conditions"
+        settings = settings.model_copy(update={"condition_cache": str(cache)})
+    model = load_model(settings, world, config.seed, prompts, algorithm.objective.needs_reference, say)
     return FlowProcess(
         model,
         algorithm.explore,

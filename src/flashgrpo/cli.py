@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashgrpo import __version__
-from flashgrpo.config import RunConfig
+from flashgrpo.config import RunConfig, recipe_schema
 from flashgrpo.errors import UserError, clean, suggest, system_reason
 from flashgrpo.files import to_json
 from flashgrpo.formats import Numbers
@@ -247,7 +247,7 @@ def config(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **recipe_schema()}, indent=2))
     check_arrived()
 
 

@@ -35,9 +35,30 @@ def resolve_path(path: str) -> str:
     return str(next((folder / tail for folder in SHIPPED if (folder / tail).exists()), SHIPPED[0] / tail))
 
 
-def cache_folder() -> Path:
-    """Return `$FLASHGRPO_CACHE`, or `~/.cache/flashgrpo` where it is not set."""
-    return Path(expand_home(os.environ.get("FLASHGRPO_CACHE") or "~/.cache/flashgrpo"))
+def cache_folder(otherwise: Path | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
+    """Return `$FLASHGRPO_CACHE`, or `~/.cache/flashgrpo` where it is not set.
+
+    Args:
+        otherwise: taken where there is no home that can be written, as of a container's user that has no name.
+        say: told of that.
+
+    Raises:
+        UserError: it cannot be written, and `otherwise` is not given, or the variable names it.
+    """
+    named = os.environ.get("FLASHGRPO_CACHE")
+    try:
+        folder = Path(expand_home(named or "~/.cache/flashgrpo"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:
+        reason = system_reason(error).partition(";")[0]
+        if named or otherwise is None:
+            what = f"FLASHGRPO_CACHE: {named}" if named else "~/.cache/flashgrpo"
+            raise UserError(f"{what} cannot be written ({reason}); set FLASHGRPO_CACHE to a folder that can") from error
+        say(f"~/.cache/flashgrpo cannot be written ({reason}), so the cache is {otherwise}; FLASHGRPO_CACHE moves it")
+        return otherwise
+    return folder
 
 
 @contextlib.contextmanager

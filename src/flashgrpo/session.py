@@ -86,6 +86,7 @@ class Session:
         if not self._evaluations:
             self.reporter.say("scoring the base model")
             self._evaluate(0)
+        self.parts.rewards.began_with([*self._evaluations[0]["rewards"], *self._evaluations[0]["watched"]])
         self.progress = self._saved = self._begun = self._as_evaluated(Progress())
         if saved:
             state, folder = self.optimizer.state(), self.directory.path

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flashgrpo.config import RunConfig
+from flashgrpo.config import RunConfig, recipe_schema
 from flashgrpo.config.reading import read_recipe
 from flashgrpo.errors import UserError
 from flashgrpo.presets import PRESETS
@@ -32,6 +32,16 @@ def recipe_with(algorithm: object) -> dict:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_the_schema_accepts_every_shipped_recipe_as_it_is_written(problems, file):
     assert problems(read_recipe(file)) == []
+    assert file.read_text("utf-8").startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+
+
+def test_every_setting_is_described():
+    """At every level, those of the choices too."""
+    schema = recipe_schema()
+    parts = {"a run": schema, **schema["$defs"]}
+    settings = [(part, name, node) for part, tree in parts.items() for name, node in tree.get("properties", {}).items()]
+    assert len(settings) > 150
+    assert not [(part, name) for part, name, node in settings if len(node.get("description", "")) < 3]
 
 
 @pytest.mark.parametrize("name", PRESETS)

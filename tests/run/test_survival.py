@@ -163,3 +163,30 @@ def test_a_file_system_that_does_not_flush_is_written_to(tmp_path, number):
         append_line(tmp_path / "b.jsonl", "{}")
     assert (tmp_path / "a.txt").read_text() == "a"
     assert (tmp_path / "b.jsonl").read_text() == "{}\n"
+
+
+REWARD = "def mine(videos, prompts, **columns): return VALUES\n"
+OTHER = {
+    "{'a': range(len(prompts)), 'b': range(len(prompts))}": "the components a, b",
+    "list(range(len(prompts)))": "a number",
+}
+
+
+@pytest.mark.parametrize(("now", "told"), OTHER.items())
+def test_a_resumed_run_has_the_components_that_it_began_with(tmp_path, now, told):
+    file = tmp_path / "mine.py"
+    file.write_text(REWARD.replace("VALUES", "{'a': list(range(len(prompts)))}"), "utf-8")
+    rewards = f"rewards={{agreement: null, persistence: null, background: null, mine: {{call: '{file}:mine'}}}}"
+    run = train(small_run(tmp_path / "run", rewards, "updates=1", "tracking.preflight=skip", "evaluation.every=9"))
+    file.write_text(REWARD.replace("VALUES", now), "utf-8")
+    with pytest.raises(UserError, match=f"reward mine returned {told}, and at first the components a; a reward has"):
+        resume(run)
+    assert [line["update"] for line in read_lines(run / "metrics.jsonl")] == [1]
+
+
+def test_a_base_line_that_lacks_videos_is_named(run):
+    base, *later = read_lines(run / "evaluations.jsonl")
+    lines = [{**base, "samples": base["samples"][:1]}, *later]
+    write_text(run / "evaluations.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(UserError, match="the base model was scored on 1 held-out videos, and there are 2 now"):
+        resume(run, 3)

@@ -224,7 +224,7 @@ def test_the_components_of_a_reward_are_those_of_its_first_table(tmp_path):
     rewards = Rewards({"c": RewardConfig(call=f"{tmp_path}/c.py:c")})
     for _ in range(2):
         assert set(rewards.score(VIDEOS, PROMPTS[:3], watched=False).names) == {"c.a", "c.b"}
-    with pytest.raises(UserError, match=r"reward c returned the components \['a'\], and at first \['a', 'b'\]"):
+    with pytest.raises(UserError, match=r"reward c returned the components a, and at first the components a, b"):
         rewards.score(VIDEOS, PROMPTS[:3], watched=False)
 
 

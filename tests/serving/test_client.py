@@ -401,6 +401,12 @@ def test_a_server_that_never_comes_is_told():
     assert 0.6 <= time.monotonic() - started < 10
 
 
+def test_a_server_that_is_absent_at_the_start_is_asked_once_where_no_patience_is_given(caplog):
+    with pytest.raises(UserError, match=r"cannot be reached .*; is `flashgrpo reward serve` running there"):
+        remote(f"http://127.0.0.1:{free_port()}")
+    assert "trying again" not in caplog.text
+
+
 def test_a_server_that_is_killed_and_restarted_loses_and_doubles_nothing(gate):
     first = Served(batch=1)
     reward = remote(first.url, batch=2, patience=60.0)

@@ -170,6 +170,11 @@ def _paired_samples(tuned: Evaluation, base: Mapping[str, Any] | None) -> list[d
         for row, prompt in enumerate(tuned.prompts)
     ]
     base_samples = samples if base is None else base["samples"]
+    if len(base_samples) != len(samples):
+        raise SharedError(
+            f"evaluations.jsonl: the base model was scored on {len(base_samples)} held-out videos, and there are "
+            f"{len(samples)} now; something else changed that file"
+        )
     for sample, before in zip(samples, base_samples, strict=True):
         sample |= {f"base_{key}": before[key] for key in ("reward", "rewards", "watched")}
     return samples

@@ -4,7 +4,7 @@ Each reward has one thread of its own, which takes the batches in the order in w
 never called twice at once, and nothing about the result depends on timing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -97,6 +97,16 @@ class Rewards:
                     f"rewards.{name}.channel: this model has no channel {config.channel!r}; "
                     f"{suggest(config.channel, channels)}"
                 )
+
+    def began_with(self, names: Iterable[str]) -> None:
+        """Hold the rewards to the components that a run began with, by the names in its evaluations.
+
+        Another version of a reward's code, or another server behind its address, may have others.
+        """
+        for reward in self.configs:
+            own = [name for name in names if name == reward or name.startswith(f"{reward}.")]
+            if own:
+                self._components[reward] = {name[len(reward) + 1 :] for name in own}
 
     def load(self, world: World) -> None:
         """Load what the rewards need, on the ranks that score, before anything is drawn; all learn what each takes.
@@ -194,7 +204,7 @@ class Rewards:
             before = self._components.setdefault(name, set(parts))
             if before != set(parts):
                 raise SharedError(
-                    f"reward {name} returned the components {sorted(parts)}, and at first {sorted(before)}; "
+                    f"reward {name} returned {_named(parts)}, and at first {_named(before)}; "
                     "a reward has to return the same ones each time"
                 )
         shares = {name: len(parts) for name, parts in ranks[0]["values"].items()}
@@ -237,3 +247,9 @@ class Rewards:
             raise self._failed[name] from error
         finally:
             batch.done()
+
+
+def _named(components: Iterable[str]) -> str:
+    """Say what a reward returned, by the names of its components; a number has none."""
+    names = sorted(filter(None, components))
+    return f"the components {', '.join(names)}" if names else "a number"

@@ -27,6 +27,7 @@ LOG = logging.getLogger("flashgrpo")
 TOKEN = "FLASHGRPO_REWARD_TOKEN"
 OUTSTANDING = 4  # requests that a server has of one call: one that is computed, one that arrives, and two that wait
 REST = 5.0  # seconds during which a server that failed is asked only where no other is left
+PATIENCE = 600.0  # seconds
 QUIET = 30.0  # seconds between two warnings of one client
 ADVICE = "is `flashgrpo reward serve` running there, and can this machine reach it?"
 
@@ -55,7 +56,8 @@ class Remote:
         encoding: of pixels: uint8 (rounded to 1/255), float32 (exact, four times larger), mp4 (lossy, far smaller).
         batch: videos in a piece.
         timeout: seconds that one request may take, in the server's queue too.
-        patience: seconds for which failures are repeated, and for which servers are waited for at the start.
+        patience: seconds for which failures are repeated, and for which servers are waited for at the start. When not
+            given, 600, and at the start each is asked once: one that is not there yet is a slip more often than not.
         token_env: variable with the servers' token, FLASHGRPO_...; by default FLASHGRPO_REWARD_TOKEN, if set.
 
     Attributes:
@@ -74,15 +76,16 @@ class Remote:
         encoding: str = "uint8",
         batch: int = 8,
         timeout: float | int = 300.0,  # a recipe may well say 300
-        patience: float | int = 600.0,
+        patience: float | int | None = None,
         token_env: str | None = None,
     ) -> None:
         if encoding not in get_args(Encoding):
             raise UserError(f"encoding: {suggest(encoding, get_args(Encoding))}, not {encoding!r}")
-        if batch < 1 or not timeout > 0 or not patience >= 0 or not urls:
+        if batch < 1 or not timeout > 0 or (patience is not None and not patience >= 0) or not urls:
             raise UserError("a remote reward needs a URL, batch of 1 or more, timeout above 0, patience of 0 or more")
         self._encoding: Any = encoding
-        self._batch, self._patience = batch, float(patience)
+        self._batch = batch
+        self._first_patience, self._patience = (0.0, PATIENCE) if patience is None else (float(patience),) * 2
         self._servers = [Endpoint(url, token_env, TOKEN, float(timeout)) for url in dict.fromkeys(urls)]
         self._rests_until: defaultdict[Endpoint, float] = defaultdict(float)  # of `time.monotonic`
         self._warned = -QUIET
@@ -193,7 +196,7 @@ class Remote:
 
     async def _info(self, server: Endpoint) -> Info:
         async with server.client() as client:
-            answer = await persist(lambda: server.ask(client, "GET", "/info"), self._patience, ADVICE, self._warn)
+            answer = await persist(lambda: server.ask(client, "GET", "/info"), self._first_patience, ADVICE, self._warn)
         return Info.read(answer, server.url)
 
     def _warn(self, failure: object, left: float | None) -> None:
