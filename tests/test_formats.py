@@ -1,11 +1,12 @@
 """Decimals follow the scale of what they show."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from flashgrpo.formats import Numbers, called, decimals, not_held_out
-from flashgrpo.run.progress import describe
+from flashgrpo.run.progress import describe, last_words
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,17 @@ def test_numbers_as_text():
     assert Numbers.alone(0.00012, 0.5).plain(0.5) == "0.500"
     assert Numbers.alone(0.00012).plain(0.00012) == "0.00012"
     assert (called({}), not_held_out({})) == ("held-out", "")
+
+
+def test_the_last_words_of_a_run():
+    base, better, worse = record(update=0), record(best=True), record(update=8, difference=-0.2, interval=None)
+    run = Path("runs/a b")
+    found, page = last_words(run, [base, better, worse], None, None).splitlines()
+    assert found == f"best update 4: {describe(better)}"
+    assert page == "its page: flashgrpo report 'runs/a b'"
+    confirmed = record(selected_from=2, difference=0.3, interval=[0.2, 0.4])
+    said = last_words(run, [base, better, worse], confirmed, "after update 8: interrupted")
+    assert said.startswith(f"stopped after update 8: interrupted; best update 4: {describe(confirmed)}\n")
+    said = last_words(run, [base, worse], None, None)
+    assert said.startswith("no evaluated update was above the base model; the last, 8: ")
+    assert last_words(run, [base], None, None).startswith("no update has been evaluated\n")

@@ -66,11 +66,11 @@ def train(
     overrides: Overrides = None,
     ray_workers: Annotated[int, typer.Option(min=0, help="Start this number of workers through Ray Train.")] = 0,
 ) -> None:
-    """Train a recipe; a run directory that has a checkpoint is resumed. Under torchrun, with all its processes."""
+    """Train a recipe, or resume a run directory. Under torchrun, with all its processes."""
+    from flashgrpo.train import settings_of, train_on_ray
     from flashgrpo.train import train as run_training
-    from flashgrpo.train import train_on_ray
 
-    config = RunConfig.load(recipe, overrides or [])
+    config = settings_of(recipe, overrides or [])
     run = train_on_ray(config, ray_workers) if ray_workers else run_training(config)
     if prints():
         print(run)

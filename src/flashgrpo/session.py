@@ -24,7 +24,7 @@ from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.gallery import Gallery
-from flashgrpo.run.progress import Clock, Interrupt, Reporter, describe, traced
+from flashgrpo.run.progress import Clock, Interrupt, Reporter, last_words, traced
 from flashgrpo.run.trackers import Trackers, check_installed
 from flashgrpo.scoring.heldout import evaluation_record, guard, selected
 
@@ -149,8 +149,11 @@ class Session:
             self._close()
         if self._saved.update < self.progress.update:
             self.reporter.warn(f"updates after {self._saved.update} could not be saved and will be done again")
-        if kind is None and self.progress.update < self.config.updates:
-            self.reporter.say(f"stopped after update {self.progress.update}: {self.ending or 'interrupted'}")
+        if kind is None and self.world.is_main:
+            why = f"after update {self.progress.update}: {self.ending or 'interrupted'}"
+            stopped = why if self.progress.update < self.config.updates else None
+            best = self.directory.confirmation()
+            self.reporter.say(last_words(self.directory.path, self._evaluations, best, stopped))
 
     def _close(self) -> None:
         self.reporter.stop()
@@ -210,9 +213,7 @@ class Session:
         self.progress = self._as_evaluated(replace(self.progress, update=update))
         if update == self.config.updates and (lags := self.config.optim.average_lags(update)):
             self.reporter.warn(lags)
-        if not line["best"]:
-            return
-        if isinstance(self.config.model.train, Lora):
+        if line["best"] and isinstance(self.config.model.train, Lora):
             self._export(self.optimizer.ema)
 
     def _export(self, averaged: Mapping[str, Tensor]) -> None:
@@ -271,7 +272,6 @@ class Session:
         self.reporter.say(f"scoring the best update, {update}, and the base model on noise that selected nothing")
         record = confirmation(self.parts, self.directory, update, self._evaluations)
         self.world.on_main(lambda: self.directory.write_confirmation(record))
-        self.reporter.say(f"update {update}: {describe(record)}")
 
     def save_if_due(self) -> None:
         """Write a checkpoint when it is due and after every evaluation."""

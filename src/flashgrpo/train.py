@@ -1,5 +1,6 @@
 """The main loop: prompt groups, draw and score, compare, update; log, evaluate, save."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,19 @@ def train(config: RunConfig, reporter: "Reporter | None" = None) -> Path:
     if number:
         raise Interrupted(number)
     return session.directory.path
+
+
+def settings_of(target: str, overrides: Sequence[str]) -> RunConfig:
+    """Read what to train by: a recipe, or a run directory, which is resumed with the settings that it has.
+
+    Raises:
+        UserError: it is neither, or an override is bad.
+    """
+    own = Path(target) / "config.yaml"
+    with contextlib.suppress(OSError, ValueError):  # too long for a path: it is none
+        if own.is_file():
+            return RunConfig.load(own, [f"out={target}", *overrides])
+    return RunConfig.load(target, overrides)
 
 
 def one_update(parts: "Assembly", groups: "Sequence[PromptGroup]", clock: "Phases") -> dict[str, Any]:

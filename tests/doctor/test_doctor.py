@@ -195,6 +195,19 @@ def test_a_last_step_that_is_stochastic(diagnose, monkeypatch):
     assert "the last step is stochastic" in found.sentence
 
 
+def test_an_eps_of_the_size_of_the_gradient(diagnose):
+    """At an eps of four times the median gradient half of the weights move by a fifth of the learning rate at most."""
+    found = finding(diagnose(), "optimizer eps")
+    assert (found.level, found.numbers["over_eps"]) == ("sound", pytest.approx(found.numbers["median_gradient"] / 1e-8))
+    eps = 4 * found.numbers["median_gradient"]
+    found = finding(diagnose(f"optim.eps={eps}"), "optimizer eps")
+    assert found.level == "warning"
+    assert "0.25 times optim.eps" in found.sentence
+    assert "in half of the weights Adam steps by 20% of optim.lr or less" in found.sentence
+    cut = finding(diagnose("optim.max_grad_norm=1e-9"), "optimizer eps")
+    assert cut.level == "warning", "what is cut to a norm of 1e-9 is smaller than eps"
+
+
 def test_a_reward_that_changes_its_mind(diagnose, tmp_path):
     overrides = reward(tmp_path, "    return [random.random() for _ in prompts]\n")
     assert "reward mine gave the same video two values" in only_fault(diagnose(*overrides), "rewards repeat")

@@ -49,6 +49,19 @@ def test_evaluate_says_so(run, tmp_path):
     assert "trained_on" not in json.loads(result.stdout), result.exception
 
 
+def test_a_run_directory_resumes_and_its_last_words_name_the_best(run):
+    """stdout is the directory; stderr ends with what came of it and the command that shows it."""
+    code = CliRunner().invoke(app, ["train", str(run), "updates=2", "tracking.progress=true"])
+    assert code.exit_code == 0
+    assert code.stdout == f"{run}\n"
+    assert [line["update"] for line in read_lines(run / "evaluations.jsonl")] == [0, 1, 2]
+    *_, found, page = code.stderr.strip().splitlines()
+    assert re.match(
+        r"best update \d: evaluation reward|no evaluated update was above the base model; the last, 2", found
+    )
+    assert page == f"its page: flashgrpo report {run}"
+
+
 def test_the_prompts_that_a_run_noted_count_where_their_file_is_gone(run):
     (run.parent / "train.txt").unlink()
     assert json.loads(CliRunner().invoke(app, ["evaluate", str(run), "--json"]).stdout)["trained_on"] == 2

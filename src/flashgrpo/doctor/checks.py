@@ -15,6 +15,7 @@ from flashgrpo.process import Finding
 from flashgrpo.types import representable
 
 ROUNDING = 1e-4  # of a reward's size: what two calls on the same video may differ by
+EPS_MARGIN = 10  # the median gradient has to be this multiple of optim.eps
 CLIP_MARGIN = 10  # clip_range has to be this multiple of the numeric drift, or rounding decides what is clipped
 USUAL_CLIP = 1e-3  # what the drift is held against where the objective clips no ratio
 
@@ -80,6 +81,27 @@ def trained_layers(parts: Assembly, trial: Trial) -> Finding:
         sentence = f"{len(silent)} trained parameters receive no gradient, {silent[0]} among them"
         return Finding("trained layers", "unsound", sentence, numbers)
     return Finding("trained layers", "sound", f"{attached} of {total} {what} are trained and receive gradient", numbers)
+
+
+def adam_eps(parts: Assembly, trial: Trial) -> Finding:
+    """The median gradient is far above `optim.eps`, so that Adam's first step is `optim.lr` in almost every weight.
+
+    It is `lr g / (|g| + eps)`. A loss of one size has a smaller gradient in each of more weights: a norm of 1e-4 over
+    12 million of them is 3e-8 in each, and with an eps of 1e-8 the step is three quarters of `lr`.
+    """
+    size, eps = trial.gradient_size, parts.config.optim.eps
+    numbers = {"median_gradient": size, "over_eps": size / eps}
+    if not size:
+        return Finding("optimizer eps", "warning", "no gradient was there to hold against optim.eps", numbers)
+    sentence = f"the median gradient, {size:.1e}, is {size / eps:.2g} times optim.eps {eps:.1e}"
+    if size < EPS_MARGIN * eps:
+        share = size / (size + eps)
+        sentence += (
+            f": in half of the weights Adam steps by {share:.0%} of optim.lr or less, and by another share for each "
+            f"size of model; an optim.eps of {size / 100:.0e} would be far below"
+        )
+        return Finding("optimizer eps", "warning", sentence, numbers)
+    return Finding("optimizer eps", "sound", sentence, numbers)
 
 
 def is_targeted(name: str, module: nn.Module, train: Lora) -> bool:
@@ -233,4 +255,4 @@ QUICK: tuple[Check, ...] = (
     advantage_signs,
 )
 TOLD: tuple[Check, ...] = (reward_spread, prompts)  # `train` says what they find, and refuses no run over it
-THOROUGH: tuple[Check, ...] = (planted_pairs, replicas, text_embeddings)
+THOROUGH: tuple[Check, ...] = (adam_eps, planted_pairs, replicas, text_embeddings)

@@ -1,5 +1,6 @@
 """A trial of a recipe on a few prompt groups, measured: what the doctor looks at. Weights end as they began."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from flashgrpo.distributed import memory
 from flashgrpo.distributed.world import local
 from flashgrpo.errors import SharedError
 from flashgrpo.learning.experience import Compared, Drawn
-from flashgrpo.learning.optim import GradientSum
+from flashgrpo.learning.optim import GradientSum, gradient_norm
 from flashgrpo.process import Finding
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.progress import Clock
@@ -29,6 +30,7 @@ class Trial:
         groups, group_size: the samples, of all ranks together.
         again: the rewards of the same videos, scored a second time: (B, R).
         received: trained parameter -> norm of its gradient.
+        gradient_size: median of the entries of the clipped gradient that are not 0, as the optimizer sees them.
         metrics: of the update; drift is there.
         replicas: a sentence where copies of the network differ after a step along the gradient.
         of_process: what the process itself found.
@@ -43,6 +45,7 @@ class Trial:
     compared: Compared
     again: Tensor
     received: dict[str, float]
+    gradient_size: float
     metrics: dict[str, Any]
     replicas: str | None
     of_process: Sequence[Finding]
@@ -104,6 +107,7 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
         compared,
         again,
         _on_any_rank(parts, probe.received),
+        statistics.median(parts.world.gather(probe.size)),
         metrics,
         probe.difference,
         parts.process.checks(drawn.record, drawn.outputs, config.seed, thorough),
@@ -129,6 +133,8 @@ class _GradientProbe(GradientSum):
         super().__init__(parts.optimizer.parameters, parts.world)
         self.received: dict[str, float] = defaultdict(float)
         self.difference: str | None = None
+        self.size = 0.0
+        self._config = parts.config.optim
         self._steps = steps
 
     @property
@@ -139,6 +145,8 @@ class _GradientProbe(GradientSum):
         gradients = self.take()
         for name, gradient in zip(self.parameters, gradients, strict=True):
             self.received[name] += float(torch.linalg.vector_norm(local(gradient)))
+        clipped = self._config.clip_factor(float(gradient_norm(gradients)))
+        self.size = self.size or clipped * _median_entry([local(gradient) for gradient in gradients])
         if self._steps:
             self._compare_after_step(gradients)
         return 0.0
@@ -156,6 +164,14 @@ class _GradientProbe(GradientSum):
             self.difference = str(error)
         for weight, kept in zip(weights, before, strict=True):
             weight.copy_(kept)
+
+
+def _median_entry(gradients: Sequence[Tensor], most: int = 2**20) -> float:
+    """Return the median size of the entries that are not 0, of about `most` that lie evenly; 0 where there are none."""
+    stride = max(1, sum(gradient.numel() for gradient in gradients) // most)
+    entries = torch.cat([gradient.flatten()[::stride].abs().float().cpu() for gradient in gradients])
+    entries = entries[entries > 0]
+    return float(entries.median()) if len(entries) else 0.0
 
 
 def _on_any_rank(parts: Assembly, received: dict[str, float]) -> dict[str, float]:

@@ -39,7 +39,7 @@ class GradientSum(ABC):
             self._gradients = parts
         else:
             torch._foreach_add_([local(g) for g in self._gradients], [local(part) for part in parts])
-        return _norm(parts)
+        return gradient_norm(parts)
 
     def take(self) -> list[Tensor]:
         """What was collected, in the order of the parameters; the next step starts from nothing."""
@@ -84,7 +84,7 @@ class Optimizer(GradientSum):
             SharedError: it was not for `max_bad_steps` steps in a row.
         """
         gradients = self.take()
-        norm = float(_norm(gradients))
+        norm = float(gradient_norm(gradients))
         if not math.isfinite(norm):
             self._note_skipped(norm)
         self.whole = False
@@ -108,7 +108,7 @@ class Optimizer(GradientSum):
             )
 
     def _take_step(self, gradients: Sequence[Tensor], norm: float) -> None:
-        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+        scale = self.config.clip_factor(norm)
         torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = gradient
@@ -152,6 +152,6 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
+def gradient_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all tensors together, of sharded ones over all shards."""
     return full_tensor(nn.utils.get_total_norm(tensors))

@@ -116,6 +116,10 @@ class OptimConfig(Part):
         """Optimizer steps of a number of updates."""
         return updates * self.minibatches * self.passes
 
+    def clip_factor(self, norm: float) -> float:
+        """Return what a gradient of a norm is multiplied by so that it is not above `max_grad_norm`."""
+        return min(1.0, self.max_grad_norm / (norm + 1e-6))
+
     def average_moved(self, updates: int) -> float:
         """Return `EmaConfig.moved` after a number of updates."""
         return self.ema.moved(self.steps(updates))

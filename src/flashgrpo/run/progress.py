@@ -1,10 +1,11 @@
 """What a person sees of a run in progress, the clock by phase, and the interrupt that ends it cleanly."""
 
+import shlex
 import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -95,6 +96,25 @@ def describe(record: Mapping[str, Any]) -> str:
     lag = f"of averaged weights that are still the base model to {100 * still:.0f} %" if still > 0.5 else ""
     fresh = "on noise that selected nothing" if "selected_from" in record else ""
     return ", ".join(filter(None, (said, fresh, lag, not_held_out(record))))
+
+
+def last_words(
+    path: Path, evaluations: Sequence[Mapping[str, Any]], confirmed: Mapping[str, Any] | None, stopped: str | None
+) -> str:
+    """Say what a run has come to, and which command shows it.
+
+    Args:
+        confirmed: the best update on noise that selected nothing, where it was scored.
+        stopped: after which update and why it ended before its last, if it did.
+    """
+    tuned = [line for line in evaluations if line["update"]]
+    best = confirmed or next((line for line in reversed(tuned) if line.get("best")), None)
+    found = "no update has been evaluated"
+    if best:
+        found = f"best update {best['update']}: {describe(best)}"
+    elif tuned:
+        found = f"no evaluated update was above the base model; the last, {tuned[-1]['update']}: {describe(tuned[-1])}"
+    return f"{f'stopped {stopped}; ' if stopped else ''}{found}\nits page: flashgrpo report {shlex.quote(str(path))}"
 
 
 class Clock:
