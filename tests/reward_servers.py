@@ -21,8 +21,7 @@ from flashgrpo.scoring.inputs import LatentVideos, VideoFiles
 from flashgrpo.serving import wire
 from flashgrpo.serving.http import Endpoint
 from flashgrpo.serving.messages import FORMAT
-from flashgrpo.serving.server import bound, make_server
-from flashgrpo.serving.service import Options
+from flashgrpo.serving.server import Options, bound, make_server
 from tests.videos import read_mp4
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -20,7 +20,6 @@ from flashgrpo.errors import UserError, printable
 from flashgrpo.scoring.loading import checked_values
 from flashgrpo.serving import messages, mp4, service, wire
 from flashgrpo.serving.http import _chunks
-from flashgrpo.serving.server import make_server
 from tests.reward_servers import INFO, brightness, unpack
 
 ALL = slice(None)
@@ -114,10 +113,9 @@ def test_each_side_copies_the_videos_once_at_most(monkeypatch):
     assert extra < size // 4
     assert any(part.nbytes == videos.nbytes for part in body)
     length = sum(map(len, body))
-    server = make_server(brightness, "brightness", "1", service.Options())
-    here = service.Service(server.scorer, messages.Info(**INFO), service.Options(), "")
+    here = service.Service(brightness, messages.Info(**INFO), service.Options())
     arrived, extra = peak_bytes(lambda: asyncio.run(here._arrived(sent(body), length)))
-    server.scorer.close()
+    here.close()
     assert extra < size // 4  # beside the file in memory
     assert os.fstat(arrived.fileno()).st_blocks * 512 < size + 2**20
     with arrived:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type, wait_random_exponential
 from tenacity.stop import stop_after_delay
 
 from flashgrpo.errors import UserError, printable
@@ -209,41 +209,33 @@ async def persist(
         UserError: patience has ended; the sentence has the last failure. What else `attempt` raises passes.
     """
     started = time.monotonic()
+    failed: Transient
 
     def left() -> float:
         return max(0.0, started + patience - time.monotonic())
 
     def wait(state: RetryCallState) -> float:
-        after = _failure(state).after
-        return min(left(), DRAWN(state) if after is None else after + min(DRAWN(state), 1.0))
+        return min(left(), DRAWN(state) if failed.after is None else failed.after + min(DRAWN(state), 1.0))
 
-    def before_sleep(state: RetryCallState) -> None:
-        if state.attempt_number == 1:
-            tell(_failure(state), left())
+    async def once() -> T:
+        nonlocal failed
+        try:
+            return await attempt()
+        except Transient as failure:
+            failed = failure
+            raise
 
-    def give_up(state: RetryCallState) -> None:
-        failure = _failure(state)
-        tries = f"{state.attempt_number} attempts in {time.monotonic() - started:.0f} s"
-        raise UserError(f"{failure}, at the last of {tries}; {failure.advice or advice}")
-
-    retrying = AsyncRetrying(
+    again = AsyncRetrying(
         retry=retry_if_exception_type(Transient),
         wait=wait,
         stop=stop_after_delay(patience),
-        before_sleep=before_sleep,
-        retry_error_callback=give_up,
+        before_sleep=lambda state: tell(failed, left()) if state.attempt_number == 1 else None,
     )
-
-    async def once() -> T:  # a lambda that returns a coroutine would not be awaited
-        return await attempt()
-
-    return await retrying(once)
-
-
-def _failure(state: RetryCallState) -> Transient:
-    failure = state.outcome.exception() if state.outcome else None
-    assert isinstance(failure, Transient)
-    return failure
+    try:
+        return await again(once)
+    except RetryError as error:
+        tries = f"{error.last_attempt.attempt_number} attempts in {time.monotonic() - started:.0f} s"
+        raise UserError(f"{failed}, at the last of {tries}; {failed.advice or advice}") from error
 
 
 async def all_of(tasks: list[Coroutine[Any, Any, T]]) -> list[T]:

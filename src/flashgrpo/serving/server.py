@@ -1,6 +1,7 @@
 """A reward behind HTTP: `flashgrpo reward serve NAME`. The other end is `client.py`."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -8,25 +9,22 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h11  # `service` says what is missing
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from flashgrpo.config.recipe import merge_choices, parse_override
-from flashgrpo.errors import UserError, install_hint, printable
+from flashgrpo.errors import UserError, system_reason
 from flashgrpo.scoring.loading import bind, declared, load_reward, takes_of
 from flashgrpo.scoring.names import full_name
 from flashgrpo.serving.client import TOKEN
 from flashgrpo.serving.http import is_loopback, token_of
 from flashgrpo.serving.messages import FORMAT, Info
-from flashgrpo.serving.service import Options, Scorer, Service, application
-
-try:
-    import h11
-    import uvicorn
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-except ImportError as missing:
-    raise UserError(f"a reward server needs FastAPI and uvicorn: {install_hint('server')}") from missing
+from flashgrpo.serving.service import Options, Service
 
 LOG = logging.getLogger("flashgrpo")
 
@@ -54,12 +52,13 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Says when it listens; at its end, tells those that wait to go elsewhere, and waits for what is computed."""
+    """Says when it serves; at its end, tells those that wait to go elsewhere, and waits for what is computed."""
 
-    def __init__(self, config: uvicorn.Config, scorer: Scorer) -> None:
+    announcement = ""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self.scorer = scorer
-        self.announcement = ""
+        self.service = service
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until SIGTERM or SIGINT, and return."""
@@ -67,18 +66,15 @@ class Server(uvicorn.Server):
             for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them anew once it has ended well
                 signal.signal(number, lambda *_: None)
         super().run(sockets)
-        self.scorer.join(seconds=5)
+        self.service.join(seconds=5)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        try:
-            await super().startup(sockets)
-        except OSError as error:  # two may bind one port before the first of them listens
-            raise _cannot_listen(self.config.host, self.config.port, error) from error
-        if self.announcement:
+        await super().startup(sockets)
+        if self.announcement:  # from now on signals end it well
             print(self.announcement, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.scorer.close()
+        self.service.close()
         await super().shutdown(sockets)
 
 
@@ -89,29 +85,12 @@ def make_server(reward: Any, name: str, version: str, options: Options) -> Serve
         UserError: there is no token where `options` says that there is one.
     """
     bounds = declared(reward, "score_range")
-    info = Info(
-        format=FORMAT,
-        name=name,
-        version=version,
-        takes=takes_of(reward),
-        score_range=None if bounds is None else tuple(bounds),
-        max_bytes=options.limit,
-    )
-    token = token_of(options.token_env, TOKEN)
-    scorer = Scorer(reward, info, options)
-    config = uvicorn.Config(
-        application(Service(scorer, info, options, token)),
-        options.host,
-        options.port,
-        http=Connection,
-        ws="none",
-        timeout_keep_alive=options.arrival_seconds,
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        lifespan="off",
-    )
-    return Server(config, scorer)
+    about: dict[str, Any] = {"name": name, "version": version, "takes": takes_of(reward)}
+    info = Info(**about, score_range=bounds and tuple(bounds), format=FORMAT, max_bytes=options.limit)
+    service = Service(reward, info, options, token_of(options.token_env, TOKEN))
+    quiet: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False}
+    quiet |= {"http": Connection, "timeout_keep_alive": options.arrival_seconds, "ws": "none", "lifespan": "off"}
+    return Server(uvicorn.Config(service.application(), **quiet), service)
 
 
 def serve(name: str, args: Sequence[str], options: Options) -> None:
@@ -137,6 +116,8 @@ def serve(name: str, args: Sequence[str], options: Options) -> None:
         server = make_server(reward, call, version_of(call, settings), options)
         if not is_loopback(options.host) and not token:
             LOG.warning("anybody who reaches %s can use this server; set %s to a token", options.host, TOKEN)
+        with _explained(options):  # two may bind one port before the first of them listens
+            listener.listen()
         host, port = listener.getsockname()[:2]
         server.announcement = f"serving {call} at http://{f'[{host}]' if ':' in host else host}:{port}"
         server.run([listener])
@@ -161,15 +142,18 @@ def bound(options: Options) -> socket.socket:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     # Asyncio sends at once (TCP_NODELAY) only where the protocol is named; else each answer waits 40 ms for an ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
+    with contextlib.ExitStack() as failing, _explained(options):
+        failing.callback(listener.close)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((options.host, options.port))
-    except (OSError, ValueError, TypeError) as error:  # the latter two of names that cannot be looked up
-        listener.close()
-        raise _cannot_listen(options.host, options.port, error) from error
+        failing.pop_all()
     return listener
 
 
-def _cannot_listen(host: str, port: int, error: Exception) -> UserError:
-    reason = printable(getattr(error, "strerror", None) or str(error)).lower()
-    return UserError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host")
+@contextlib.contextmanager
+def _explained(options: Options) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:  # the latter two of names that cannot be looked up
+        where = f"cannot listen on {options.host}:{options.port}"
+        raise UserError(f"{where}: {system_reason(error)}; choose another --port or --host") from error
