@@ -4,6 +4,7 @@ The nursery imports this file, and so once all that its children need.
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import flashgrpo.distributed.world
 import flashgrpo.doctor
 import flashgrpo.models.network
 import flashgrpo.models.wan
@@ -68,6 +70,22 @@ def train_and_die(recipe: str, write: int) -> str:
     """Train until the run dies without a word, in place of its change of that number in the run directory."""
     with failing(Path(RunConfig.load(recipe).out), death(after=write)):
         return train(recipe)
+
+
+def stop_at_start(recipe: str, met: bool, *overrides: str) -> str:
+    """Train with rank 1 stopped (SIGSTOP) before it has met the others, or once it has."""
+    real = flashgrpo.distributed.world.find_store
+
+    def find_store(rank: int, *arguments):
+        if rank and not met:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        found = real(rank, *arguments)
+        if rank and met:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return found
+
+    flashgrpo.distributed.world.find_store = find_store
+    return train(recipe, *overrides)
 
 
 def slow_train(recipe: str, seconds: float, *overrides: str) -> str:

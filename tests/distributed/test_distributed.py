@@ -311,6 +311,43 @@ def test_a_rank_that_hangs_is_found_too(nursery, recipe, tmp_path):
     assert "rank 1 has not been heard from for 4 s" in ranks.said(0)
 
 
+@pytest.mark.parametrize("met", [False, True], ids=["before it comes", "once it has come"])
+def test_a_rank_that_stops_at_the_start_does_not_hang_the_others(nursery, recipe, tmp_path, met):
+    limits = ["parallel.start_timeout=6", DEAD_AFTER]
+    ranks = nursery.start("stop_at_start", recipe, met, f"out={tmp_path}/run", *limits, size=2)
+    ranks.until(lambda: ranks.code(0) is not None)
+    ranks.kill(1)
+    assert ranks.wait()[0] == (1 if met else 2)
+    assert ("rank 1 has not been heard from for 4 s" if met else "within 6 s") in ranks.said(0)
+    assert "Traceback" not in ranks.said(0)
+
+
+SLOW_REWARD = """
+import os, time
+calls = 0
+def slow(videos, prompts, **columns):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls in (2, 5):
+        time.sleep(SECONDS)
+    return videos.mean(dim=(1, 2, 3, 4))
+"""
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [["shard=2"], ["reward_ranks=[1]"], []],
+    ids=["shard", "reward ranks", "replicate"],
+)
+def test_a_reward_may_take_longer_than_ranks_wait_for_each_other(nursery, recipe, tmp_path, parallel):
+    (tmp_path / "mine.py").write_text(SLOW_REWARD.replace("SECONDS", "6"))
+    call = f"rewards={{slow: {{call: '{tmp_path}/mine.py:slow'}}, agreement: null, persistence: null}}"
+    few = ["updates=2", "rollout.micro_batch=1", "rollout.decode_micro_batch=1", "tracking.preflight=skip"]
+    limits = ["parallel.timeout=4", *(f"parallel.{setting}" for setting in parallel)]
+    run = Path(nursery.run("train", recipe, f"out={tmp_path}/run", call, *few, *limits, size=2))
+    assert checkpoint.updates(run / "checkpoints")[-1] == 2
+
+
 def test_a_bug_on_one_rank_ends_all_and_shows_its_traceback_once(nursery, recipe, tmp_path):
     ranks = nursery.start("fail_on_rank_1", recipe, f"out={tmp_path}/run", size=2)
     codes = ranks.wait()

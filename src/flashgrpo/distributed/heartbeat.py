@@ -9,15 +9,17 @@ other process reads it and ends. Nothing is saved on the way out: the last check
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch.distributed as dist
 
-from flashgrpo.errors import UserError, launcher_number
+from flashgrpo.distributed.settings import ParallelConfig
+from flashgrpo.errors import UserError
 
 INTERVAL = 1.0  # seconds between two beats
 GRACE = 5.0  # seconds that a process gets to end by itself once the end of the run was posted
@@ -30,11 +32,12 @@ class Heartbeat:
 
     Args:
         store: a connection of its own, since requests of one connection wait for each other.
-        dead_after: seconds of silence after which a rank counts as dead.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, dead_after: float) -> None:
-        self._store, self._rank, self._size, self._dead_after = store, rank, size, dead_after
+    def __init__(self, store: dist.Store, rank: int, size: int, settings: ParallelConfig) -> None:
+        self._store, self._rank, self._size, self._settings = store, rank, size, settings
+        self._dead_after = settings.dead_after
+        self._met: dict[str, int] = defaultdict(int)
         self._stopped = threading.Event()
         self._beats = 0
         self._heard_end = False
@@ -43,8 +46,47 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch, once every rank has beaten for the first time."""
+        """Begin to watch, once every rank has beaten for the first time.
+
+        Raises:
+            UserError: one has not, within `parallel.start_timeout`.
+        """
+        limit = self._settings.start_timeout
+        until, pause = time.monotonic() + limit, 0.001
+        while missing := [rank for rank in range(self._size) if not self._check([f"beat/{rank}"])]:
+            if time.monotonic() > until:
+                who = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
+                raise UserError(f"{who} not come within {limit:g} s of the start (parallel.start_timeout)")
+            pause = self._pause(pause)
         self._thread.start()
+
+    def meet(self, name: str, size: int) -> None:
+        """Wait until `size` ranks have called this as often as this one for meetings of this name, while all live.
+
+        Raises:
+            UserError: the run has ended, for instance since one has died.
+        """
+        self._met[name] += 1
+        pause, needed = 0.001, self._met[name] * size
+        come = self._add(name, 1)
+        while come < needed:
+            pause = self._pause(pause)
+            come = self._add(name, 0)
+
+    def _pause(self, seconds: float) -> float:
+        """Wait a little before the store is asked again; returns how long to wait the next time."""
+        if (reason := self._posted()) is not None:
+            raise UserError(reason)
+        time.sleep(seconds)
+        return min(2 * seconds, 0.2)
+
+    def _add(self, name: str, count: int) -> int:
+        with self._lock:
+            return int(self._store.add(f"met/{name}", count))
+
+    def _check(self, keys: list[str]) -> bool:
+        with self._lock:
+            return bool(self._store.check(keys))
 
     def stop(self) -> None:
         """Stop watching: the run ends as it should."""
@@ -58,6 +100,13 @@ class Heartbeat:
         """
         try:
             reason = str(error) if isinstance(error, UserError) else self._wait_for_end(GRACE) or self._find_silent()
+            if (
+                reason is None
+                and isinstance(error, RuntimeError)
+                and re.search("timed? ?out", str(error), re.IGNORECASE)
+            ):
+                limit = f"{self._settings.timeout:g} s (parallel.timeout)"
+                reason = f"rank {self._rank} has waited for another longer than {limit}; raise it if steps take as long"
             if reason is None:  # this rank's own bug, which keeps its traceback
                 self._post(f"rank {self._rank} ended: {type(error).__name__}: {error}")
                 return error
@@ -150,15 +199,6 @@ class Heartbeat:
         if reason:
             print(f"flashgrpo: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
-
-
-def connect(rank: int, size: int, dead_after: float) -> Heartbeat:
-    """Connect a heartbeat to the store that the process group met at (MASTER_ADDR, MASTER_PORT)."""
-    host, port = os.environ["MASTER_ADDR"], launcher_number("MASTER_PORT", 0)
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts anew
-    name = f"flashgrpo/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
-    return Heartbeat(dist.PrefixStore(name, store), rank, size, dead_after)
 
 
 def _death(ranks: Sequence[int], seconds: float) -> str:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from flashgrpo.errors import UserError
 from flashgrpo.settings import LONG, MANY, Count, Part
 
 
@@ -22,8 +23,10 @@ class ParallelConfig(Part):
     """The processes that compute the rewards of all videos; when none is given, each scores what it has drawn."""
     dead_after: float = Field(default=60, gt=2, le=LONG)
     """Seconds without a sign of life after which a process counts as dead, and all end."""
+    start_timeout: float = Field(default=300, gt=0, le=LONG)
+    """Seconds that the processes wait at the start until all of them are there."""
     timeout: float = Field(default=1800, gt=0, le=LONG)
-    """Seconds that a process waits for the others, for instance until their rewards are there."""
+    """Seconds that a process waits for the others while all compute; for rewards and files they wait for each other."""
 
     @property
     def fewest_processes(self) -> int:
@@ -32,3 +35,17 @@ class ParallelConfig(Part):
             return len(self.shares) * self.context
         together = self.shard * self.context
         return -(-(1 + max(self.reward_ranks, default=0)) // together) * together
+
+    def check_mesh(self, size: int) -> None:
+        """Check that a number of processes fits the mesh.
+
+        Raises:
+            UserError: it does not.
+        """
+        shard, context, shares = self.shard, self.context, self.shares
+        if size % (shard * context):
+            raise UserError(f"parallel: {size} processes cannot be cut into shard {shard} x context {context}")
+        if shares is not None and (len(shares) != size // context or not sum(shares)):
+            raise UserError(f"parallel.shares: {len(shares)} shares for {size // context} data ranks; give each one")
+        if any(rank >= size for rank in self.reward_ranks):
+            raise UserError(f"parallel.reward_ranks: {list(self.reward_ranks)} with {size} processes, numbered from 0")

@@ -52,6 +52,7 @@ def hand_over(world: World, rows: Tensor | None, piece: Piece) -> Tensor | None:
     """
     if piece.destination == piece.source:
         return rows
+    world.meet(piece.source, piece.destination)  # which may have waited for a reward
     if world.rank == piece.source:
         assert rows is not None
         rows = rows.float().cpu().contiguous()

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flashgrpo.distributed.gpus import refuse_shared_gpus
-from flashgrpo.distributed.heartbeat import connect
+from flashgrpo.distributed.heartbeat import Heartbeat
 from flashgrpo.distributed.messages import from_bytes, outcome_of, through_json, to_bytes, values_of
+from flashgrpo.distributed.rendezvous import find_store
 from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.distributed.shares import cut
 from flashgrpo.errors import SharedError, UserError, launcher_number
@@ -39,6 +40,7 @@ class World:
         reward_ranks: the ranks that compute rewards; where there is none, each scores what it has drawn.
         uses_fsdp: whether FSDP2 wraps the network, so that network calls are collectives and gradients come reduced.
         cpu_group: the group that the processes talk over; on the CPU whatever the device.
+        heartbeat: keeps the meetings outside of collectives, which are called `meetings`; None where there is none.
     """
 
     device: torch.device
@@ -50,6 +52,8 @@ class World:
     reward_ranks: Sequence[int] = ()
     uses_fsdp: bool = False
     cpu_group: Any = None
+    heartbeat: Heartbeat | None = None
+    meetings: str = "run"
 
     @property
     def is_main(self) -> bool:
@@ -119,6 +123,7 @@ class World:
         if self.size == 1:
             return through_json(compute())
         message = to_bytes(outcome_of(compute)) if self.is_main else torch.empty(0, dtype=torch.uint8)
+        self.meet()
         length = torch.tensor([len(message)])
         dist.broadcast(length, 0, group=self.cpu_group)
         if not self.is_main:
@@ -131,6 +136,7 @@ class World:
         if self.size == 1:
             return [through_json(value)]
         message = to_bytes(value)
+        self.meet()
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(message)]), group=self.cpu_group)
         longest = int(max(lengths))
@@ -138,6 +144,12 @@ class World:
         messages = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(messages, padded, group=self.cpu_group)
         return [from_bytes(text[: int(length)]) for text, length in zip(messages, lengths, strict=True)]
+
+    def meet(self, *ranks: int) -> None:
+        """Wait for these ranks, or for all, as long as they live: a collective waits for `parallel.timeout` only."""
+        if self.heartbeat:
+            among = "-".join(map(str, sorted(ranks))) or "all"
+            self.heartbeat.meet(f"{self.meetings}/{among}", len(ranks) or self.size)
 
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set on any rank."""
@@ -239,31 +251,31 @@ def process_group(parallel: ParallelConfig, compute_dtype: str | None = None, st
         raise UserError(f"the environment says RANK {rank} of WORLD_SIZE {size}; unset both, or start with torchrun")
     settings = parallel if strict or size > 1 else ParallelConfig()
     uses_fsdp = settings.shard > 1 or compute_dtype is not None  # not for `shard` where one process evaluates
-    check_mesh(settings, size)
+    settings.check_mesh(size)
     device = _claim_device()
     patience = timedelta(seconds=settings.timeout)
     begun_here = (size > 1 or uses_fsdp) and not dist.is_initialized()
-    if begun_here:
-        _init_group("nccl" if device.type == "cuda" else "gloo", size, patience)
-    cpu_group = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
-    mesh = settings.shard, settings.context, settings.shares, settings.reward_ranks
-    world = World(device, rank, size, *mesh, uses_fsdp, cpu_group)
-    heartbeat = connect(rank, size, settings.dead_after) if size > 1 else None
+    store, heartbeat = find_store(rank, size, settings) if size > 1 else (dist.HashStore(), None)
     try:
         if heartbeat:
-            dist.barrier(group=cpu_group)
             heartbeat.start()
+        if begun_here:
+            backend = "nccl" if device.type == "cuda" else "gloo"  # a process alone needs a group for FSDP2, too
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        cpu_group = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
+        mesh = settings.shard, settings.context, settings.shares, settings.reward_ranks
+        world = World(device, rank, size, *mesh, uses_fsdp, cpu_group, heartbeat)
         refuse_shared_gpus(device, world.all_gather_json)
         yield world
         if heartbeat:
-            dist.barrier(group=cpu_group)  # nobody leaves, and takes the store away, while others still watch
+            world.meet()  # nobody leaves, and takes the store away, while others still watch
             heartbeat.stop()
             dist.barrier(group=cpu_group)
         if begun_here:
             dist.destroy_process_group()
     except BaseException as error:
         explained = heartbeat.explain(error) if heartbeat else error
-        if begun_here and size == 1:
+        if begun_here and size == 1 and dist.is_initialized():
             dist.destroy_process_group()
         if explained is error:
             raise
@@ -277,22 +289,3 @@ def _claim_device() -> torch.device:
     device = torch.device("cuda", launcher_number("LOCAL_RANK", 0) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def _init_group(backend: str, size: int, patience: timedelta) -> None:
-    """Join the launcher's processes; a process alone, which FSDP2 needs a group for too, keeps its own store."""
-    if size > 1:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def check_mesh(settings: ParallelConfig, size: int) -> None:
-    """Raise a `UserError` where this number of processes does not fit the mesh."""
-    shard, context, shares = settings.shard, settings.context, settings.shares
-    if size % (shard * context):
-        raise UserError(f"parallel: {size} processes cannot be cut into shard {shard} x context {context}")
-    if shares is not None and (len(shares) != size // context or not sum(shares)):
-        raise UserError(f"parallel.shares: {len(shares)} shares for {size // context} data ranks; give each one")
-    if any(rank >= size for rank in settings.reward_ranks):
-        raise UserError(f"parallel.reward_ranks: {list(settings.reward_ranks)} with {size} processes, numbered from 0")

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.sharding import blocks_of
-from flashgrpo.distributed.world import check_mesh, local
+from flashgrpo.distributed.world import local
 from flashgrpo.errors import UserError
 from flashgrpo.models.load import META, weightless
 from flashgrpo.models.lora import trained_parameters
@@ -78,7 +78,7 @@ def estimate(config: RunConfig, processes: int | None = None) -> MemoryEstimate:
     """
     model, settings, parallel = weightless(config.model), config.rollout, config.parallel
     processes = processes or parallel.fewest_processes
-    check_mesh(parallel, processes)
+    parallel.check_mesh(processes)
     own = math.ceil(settings.prompts * settings.group_size * parallel.context / processes)
     heldout = math.ceil(_heldout(config) * parallel.context / processes)
     vae, offload = model.pipeline.vae, config.model.offload

@@ -97,7 +97,7 @@ class Writer:
         try:
             with explain_os_errors(path):
                 _write_shards(tensors, aside, self._group)
-                _seal(aside, progress, replace(self._world, cpu_group=self._group))
+                _seal(aside, progress, replace(self._world, cpu_group=self._group, meetings="checkpoint"))
                 if self._world.is_main:
                     publish(path)
                     _prune(self._folder, progress, self._keep)
@@ -268,7 +268,9 @@ class _Background(threading.Thread):
 
 def _seal(folder: Path, progress: Progress, world: World) -> None:
     """Write state.json, with the digests that the ranks compute; all ranks call this together."""
-    world.on_all(lambda: flush_shards(folder, world.rank))
+    world.on_all(
+        lambda: None if world.is_main else flush_shards(folder, world.rank)
+    )  # that one flushes as it publishes
 
     def written() -> list[str]:
         check_shards(folder)

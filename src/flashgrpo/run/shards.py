@@ -53,7 +53,7 @@ def digests(folder: Path, names: Sequence[str], world: World) -> dict[str, str]:
 
 
 def flush_shards(folder: Path, rank: int) -> None:
-    """Wait until the shards that a rank has written are on disk.
+    """Wait until the shards that a rank has written are on disk, for which its own machine has to be asked.
 
     Raises:
         UserError: the disk did not take them.

@@ -68,10 +68,9 @@ class Scoring:
         if not len(rows) or self._world.rank % self._world.context:  # ranks of one context have drawn the same
             return
         numbers = [self._first + row for row in rows.tolist()]
-        if self._deferred:
-            self._waiting.append((numbers, outputs))
-        else:
-            self._score(numbers, outputs)
+        self._waiting.append((numbers, outputs))
+        while self._waiting and not self._deferred and not self._behind():
+            self._score(*self._waiting.pop(0))
 
     def table(self) -> RewardTable:
         """The rewards of all ranks' samples in their order, the same on every rank; all ranks call this together.
@@ -123,10 +122,18 @@ class Scoring:
         if self._world.rank == piece.destination:
             self._submit(piece.numbers, videos, outputs)
 
+    def _behind(self) -> list[Future[Columns]]:
+        """Those that a reward has to be done with before it gets more.
+
+        While samples are drawn nothing waits for them, for other ranks may wait in a network call: latents are kept.
+        """
+        last = [futures[-AHEAD] for futures in self._futures.values() if len(futures) >= AHEAD]
+        return [future for future in last if not future.done()]
+
     def _submit(self, numbers: Sequence[int], videos: Tensor | None, outputs: Outputs | None) -> None:
         """Give some samples to the rewards of this rank, once these are not too far behind."""
         with self._clock("reward"):
-            wait([futures[-AHEAD] for futures in self._futures.values() if len(futures) >= AHEAD])
+            wait(self._behind())
         self._scored += numbers
         prompts = [self._prompts[number] for number in numbers]
         batch = Batch(
