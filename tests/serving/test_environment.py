@@ -194,6 +194,15 @@ def test_names_of_environments(plain):
     assert Environment.of(f"{file}:reward", requirements=other).requirements[0] == "einops"
 
 
+def test_without_uv_the_command_that_installs_it_is_told(plain, monkeypatch):
+    made, steps, _ = plain
+    monkeypatch.setitem(sys.modules, "uv", None)
+    with pytest.raises(UserError, match=r"`flashgrpo reward env` needs uv: pip install -e '.*\[server\]'"):
+        made.hold()
+    assert not steps
+    assert not made.is_whole
+
+
 def test_an_environment_is_made_once_and_whole(plain):
     made, steps, folder = plain
     (folder / "broken").touch()

@@ -24,7 +24,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -131,10 +131,10 @@ class Environment:
         log.unlink(missing_ok=True)
         LOG.warning("making %s for %s; this can take minutes (%s)", self.folder, self.reward, log)
         try:
-            from uv import find_uv_bin
-        except ImportError as missing:
+            uv = import_module("uv").find_uv_bin()
+        except (ImportError, FileNotFoundError) as missing:
             raise UserError(f"`flashgrpo reward env` needs uv: {install_hint('server')}") from missing
-        uv, (settings, options) = find_uv_bin(), pip_settings()
+        settings, options = pip_settings()
         self._run([uv, "venv", "--no-project", "--python", sys.executable, str(self.folder)], log, settings)
         place = self.folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
         (place / "links.pth").write_text(f"{self.folder / 'links'}\n", encoding="utf-8")
