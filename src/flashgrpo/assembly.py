@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from flashgrpo.processes.flow.settings import RolloutConfig
 from flashgrpo.prompts import prompt_groups, read_prompts, trained_on
 from flashgrpo.scoring.heldout import Evaluator
 from flashgrpo.scoring.rewards import Rewards
-from flashgrpo.scoring.scoring import Scoring, untimed
+from flashgrpo.scoring.scoring import Scoring, Watch, untimed, unwatched
 from flashgrpo.types import Prompt, PromptGroup, representable
 
 Say = Callable[[str], None]
@@ -41,9 +41,10 @@ class Assembly:
         trained_on: held-out prompts that are training prompts; where there are some, nothing calls them held-out.
     """
 
-    def __init__(self, config: RunConfig, world: World, say: Say | None = None) -> None:
+    def __init__(self, config: RunConfig, world: World, say: Say | None = None, watch: Watch = unwatched) -> None:
         self.config = config
         self.world = world
+        self._watch = partial(watch, "rollout")
         self.prompts = read_prompts(config.prompts.train, "prompts.train")
         self.heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
         self.rewards = Rewards(config.rewards, config.model.fps)
@@ -62,7 +63,7 @@ class Assembly:
         self.rewards.load(world)  # after the prompts' encoders have made room, and before anything is drawn
         self.objective = config.algorithm.objective
         self.optimizer = Optimizer(trained_parameters(self.process.network), config.optim, world)
-        self.evaluator = make_evaluator(config, self.process, self.heldout, self.rewards, world, self.trained_on)
+        self.evaluator = make_evaluator(config, self.process, self.heldout, self.rewards, world, self.trained_on, watch)
 
     def prompt_groups(self, update: int) -> list[PromptGroup]:
         """The prompt groups of an update."""
@@ -86,9 +87,8 @@ class Assembly:
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
         """The trained rewards of samples that are about to be drawn, of all ranks."""
         batch, deferred = self.config.rollout.decode_micro_batch, self.config.model.offload
-        return Scoring(
-            self.rewards, self.process.media, self.world, prompts, False, batch, deferred=deferred, clock=clock
-        )
+        watch = self._watch if clock is not untimed else lambda done, of: None  # what is scored again is not drawn
+        return Scoring(self.rewards, self.process.media, self.world, prompts, False, batch, (), deferred, clock, watch)
 
     def compare(self, drawn: Drawn) -> Compared:
         """Compare the samples of all ranks within their keys."""
@@ -174,10 +174,11 @@ def make_evaluator(
     rewards: Rewards,
     world: World,
     trained_on: int,
+    watch: Watch = unwatched,
 ) -> Evaluator:
     """The evaluation of a run's held-out prompts, of which so many are training prompts."""
     batch, deferred = config.rollout.decode_micro_batch, config.model.offload
-    return Evaluator(process, config.evaluation, prompts, rewards, world, batch, deferred, trained_on)
+    return Evaluator(process, config.evaluation, prompts, rewards, world, batch, deferred, trained_on, watch)
 
 
 def planned_cost(config: RunConfig, update: int) -> Cost:

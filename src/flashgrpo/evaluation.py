@@ -1,7 +1,7 @@
 """A checkpoint scored beside its base model: what `evaluate` shows, and what confirms a run's best at its end."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
 from flashgrpo.scoring.heldout import Evaluator, evaluation_record, selected, tuned_lines
 from flashgrpo.scoring.rewards import Rewards
+from flashgrpo.scoring.scoring import unwatched
 from flashgrpo.types import Prompt
 
 
@@ -46,18 +47,22 @@ def evaluate_checkpoint(target: str | Path, overrides: Sequence[str], update: in
     rewards = Rewards(config.rewards, config.model.fps)
     prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
     rewards.check_columns(prompts[0], "prompts.heldout")
-    update = directory.choose_checkpoint(update, Reporter().warn) if directory else None
+    reporter = Reporter()
+    update = directory.choose_checkpoint(update, reporter.warn) if directory else None
     evaluations = directory.evaluations() if directory else []
     fresh = update is not None and update == selected(evaluations)
     group = process_group(config.parallel, config.model.compute_dtype, strict=False)
-    with group as world, closing(rewards):
-        process = make_process(config, world, prompts, Reporter().say)
+    with group as world, closing(rewards), ExitStack() as stack:
+        stack.callback(reporter.stop)
+        process = make_process(config, world, prompts, reporter.say)
         if directory:
             directory.check_model(process.identity)
         rewards.load(world)
-        evaluator = make_evaluator(
-            config, process, prompts, rewards, world, _trained_on(config, process, prompts, directory)
+        trained, watch = (
+            _trained_on(config, process, prompts, directory),
+            reporter.watch if world.is_main else unwatched,
         )
+        evaluator = make_evaluator(config, process, prompts, rewards, world, trained, watch)
         base = evaluation_record(0, evaluator(fresh=fresh), None, config.evaluation.samples_per_prompt)
         if directory is None or update is None:
             return base

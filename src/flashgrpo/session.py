@@ -55,7 +55,7 @@ class Session:
         self.directory = RunDirectory(Path(config.out))
         world.on_main(lambda: check_installed(config.tracking))
         world.on_main(lambda: self.directory.check(config))
-        self.parts = Assembly(config, world, reporter.say)
+        self.parts = Assembly(config, world, reporter.say, reporter.watch)
         self.optimizer = self.parts.optimizer
         self.gallery = Gallery(self.directory.path, self.parts.evaluator, self.parts.process, world, config.model.fps)
         self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, world)

@@ -19,6 +19,8 @@ from flashgrpo.distributed.memory import wait_for_device
 from flashgrpo.formats import Numbers, called, not_held_out
 from flashgrpo.terminal import cell
 
+RARELY = 60.0  # seconds between two lines about one phase, where no terminal shows it at once
+
 
 class Reporter:
     """Shows a run's progress on `console`, which defaults to standard error; `quiet` shows warnings only."""
@@ -28,15 +30,47 @@ class Reporter:
         self._quiet = quiet
         self._live: Progress | None = None
         self._task: Any = None
+        self._phase: Any = None
+        self._phase_begun = self._told = time.monotonic()
         self._total = 0
         self._held_out = ""
 
     def start(self, done: int, total: int) -> None:
         """Begin to show a run that is at update `done` of `total`."""
         self._total = total
-        if not self._quiet and self.console.is_terminal:
+        if self._shows_live():
+            self._task = self._progress().add_task("", label="update", total=total, completed=done)
+
+    def watch(self, phase: str, done: int, of: int) -> None:
+        """Show that `done` of the `of` samples of a phase are done: at a terminal at once, elsewhere once a minute."""
+        now = time.monotonic()
+        if self._shows_live():
+            live = self._progress()
+            if done <= 0 or self._phase is None:
+                self._end_phase()
+                self._phase = live.add_task("", label=phase, total=of)
+            live.update(self._phase, completed=done)
+            if done >= of:
+                self._end_phase()
+        elif done <= 0:
+            self._phase_begun = now
+        elif now - self._told >= RARELY:
+            left = (now - self._phase_begun) * (of - done) / done
+            self.say(f"{phase}: sample {done} of {of}, about {left:.0f} s left")
+
+    def _end_phase(self) -> None:
+        if self._live and self._phase is not None:
+            self._live.remove_task(self._phase)
+        self._phase = None
+
+    def _shows_live(self) -> bool:
+        return not self._quiet and self.console.is_terminal
+
+    def _progress(self) -> Progress:
+        """Return the live lines, which are there from the first thing to show on."""
+        if self._live is None:
             self._live = Progress(
-                TextColumn("update"),
+                TextColumn("{task.fields[label]}", markup=False),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TextColumn("{task.description}", markup=False),
@@ -45,12 +79,13 @@ class Reporter:
                 console=self.console,
                 speed_estimate_period=3600,  # rich forgets steps older than 30 s, and an update can take minutes
             )
-            self._task = self._live.add_task("", total=total, completed=done)
             self._live.start()
+        return self._live
 
     def say(self, sentence: str) -> None:
         """Print a sentence that stays."""
         if not self._quiet:
+            self._told = time.monotonic()
             self.console.print(cell(sentence), highlight=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
@@ -62,7 +97,7 @@ class Reporter:
         counts = {"groups dropped": metrics.get("dropped_groups"), "steps skipped": metrics.get("skipped_steps")}
         bad = [f"{count} {what}" for what, count in counts.items() if count]
         reward = ", ".join([f"reward {Numbers.alone(metrics['reward']).plain(metrics['reward'])}", *bad])
-        if self._live:
+        if self._live and self._task is not None:
             self._live.update(self._task, completed=metrics["update"], description=f"{reward}  {self._held_out}")
         elif metrics["update"] % max(1, self._total // 20) == 0:
             self.say(f"update {metrics['update']}/{self._total}  {reward}  {metrics['seconds']['total']:.1f} s")
@@ -79,9 +114,10 @@ class Reporter:
 
     def stop(self) -> None:
         """Take the live line away."""
+        self._end_phase()
         if self._live:
             self._live.stop()
-            self._live = None
+            self._live = self._task = None
 
 
 def describe(record: Mapping[str, Any]) -> str:

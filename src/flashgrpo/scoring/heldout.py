@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from flashgrpo.files import finite
 from flashgrpo.process import Outputs, Process
 from flashgrpo.scoring.intervals import mean_interval
 from flashgrpo.scoring.rewards import Rewards
-from flashgrpo.scoring.scoring import Scoring
+from flashgrpo.scoring.scoring import Scoring, Watch, unwatched
 from flashgrpo.scoring.settings import HeldoutConfig, RewardConfig
 from flashgrpo.seeds import Name
 from flashgrpo.types import Prompt, RewardTable
@@ -40,6 +41,7 @@ class Evaluator:
         decode_batch: outputs decoded at once.
         deferred: decode and score once all is drawn; see `Scoring`.
         trained_on: number of the prompts that are training prompts.
+        watch: told how far an evaluation is.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Evaluator:
         decode_batch: int,
         deferred: bool,
         trained_on: int = 0,
+        watch: Watch = unwatched,
     ) -> None:
         self._process = process
         self._settings = settings
@@ -59,6 +62,7 @@ class Evaluator:
         self._rewards = rewards
         self._world = world
         self._decode_batch, self._deferred, self._trained_on = decode_batch, deferred, trained_on
+        self._watch = partial(watch, "evaluation")
 
     @torch.no_grad()
     def __call__(self, limit: int | None = None, fresh: bool = False) -> Evaluation:
@@ -71,9 +75,8 @@ class Evaluator:
         every = self._prompts[: None if limit is None else limit * self._settings.samples_per_prompt]
         rows, process = self._world.share(len(every)), self._process
         shown = [] if fresh else self._shown_rows()
-        scoring = Scoring(
-            self._rewards, process.media, self._world, every, True, self._decode_batch, shown, self._deferred
-        )
+        settings = self._decode_batch, shown, self._deferred
+        scoring = Scoring(self._rewards, process.media, self._world, every, True, *settings, watch=self._watch)
         process.sample([every[row] for row in rows], self._names(rows, fresh), scoring.add)
         return Evaluation(every, scoring.table(), shown, scoring.videos, self._trained_on)
 

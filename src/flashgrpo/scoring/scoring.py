@@ -19,6 +19,14 @@ from flashgrpo.types import Prompt, RewardTable, index_rows
 AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
 
 
+Watch = Callable[[str, int, int], None]
+"""Told of a phase, the samples done, and how many there are of this rank; 0 when it begins."""
+
+
+def unwatched(phase: str, done: int, of: int) -> None:
+    """Show nothing."""
+
+
 def untimed(phase: str) -> AbstractContextManager[None]:
     """A clock that does not run."""
     return nullcontext()
@@ -35,6 +43,7 @@ class Scoring:
         keep: numbers of the samples, among all, whose videos are kept in `videos`.
         deferred: decode and score once all is drawn: with parts of the model that take turns on the device. What waits
             are outputs, far smaller than videos; they are decoded and scored a micro-batch at a time all the same.
+        watch: told how many of this rank's samples are drawn, and how many there are.
     """
 
     def __init__(
@@ -48,6 +57,7 @@ class Scoring:
         keep: Sequence[int] = (),
         deferred: bool = False,
         clock: Callable[[str], AbstractContextManager[None]] = untimed,
+        watch: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
         self.videos: dict[int, Tensor] = {}
         self._rewards, self._media, self._world, self._prompts = rewards, media, world, prompts
@@ -57,7 +67,9 @@ class Scoring:
         self._frames = None if keep else decoded_for(takes)
         self._hands_latents = any(isinstance(one, LatentVideos) for one in takes)
         self._deferred = deferred or bool(world.reward_ranks)
-        self._first = world.share(len(prompts)).start
+        self._first, self._own = world.share(len(prompts)).start, len(world.share(len(prompts)))
+        self._watch, self._drawn = watch, 0
+        watch(0, self._own)
         self._waiting: list[tuple[list[int], Outputs]] = []  # numbers of samples, and what was drawn
         self._scored: list[int] = []  # numbers of the samples that this rank's rewards were given, in that order
         self._futures: dict[str, list[Future[Columns]]] = {name: [] for name in self._names}
@@ -65,6 +77,8 @@ class Scoring:
 
     def add(self, rows: Tensor, outputs: Outputs) -> None:
         """This rank has drawn the samples `rows` of its share, (B,), each once and in any order; outputs (B, ...)."""
+        self._drawn += len(rows)
+        self._watch(self._drawn, self._own)
         if not len(rows) or self._world.rank % self._world.context:  # ranks of one context have drawn the same
             return
         numbers = [self._first + row for row in rows.tolist()]

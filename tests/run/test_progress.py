@@ -1,0 +1,59 @@
+"""A sign of life inside an update and an evaluation."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from flashgrpo.assembly import Assembly
+from flashgrpo.distributed.world import single_process
+from flashgrpo.run import progress
+from flashgrpo.run.progress import Clock, Reporter
+
+
+def test_elsewhere_than_at_a_terminal_a_phase_is_told_once_a_minute(monkeypatch):
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    reporter = Reporter(Console(file=out))
+    for done in range(9):
+        now[0] = 20.0 * done
+        reporter.watch("evaluation", done, 8)
+    reporter.watch("rollout", 0, 4)
+    assert out.getvalue().splitlines() == [
+        "evaluation: sample 3 of 8, about 100 s left",
+        "evaluation: sample 6 of 8, about 40 s left",
+    ]
+
+
+def test_at_a_terminal_it_is_shown_at_once_and_taken_away():
+    out = io.StringIO()
+    reporter = Reporter(Console(file=out, force_terminal=True, width=100))
+    reporter.watch("evaluation", 0, 8)
+    reporter.watch("evaluation", 2, 8)
+    [task] = reporter._live.tasks
+    assert (task.fields["label"], task.completed, task.total) == ("evaluation", 2, 8)
+    reporter.start(0, 5)
+    reporter.watch("evaluation", 8, 8)
+    [task] = reporter._live.tasks
+    assert task.fields["label"] == "update"
+    reporter.stop()
+    assert reporter._live is None
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_shows_nothing_of_it(quiet):
+    out = io.StringIO()
+    reporter = Reporter(Console(file=out, force_terminal=True), quiet=quiet)
+    reporter.watch("rollout", 0, 8)
+    reporter.stop()
+    assert bool(out.getvalue()) == (not quiet)
+
+
+def test_rollout_and_evaluation_count_their_samples(make_run):
+    told: list[tuple[str, int, int]] = []
+    parts = Assembly(make_run("rollout.micro_batch=2"), single_process(), watch=lambda *given: told.append(given))
+    parts.draw_and_score(parts.prompt_groups(0), Clock())
+    assert told == [("rollout", done, 4) for done in (0, 2, 4)]
+    told.clear()
+    parts.evaluator()
+    assert [told[0], told[-1]] == [("evaluation", 0, 2), ("evaluation", 2, 2)]
