@@ -151,8 +151,10 @@ def test_what_cannot_be_had_is_told_in_a_sentence(tmp_path, monkeypatch):
         UserError, match=r"cannot be made: No solution found .* cause: Because .* \(all of it: .*\.log\)"
     ):
         Environment.of(f"{tmp_path}/mine.py:reward").hold()
-    monkeypatch.setenv("FLASHGRPO_CACHE", str(tmp_path / "mine.py"))
-    with pytest.raises(UserError, match=r"cannot write .*mine\.py/environments/.*: not a directory"):
+    monkeypatch.setenv("FLASHGRPO_CACHE", str(tmp_path / "other"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/environments").touch()
+    with pytest.raises(UserError, match=r"cannot write .*/environments/mine-.*: file exists"):
         Environment.of(f"{tmp_path}/mine.py:reward").hold()
 
 
