@@ -42,6 +42,7 @@ def test_an_evaluation_in_words():
     )
     assert describe(record(difference=-0.1, interval=None)) == "held-out reward 0.701, 0.100 below the base"
     assert describe(record(update=0, difference=0.0, interval=[0.0, 0.0], reward=0.00052)) == "held-out reward 0.00052"
+    assert describe(record(update=0, average_moved=0.0)) == "held-out reward 0.7005"
 
 
 def test_numbers_as_text():
@@ -50,6 +51,9 @@ def test_numbers_as_text():
     assert form.between([-0.1, 0.25]) == "-0.100 to +0.250"
     assert Numbers.alone(0.00012, 0.5).plain(0.5) == "0.500"
     assert Numbers.alone(0.00012).plain(0.00012) == "0.00012"
+    assert Numbers(3).showing(0.0002).signed(0.0002) == "+0.00020"
+    assert Numbers(3).showing(0.01) == Numbers(3).showing(0.0) == Numbers(3)
+    assert Numbers(2).showing(1e-9) == Numbers(4)
     assert (called({}), not_held_out({})) == ("held-out", "")
 
 

@@ -78,11 +78,10 @@ def _result(evaluated: dict[str, Any] | None) -> str:
         return "This checkpoint was not evaluated."
     said = describe(evaluated)
     result = f"{said[:1].upper()}{said[1:]}; {len(evaluated['samples'])} {called(evaluated)} videos, paired by noise."
-    watched = [
-        f"{name} {Numbers.of({'difference': change}).signed(change)}"
-        for name, value in evaluated["watched"].items()
-        for change in (value - evaluated["base_watched"][name],)
-    ]
+    watched = []
+    for name, value in evaluated["watched"].items():
+        change, interval = value - evaluated["base_watched"][name], evaluated["watched_intervals"].get(name)
+        watched.append(f"{name} {Numbers.of({'difference': change, 'interval': interval}).signed(change)}")
     return result + (f" Watched and never trained on: {', '.join(watched)}." if watched else "")
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 DASH = "\N{EN DASH}"
@@ -59,6 +59,11 @@ class Numbers:
         """Return the form of numbers of which nothing else is known, for terminals and plain text."""
         largest = max((abs(number(value)) for value in values), default=math.nan)
         return cls(max(least, decimals(level=largest)), "-")
+
+    def showing(self, change: object) -> "Numbers":
+        """Return the form with as many decimals as show a change that is not 0, two more at most."""
+        hidden = round(number(change), self.decimals) == 0 and number(change) != 0
+        return replace(self, decimals=min(decimals(change), self.decimals + 2)) if hidden else self
 
     def plain(self, value: object) -> str:
         """Return it without a plus; what is no number is a dash."""

@@ -59,7 +59,7 @@ def choice(shown: Row, evaluations: Sequence[Row], form: Numbers) -> str:
         selection = next((row for row in tuned if row["update"] == shown["update"]), {})
         return (
             f"{when}, the best of {len(tuned)} evaluations, on other noise than selected it; the evaluation that "
-            f"it was selected on says {form.signed(selection.get('difference'))}."
+            f"it was selected on says {form.showing(selection.get('difference')).signed(selection.get('difference'))}."
         )
     if shown.get("best") is not True:
         beaten = any(row.get("best") is True for row in evaluations)
@@ -90,8 +90,9 @@ def tiles(run: Run, shown: Row | None, form: Numbers) -> list[tuple[str, str, st
         watched = [component for component in components(shown) if component["watched"]]
         if watched:
             worst = min(watched, key=lambda part: math.inf if math.isnan(part["change"]) else part["change"])
-            remark = f"{worst['name']}, {form.plain(worst['base'])} → {form.plain(worst['tuned'])}"
-            figures.append(("Watched only", form.signed(worst["change"]), remark))
+            own = form.showing(worst["change"])
+            remark = f"{worst['name']}, {own.plain(worst['base'])} → {own.plain(worst['tuned'])}"
+            figures.append(("Watched only", own.signed(worst["change"]), remark))
     if run.metrics:
         videos, seconds = (column(run.metrics, *keys) for keys in (("samples",), ("seconds", "total")))
         seconds = seconds[seconds > 0]

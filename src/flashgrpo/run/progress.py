@@ -128,8 +128,12 @@ def describe(record: Mapping[str, Any]) -> str:
         side = "above" if difference >= 0 else "below"
         between = f" (95 % interval {form.between(interval)})" if interval else ""
         said += f", {form.plain(abs(difference))} {side} the base{between}"
-    still = 1 - record.get("average_moved", 1.0)
-    lag = f"of averaged weights that are still the base model to {100 * still:.0f} %" if still > 0.5 else ""
+    still = 1 - record.get("average_moved", 1.0) if record["update"] else 0.0
+    lag = (
+        f"of averaged weights that are still the base model to {100 * still:.0f} %"
+        if still > 0.5 and record["update"]
+        else ""
+    )
     fresh = "on noise that selected nothing" if "selected_from" in record else ""
     return ", ".join(filter(None, (said, fresh, lag, not_held_out(record))))
 
