@@ -74,6 +74,13 @@ def test_devices_are_named_in_one_place():
         assert name == "distributed/world.py" or not re.search(r"""["']cuda["']|\.cuda\(""", text), name
 
 
+def test_files_of_json_have_one_writer():
+    """`files.write_json` and `to_json`, which know no NaN and no Infinity."""
+    for name, file in zip(NAMES, FILES, strict=True):
+        found = re.search(r"(write|write_text|append_line)\([^\n]*json\.dumps", file.read_text())
+        assert name == "files.py" or not found, name
+
+
 def test_nothing_is_unpickled():
     """But for the index of a checkpoint, which `_IndexUnpickler` reads, and tensors alone (`weights_only`)."""
     unsafe = r"\bpickle\.\w+|torch\.load\((?![^)]*weights_only=True\))|all_gather_object|broadcast_object"

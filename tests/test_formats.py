@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flashgrpo.files import write_json
 from flashgrpo.formats import Numbers, called, decimals, not_held_out
 from flashgrpo.run.progress import describe, last_words
 
@@ -69,3 +70,8 @@ def test_the_last_words_of_a_run():
     said = last_words(run, [base, worse], None, None)
     assert said.startswith("no evaluated update was above the base model; the last, 8: ")
     assert last_words(run, [base], None, None).startswith("no update has been evaluated\n")
+
+
+def test_what_is_not_finite_is_null_in_every_file(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [math.nan, (math.inf, 1.0)], "b": {"c": -math.inf}})
+    assert (tmp_path / "a.json").read_text() == '{"a": [null, [null, 1.0]], "b": {"c": null}}\n'

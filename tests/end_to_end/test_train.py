@@ -262,7 +262,9 @@ def test_a_failing_evaluation_loses_no_update_and_is_made_up_for(finished, make_
 
 def test_mixed_precision_trains_evaluates_and_samples_in_one_process(make_run, tmp_path):
     run = train(make_run("updates=1", "model.compute_dtype=bfloat16"))
-    assert evaluate(run)["update"] in (0, 1)
+    record, line = evaluate(run), read_lines(run / "evaluations.jsonl")[-1]
+    assert (record["update"], line["update"]) == (1, 1)
+    assert record["reward"] == pytest.approx(line["reward"], rel=1e-3)
     assert (
         read_mp4(sample(run, [Prompt("a red circle moving left slowly", {})], tmp_path / "a.mp4", num_steps=2)).shape[0]
         == 9

@@ -57,7 +57,7 @@ def test_a_group_without_spread_contributes_exactly_zero(std, value):
     advantages = group_advantages(rewards, std=std)
     assert not advantages[0].any()
     assert advantages[1].all().item() is False  # its middle member
-    assert advantages[1].abs().max() > 0.5 or value == 1e6
+    assert advantages[1].abs().max() > 0.5 or (std, value) == ("batch", 1e6)
 
 
 @pytest.mark.parametrize("std", ["group", "batch"])
