@@ -41,7 +41,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         seconds = meter.clock.lap()
         device = world.device
         rate = matmul_rate(device, getattr(torch, config.model.dtype))
-        kept = parts.process.keeps_graphs
+        kept = parts.process.source.keeps_graphs
         settings = config.rollout.model_copy(update={"retain": kept})
         counted = estimate(config.model_copy(update={"rollout": settings})).totals
         work = operations(config, graphs_kept=kept)

@@ -111,7 +111,7 @@ def summary(lines: list[dict[str, float]], samples: int, parts: Assembly) -> dic
         "videos_per_hour": round(3600 * samples / seconds["total"], 1),
         "forwards": parts.process.cost(config.seed, 0, config.optim.passes, columns).total,
         "peak_gib": round(max(line["peak"] for line in lines) / 2**30, 2),
-        "graphs_kept": parts.process.keeps_graphs,
+        "graphs_kept": parts.process.source.keeps_graphs,
         "outside_phases": round(statistics.median(outside), 4),
         "outside_models": round(statistics.median(1 - line["models"] / line["total"] for line in lines), 4),
     }

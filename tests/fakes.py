@@ -136,7 +136,7 @@ class Colour(Fake):
         on_drawn(torch.arange(len(prompts)), colours)
         return colours
 
-    def cost(self, seed, update, passes, columns):
+    def cost(self, seed, update, passes, columns, uses=1):
         samples = self.prompts * self.group_size
         return Cost(samples, samples * passes * (3 + ("kl" in columns)))
 
@@ -163,7 +163,7 @@ class InTwo(Colour):
                 kl = {"kl": _energy(mean - base)}
             yield -_energy(action - mean), kl
 
-    def cost(self, seed, update, passes, columns):
+    def cost(self, seed, update, passes, columns, uses=1):
         """Two forwards a replay, which draws `old`, too; an update replays once without gradient and once with it."""
         samples = self.prompts * self.group_size
         return Cost(3 * samples, 2 * samples * passes * (4 + 2 * ("kl" in columns)))
@@ -264,7 +264,7 @@ class Program(Fake):
         on_drawn(torch.arange(len(prompts)), outputs)
         return outputs
 
-    def cost(self, seed, update, passes, columns):
+    def cost(self, seed, update, passes, columns, uses=1):
         names = [(seed, "program", update, p, m) for p in range(self.prompts) for m in range(self.group_size)]
         tokens = sum(sum(_lengths(name)) for name in names)
         return Cost(tokens, tokens * passes * (3 + ("kl" in columns)))

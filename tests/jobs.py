@@ -346,3 +346,10 @@ def needed_to_evaluate(parts: Assembly) -> dict[str, int]:
     steps = Counter(process.model.expert(timestep) for timestep in timesteps)
     batches = number_of_calls(own, parts.config.rollout.micro_batch)
     return by_expert(parts, Counter({expert: batches * count for expert, count in steps.items()}))
+
+
+def first_gradients() -> dict:
+    """See `tests/processes/flow/double.py`."""
+    from tests.processes.flow import double
+
+    return double.first_gradients()

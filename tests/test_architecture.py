@@ -9,9 +9,9 @@ import pytest
 
 import flashgrpo
 from flashgrpo.learning.objective import Penalized
-from flashgrpo.learning.settings import Credit, Current
+from flashgrpo.learning.settings import Averaged, Credit, Current, Frozen
 from flashgrpo.presets import PRESETS
-from flashgrpo.processes.flow.settings import Recorded, Stochastic
+from flashgrpo.processes.flow.settings import Deterministic, Recorded, Renoised, Stochastic
 
 ROOT = Path(flashgrpo.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -144,7 +144,13 @@ def test_what_others_import():
     assert callable(flashgrpo.evaluate)
     for name in ("FLASH_GRPO", "FLOW_GRPO", "FLOW_GRPO_FAST", "MIX_GRPO", "DANCE_GRPO"):
         assert isinstance(getattr(flashgrpo.presets, name), flashgrpo.presets.Algorithm)
-    parts = {"explore": Stochastic, "score": Recorded, "credit": Credit, "objective": Penalized, "behaviour": Current}
+    parts = {
+        "explore": (Stochastic, Deterministic),
+        "score": (Recorded, Renoised),
+        "credit": Credit,
+        "objective": Penalized,
+        "behaviour": (Current, Averaged, Frozen),
+    }
     assert [field.name for field in dataclasses.fields(flashgrpo.presets.Algorithm)] == list(parts)
     for algorithm in PRESETS.values():
         assert all(isinstance(getattr(algorithm, name), kind) for name, kind in parts.items())

@@ -2,21 +2,25 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.memory import explain_shortage
 from flashgrpo.distributed.world import World, use_threads
 from flashgrpo.errors import SharedError
 from flashgrpo.files import cache_folder
+from flashgrpo.learning.behaviour import Behaviour
 from flashgrpo.learning.experience import Compared, Drawn, Phases, compare, draw_and_score
 from flashgrpo.learning.optim import GradientSum, Optimizer
 from flashgrpo.learning.update import policy_update
 from flashgrpo.models.load import load_model, weightless
-from flashgrpo.models.lora import trained_parameters
+from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.presets import Algorithm
 from flashgrpo.process import Cost, Process
@@ -63,6 +67,8 @@ class Assembly:
         self.rewards.load(world)  # after the prompts' encoders have made room, and before anything is drawn
         self.objective = config.algorithm.objective
         self.optimizer = Optimizer(trained_parameters(self.process.network), config.optim, world)
+        self.behaviour = Behaviour(config.algorithm.behaviour, self.optimizer.parameters)
+        self.process.set_average(self._behaviours_weights)
         self.evaluator = make_evaluator(config, self.process, self.heldout, self.rewards, world, self.trained_on, watch)
 
     def prompt_groups(self, update: int) -> list[PromptGroup]:
@@ -78,11 +84,16 @@ class Assembly:
         """
         config = self.config
         scoring = self.scoring([group.prompt for group in groups for _ in range(group.size)], clock)
-        uses = uses or config.optim.passes * config.optim.minibatches
-        with explain_shortage("rollout.micro_batch, or optim.micro_batch, which the trained steps are computed by"):
+        uses = uses or config.uses
+        drawing = self._behaviours_weights() if self.behaviour.draws else nullcontext()
+        cure = "rollout.micro_batch, or optim.micro_batch, which the trained steps are computed by"
+        with drawing, explain_shortage(cure):
             return draw_and_score(
                 self.process, scoring, groups, config.seed, self.world, clock, uses, self.objective.columns
             )
+
+    def _behaviours_weights(self) -> AbstractContextManager[None]:
+        return weights_replaced(self.process.network, self.behaviour.weights)
 
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
         """The trained rewards of samples that are about to be drawn, of all ranks."""
@@ -116,7 +127,14 @@ class Assembly:
         """Make the optimizer steps of one update; returns its metrics."""
         optimizer = optimizer or self.optimizer
         with explain_shortage("optim.micro_batch, or set model.gradient_checkpointing"):
-            return policy_update(self.process, self.objective, optimizer, record, self.config.optim, self.world)
+            metrics = policy_update(self.process, self.objective, optimizer, record, self.config.optim, self.world)
+        if self.behaviour.draws and optimizer is self.optimizer:
+            del metrics["drift"]  # other weights have drawn, so a first ratio that is not 1 is none
+        return metrics
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that the next update depends on, as the very tensors in use; see `Optimizer.state`."""
+        return self.optimizer.state() | self.behaviour.state()
 
     def describe(self, drawn: Drawn, compared: Compared) -> dict[str, Any]:
         """The part of a metrics line that tells of rewards and compute; stds are over all samples of the update."""
@@ -124,7 +142,8 @@ class Assembly:
         total = rewards.total
         spread = dict(zip(rewards.names, rewards.values.std(dim=0, correction=0).tolist(), strict=True))
         columns = self.objective.columns
-        cost = self.process.cost(self.config.seed, drawn.update, self.config.optim.passes, columns)
+        passes, uses = self.config.optim.passes, self.config.uses
+        cost = self.process.cost(self.config.seed, drawn.update, passes, columns, uses)
         return {
             "reward": float(total.mean()),
             "reward_std": float(total.std(correction=0)),
@@ -146,6 +165,8 @@ class Assembly:
         other.config = self.config.model_copy(update={"algorithm": algorithm})
         other.process = self.process.exploring(algorithm.explore, algorithm.score)
         other.objective = algorithm.objective
+        other.behaviour = Behaviour(algorithm.behaviour, self.optimizer.parameters)
+        other.process.set_average(other._behaviours_weights)
         return other
 
 
@@ -187,11 +208,13 @@ def planned_cost(config: RunConfig, update: int) -> Cost:
     plain = settings.guidance_scale_2 is None and tuple(settings.guidance_interval) == (0, 1)
     return update_cost(
         config.algorithm.explore,
+        config.algorithm.score,
         settings,
         config.seed,
         update,
         config.optim.passes,
         config.algorithm.objective.columns,
+        config.uses,
         config.model.gradient_checkpointing,
         None if plain else _guided(config.model, settings),
     )

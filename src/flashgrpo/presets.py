@@ -7,10 +7,10 @@ docs/papers.md has each with its paper, equations and published settings.
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from flashgrpo.learning.objective import AnyObjective, Clipped, KlMasked
-from flashgrpo.learning.settings import Credit, Current
+from flashgrpo.learning.objective import AnyObjective, Clipped, Contrast, KlMasked
+from flashgrpo.learning.settings import AnyBehaviour, Averaged, Credit, Current
 from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
-from flashgrpo.processes.flow.settings import Recorded, Stochastic
+from flashgrpo.processes.flow.settings import Deterministic, Explore, Recorded, Renoised, ScoreKind, Stochastic
 from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import Rectified
 
@@ -27,11 +27,11 @@ class Algorithm:
         behaviour: whose weights draw.
     """
 
-    explore: Stochastic
-    score: Recorded = field(default_factory=Recorded)
+    explore: Explore
+    score: ScoreKind = field(default_factory=Recorded)
     credit: Credit = field(default_factory=Credit)
     objective: AnyObjective = field(default_factory=Clipped)
-    behaviour: Current = field(default_factory=Current)
+    behaviour: AnyBehaviour = field(default_factory=Current)
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
 
@@ -43,13 +43,28 @@ _OVER_BATCH = Credit(std="batch")
 FLASH_GRPO = Algorithm(Stochastic(_GROUPED, LinearSde(eta=1.0)), Recorded(Rectified()), _OVER_BATCH)
 FLOW_GRPO = Algorithm(Stochastic(AllSteps(), LinearSde(eta=1.0)), credit=_OVER_BATCH)
 FLOW_GRPO_FAST = Algorithm(Stochastic(_GROUPED, LinearSde(eta=1.0), shared_noise=True), credit=_OVER_BATCH)
-FLOW_GRPO_FAST_2 = replace(FLOW_GRPO_FAST, explore=replace(FLOW_GRPO_FAST.explore, steps=replace(_GROUPED, count=2)))
+FLOW_GRPO_FAST_2 = Algorithm(
+    Stochastic(replace(_GROUPED, count=2), LinearSde(eta=1.0), shared_noise=True), credit=_OVER_BATCH
+)
 MIX_GRPO = Algorithm(Stochastic(Window(size=4, stride=1, every=25), FlowSde(eta=0.7), shared_noise=True))
 DANCE_GRPO = Algorithm(Stochastic(AllSteps(fraction=0.6), ConstantSde(eta=0.3), shared_noise=True))
 
 # Several optimizer steps for a rollout, masked by divergence where others clip ratios
 FLOW_DPPO = Algorithm(Stochastic(AllSteps(), FlowSde(eta=0.7)), credit=_OVER_BATCH, objective=KlMasked(tau=1e-5))
 FLASH_DPPO = replace(FLASH_GRPO, objective=KlMasked(tau=1e-5))
+
+# Finished samples noised again: no stochastic step, any solver, no guidance in the update
+AWM = Algorithm(
+    Deterministic(),
+    Renoised(times=6, draw="grid", window=(0.01, 0.9), weight="ghuber"),
+    Credit(std="batch", rescale="clip"),
+    Clipped(clip_range=1.0, kl_coef=1e-3, average_coef=1.0),
+    Averaged(slope=0.001, ceiling=0.3, draws=False),
+)
+V_GRPO = Algorithm(Deterministic(), Renoised(shared=True), Credit(clip=3.0, bend="soft"), Clipped(clip_range=0.2))
+DIFFUSION_NFT = Algorithm(
+    Deterministic(), Renoised(times=None, draw="shuffled"), objective=Contrast(kl_coef=1e-4), behaviour=Averaged()
+)
 
 # Flash-GRPO without one or both of its two ideas
 RECTIFICATION_ONLY = replace(FLASH_GRPO, explore=Stochastic(_PER_SAMPLE, LinearSde(eta=1.0)))
@@ -64,7 +79,7 @@ FLASH_GRPO_STRATIFIED = replace(
     FLASH_GRPO, explore=Stochastic(replace(_GROUPED, draw="stratified"), LinearSde(eta=1.0))
 )
 FLASH_GRPO_CPS = replace(FLASH_GRPO, explore=Stochastic(_GROUPED, Cps(eta=0.8)))
-FLASH_GRPO_SHARED_NOISE = replace(FLASH_GRPO, explore=replace(FLASH_GRPO.explore, shared_noise=True))
+FLASH_GRPO_SHARED_NOISE = replace(FLASH_GRPO, explore=Stochastic(_GROUPED, LinearSde(eta=1.0), shared_noise=True))
 
 PRESETS = {
     "flash-grpo": FLASH_GRPO,
@@ -75,6 +90,9 @@ PRESETS = {
     "dance-grpo": DANCE_GRPO,
     "flow-dppo": FLOW_DPPO,
     "flash-dppo": FLASH_DPPO,
+    "awm": AWM,
+    "v-grpo": V_GRPO,
+    "diffusion-nft": DIFFUSION_NFT,
     "one-step": ONE_STEP,
     "grouping-only": GROUPING_ONLY,
     "rectification-only": RECTIFICATION_ONLY,

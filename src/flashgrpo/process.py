@@ -53,7 +53,8 @@ class Record:
         key: (T,) terms with one key are compared, on whatever ranks they are.
         channel: (T,) the number of the reward channel by which the term is judged, among the process's `channels`.
         weight: (T,) factor of the term in the objective.
-        old: (T,) the score by the weights that drew.
+        old: (T,) the score by the weights that drew; None where each unit is replayed once, by those very weights: then
+            it is what the replay gives.
         state: what replay needs.
         advantage: (T,) once the samples have been compared.
     """
@@ -64,7 +65,7 @@ class Record:
     key: Int64[Tensor, " terms"]
     channel: Int64[Tensor, " terms"]
     weight: Float32[Tensor, " terms"]
-    old: Float32[Tensor, " terms"]
+    old: Float32[Tensor, " terms"] | None
     state: State
     advantage: Float32[Tensor, " terms"] | None = None
 
@@ -85,7 +86,7 @@ class Record:
             self.key[terms],
             self.channel[terms],
             index_rows(self.weight, terms),
-            index_rows(self.old, terms),
+            None if self.old is None else index_rows(self.old, terms),
             self.state[units],
             None if self.advantage is None else index_rows(self.advantage, terms),
         )
@@ -214,8 +215,8 @@ class Process(Protocol):
         """Inside this context the network is the base model, before any training."""
         ...
 
-    def cost(self, seed: int, update: int, passes: int, columns: Sequence[str]) -> Cost:
-        """What an update costs that passes so often over its record and asks for these columns."""
+    def cost(self, seed: int, update: int, passes: int, columns: Sequence[str], uses: int = 1) -> Cost:
+        """What an update costs that passes so often over its record and asks for these columns; `uses` as in `draw`."""
         ...
 
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:

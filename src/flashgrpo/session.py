@@ -89,7 +89,7 @@ class Session:
         self.parts.rewards.began_with([*self._evaluations[0]["rewards"], *self._evaluations[0]["watched"]])
         self.progress = self._saved = self._begun = self._as_evaluated(Progress())
         if saved:
-            state, folder = self.optimizer.state(), self.directory.path
+            state, folder = self.parts.state(), self.directory.path
             known = Progress.of(saved)
             checkpoint.read_into(self.directory.checkpoints, known.update, state, self.world)
             self.optimizer.restored(state, known.skipped_in_a_row)
@@ -287,7 +287,7 @@ class Session:
         if whole_update and self.progress != self._begun:
             self._finish_writing()
             self.world.check_replicas(self.optimizer.weights())
-            self.writer.save(self.optimizer.state(), self.progress)
+            self.writer.save(self.parts.state(), self.progress)
             self._begun = self.progress
 
     def _finish_writing(self) -> None:

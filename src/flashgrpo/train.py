@@ -55,12 +55,14 @@ def settings_of(target: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def one_update(parts: "Assembly", groups: "Sequence[PromptGroup]", clock: "Phases") -> dict[str, Any]:
-    """Draw and score, compare, learn; nothing that was drawn is kept afterwards, for it is large."""
+    """Draw and score, compare, learn, and say who draws next; what was drawn is large, and is not kept afterwards."""
     drawn = parts.draw_and_score(groups, clock)
     compared = parts.compare(drawn)
     parts.refuse_dropped(groups, drawn, compared)
     with clock("update"):
-        return parts.describe(drawn, compared) | parts.learn(compared.record)
+        metrics = parts.describe(drawn, compared) | parts.learn(compared.record)
+        parts.behaviour.follow(drawn.update + 1)
+    return metrics
 
 
 def train_on_ray(config: RunConfig, workers: int) -> Path:

@@ -49,7 +49,18 @@ def cost_of(config: RunConfig, update: int, guided: Guided | None = None) -> Cos
     """Return what an update costs, by the settings alone where `guided` is not given."""
     algorithm, recomputes = config.algorithm, config.model.gradient_checkpointing
     seed, passes, columns = config.seed, config.optim.passes, algorithm.objective.columns
-    return update_cost(algorithm.explore, config.rollout, seed, update, passes, columns, recomputes, guided)
+    return update_cost(
+        algorithm.explore,
+        algorithm.score,
+        config.rollout,
+        seed,
+        update,
+        passes,
+        columns,
+        config.uses,
+        recomputes,
+        guided,
+    )
 
 
 @pytest.mark.parametrize(

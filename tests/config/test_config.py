@@ -87,7 +87,7 @@ def test_overrides_read_numbers_as_yaml(make_run):
         (["model.dtype=bfloat16", "model.train={kind: full}"], "full training keeps float32 weights"),
         (["model.offload=true", "model.train={kind: full}"], "model.offload: full training has nothing that could"),
         (["model.offload=true", "model.compute_dtype=bfloat16"], "model.offload: a network that FSDP2 holds stays"),
-        (["rollout.solver.kind=unipcc"], "rollout.solver is of the kind 'euler', 'unipc', not 'unipcc'"),
+        (["rollout.solver.kind=unipcc"], "rollout.solver is of the kind 'euler', 'unipc', 'dpm', not 'unipcc'"),
         (["rewards.persistence.weight=3"], "rewards.persistence: weight has no effect on a watched reward"),
         (["algorithm.clip_range=0"], "algorithm.objective: clip_range must be greater than 0"),
         (["rewards.agreement.weight=0"], "rewards.agreement: weight must not be 0"),

@@ -116,10 +116,19 @@ def test_a_setting_given_twice_is_refused(stored, tmp_path, algorithm, names):
         ("algorithm.grouping.sdt=group", "unknown key algorithm.grouping.sdt; did you mean 'std'?"),
         ("algorithm.grouping=group", "algorithm.grouping is a mapping of std, combine, shared_noise, not 'group'"),
         ("algorithm.grouping=null", "algorithm.grouping is a mapping of std, combine, shared_noise, not None"),
-        ("algorithm.explore.kind=stochastics", "algorithm.explore.kind must be 'stochastic', not 'stocha"),
-        ("algorithm.behaviour.kind=frozen", "algorithm.behaviour.kind must be 'current', not 'frozen'"),
-        ("algorithm.objective.kind=clippd", "algorithm.objective is of the kind 'clipped', 'kl-masked', not '"),
-        ("algorithm.score.kind=renoisd", "algorithm.score.kind must be 'recorded', not 'renoisd'"),
+        (
+            "algorithm.explore.kind=stochastics",
+            "algorithm.explore is of the kind 'stochastic', 'deterministic', not 'stocha",
+        ),
+        (
+            "algorithm.behaviour.kind=frozn",
+            "algorithm.behaviour is of the kind 'current', 'averaged', 'frozen', not 'frozn'",
+        ),
+        (
+            "algorithm.objective.kind=clippd",
+            "algorithm.objective is of the kind 'clipped', 'kl-masked', 'contrast', not '",
+        ),
+        ("algorithm.score.kind=renoisd", "algorithm.score is of the kind 'recorded', 'renoised', not 'renoisd'"),
     ],
 )
 def test_an_unknown_key_or_kind_is_refused_with_what_is_known(make_run, override, sentence):

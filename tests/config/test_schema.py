@@ -89,7 +89,7 @@ def test_the_schema_accepts_what_is_accepted_in_either_spelling(problems, tmp_pa
         "{explore: {noise: {kind: cps, eta: much}}}",
         "{credit: {std: bach}}",
         "{objective: {kl: 0.1}}",
-        "{behaviour: {kind: frozen}}",
+        "{behaviour: {kind: frozn}}",
     ],
 )
 def test_the_schema_refuses_what_is_refused(problems, tmp_path, algorithm):

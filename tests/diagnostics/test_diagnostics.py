@@ -144,11 +144,11 @@ def test_the_score_is_lambda_where_the_velocity_is_the_parameter(make_parts, mon
     for k in range(5):
         x, xi = torch.randn(1, *shape), torch.randn(1, *shape)
         step, v = torch.tensor([k]), theta.detach()[None]
-        x_next = process.table.sample(step, x, v, xi)
-        old, first = process.table.log_prob(step, x_next, x, v), torch.tensor([0])
+        x_next = process.source.table.sample(step, x, v, xi)
+        old, first = process.source.table.log_prob(step, x_next, x, v), torch.tensor([0])
         state = FlowState(first, step, x, x_next, old, nothing)
         unit = Record(step, first, first, first, first, torch.ones(1), old, state)
-        by_hand = (xi.norm() / process.table.rectification[k] / xi.numel()).item()
+        by_hand = (xi.norm() / process.source.table.rectification[k] / xi.numel()).item()
         assert score_norm(process, kept, unit) == pytest.approx(by_hand, rel=1e-4)
     assert theta.grad is None
     monkeypatch.setattr(parts.optimizer, "parameters", {"theta": theta})
@@ -172,7 +172,7 @@ def test_rectification_is_a_factor_of_each_steps_gradient(make_parts):
     candidates = own.process.explore.steps.candidates(own.process.grid.num_steps)
     for weighting, ours in ((Uniform(), by_step.norm), (Rectified(), by_step.rectified)):
         kept = Kept(own.optimizer.parameters, own.world)
-        weighted = replace(record, weight=weighting.weights(own.process.table, candidates, record.slot))
+        weighted = replace(record, weight=weighting.weights(own.process.source.table, candidates, record.slot))
         metrics = policy_update(own.process, own.objective, kept, weighted, own.config.optim, own.world)
         theirs = list(metrics["grad_norm_by_step"].values())
         assert [one.value for one in ours] == pytest.approx(theirs, rel=1e-4)
@@ -235,14 +235,14 @@ def test_the_noise_scale_of_gaussian_gradients():
 def test_nothing_is_moved_and_all_repeats(make_parts):
     parts = make_parts()
     before = {name: parameter.detach().clone() for name, parameter in parts.optimizer.parameters.items()}
-    config, table = parts.config, parts.process.table
+    config, table = parts.config, parts.process.source.table
     shared = with_explore(FLASH_GRPO, shared_noise=True)
     first = [gradient_consistency(parts, algorithm, 3) for algorithm in (FLASH_GRPO, shared)]
     assert first[0] != first[1]
     assert [gradient_consistency(parts, algorithm, 3) for algorithm in (FLASH_GRPO, shared)] == first
     assert reward_variance(parts, False, 3, 2) == reward_variance(parts, False, 3, 2)
     assert parts.config is config
-    assert parts.process.table is table
+    assert parts.process.source.table is table
     assert parts.optimizer.steps == 0
     for name, parameter in parts.optimizer.parameters.items():
         assert torch.equal(parameter, before[name])
@@ -257,8 +257,8 @@ def test_another_algorithm_shares_the_parts(make_parts):
     assert other.process.model is parts.process.model
     assert (other.optimizer, other.rewards) == (parts.optimizer, parts.rewards)
     assert other.config == parts.config.model_copy(update={"algorithm": FLASH_GRPO})
-    assert torch.equal(other.process.table.std, LinearSde()(parts.process.grid.sigmas).std)
-    assert not torch.equal(other.process.table.std, parts.process.table.std)
+    assert torch.equal(other.process.source.table.std, LinearSde()(parts.process.grid.sigmas).std)
+    assert not torch.equal(other.process.source.table.std, parts.process.source.table.std)
 
 
 def test_several_processes_are_refused(make_parts):

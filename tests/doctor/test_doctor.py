@@ -23,6 +23,7 @@ from flashgrpo.models.lora import trained_parameters
 from flashgrpo.process import Finding
 from flashgrpo.processes.flow import checks
 from flashgrpo.processes.flow.process import FlowProcess
+from flashgrpo.processes.flow.recorded import RecordedSteps
 from flashgrpo.processes.flow.solvers import Euler
 from flashgrpo.train import train
 
@@ -129,12 +130,12 @@ def test_on_the_command_line(make_run, tmp_path):
 
 
 def test_replay_that_differs_from_rollout(diagnose, monkeypatch):
-    real = FlowProcess._exact
+    real = RecordedSteps.velocities
 
     def drifting(self, k, state):
         return real(self, k, state) * (1.05 if torch.is_grad_enabled() else 1.0)
 
-    monkeypatch.setattr(FlowProcess, "_exact", drifting)
+    monkeypatch.setattr(RecordedSteps, "velocities", drifting)
     diagnosis = diagnose("algorithm.clip_range=0.5")
     assert "replay differs from rollout" in only_fault(diagnosis, "first ratio")
     drift = finding(diagnosis, "first ratio").numbers["drift"]

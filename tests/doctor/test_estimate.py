@@ -110,7 +110,7 @@ def test_graphs_that_are_to_be_kept_are_counted(make_run):
     """Against what autograd saves for a call of the real network, of four transitions."""
     run = make_run("rollout.guidance_scale=1", "rollout.retain=true", "rollout.group_size=4", "optim.micro_batch=4")
     parts = Assembly(run, single_process())
-    graphs = parts.process._graphs = Graphs(2, 2**40)
+    graphs = parts.process.source.graphs = Graphs(2, 2**40)
     parts.draw_and_score(prompt_groups(parts.prompts, run.seed, 0, 2, 4), Clock())
     counted = estimate(run).phases["rollout"]["graphs"]
     assert graphs.kept

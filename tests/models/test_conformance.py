@@ -19,13 +19,13 @@ from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.update import policy_update
 from flashgrpo.models.load import META, load_model, weightless
 from flashgrpo.models.lora import trained_parameters, weights_replaced
-from flashgrpo.presets import FLASH_GRPO
+from flashgrpo.presets import DIFFUSION_NFT, FLASH_GRPO
 from flashgrpo.processes.flow.model import GridPoint, VideoModel
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.rollout import noise_of
 from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
-from flashgrpo.processes.flow.solvers import Euler, Solver, UniPC
+from flashgrpo.processes.flow.solvers import DpmSolver, Euler, Solver, UniPC
 from flashgrpo.types import Prompt, PromptGroup, Sample
 from flashgrpo.video import cropped, open_image
 from tests.families import KINDS, UNIPC, Kind
@@ -264,18 +264,23 @@ def test_a_merged_pipeline_is_the_tuned_model(model, kind, prompts, tmp_path):
     assert kind.open(tmp_path / "merged").text_encoder is not None
 
 
-@pytest.mark.parametrize(("solver", "offload"), [(Euler(), False), (UniPC(), True)], ids=["euler", "unipc-offload"])
-def test_one_update(kind, folder, prompts, solver, offload):
+@pytest.mark.parametrize(
+    ("algorithm", "solver", "offload"),
+    [(FLASH_GRPO, Euler(), False), (FLASH_GRPO, UniPC(), True), (DIFFUSION_NFT, DpmSolver(), False)],
+    ids=["euler", "unipc-offload", "nft-dpm"],
+)
+def test_one_update(kind, folder, prompts, algorithm, solver, offload):
     """Rollout, replay and optimizer step; the first ratio is 1 bit for bit, and the weights move."""
     model = load_model(kind.config(folder, offload=offload, gradient_checkpointing=True), WORLD, 0, prompts)
     perturb(model)
     process = process_of(model, kind, solver, micro_batch=4, retain=False)
-    latents, record = process.draw(two_each(prompts), 0, nobody)
+    process = process.exploring(algorithm.explore, algorithm.score)
+    latents, record = process.draw(two_each(prompts), 0, nobody, 2, algorithm.objective.columns)
     assert latents.isfinite().all()
     before = {name: p.detach().clone() for name, p in trained_parameters(model.network).items()}
     optimizer = Optimizer(trained_parameters(model.network), OptimConfig(lr=1e-2, micro_batch=2), WORLD)
     record = replace(record, advantage=torch.tensor([1.0, -1.0, 0.5, -0.5])[record.sample])
-    metrics = policy_update(process, FLASH_GRPO.objective, optimizer, record, optimizer.config, WORLD)
+    metrics = policy_update(process, algorithm.objective, optimizer, record, optimizer.config, WORLD)
     assert metrics["drift"] == 0
     assert metrics["grad_norm"] > 0
     with weights_replaced(model.network, before):

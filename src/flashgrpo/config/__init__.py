@@ -23,7 +23,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.learning.settings import OptimConfig, check_average
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.presets import PRESETS, Algorithm
-from flashgrpo.processes.flow.settings import RolloutConfig, check_steps
+from flashgrpo.processes.flow.settings import RolloutConfig, check_score
 from flashgrpo.scoring.settings import RewardConfig, check_rewards
 from flashgrpo.settings import MANY, Count, Part, PathText
 
@@ -76,15 +76,21 @@ class RunConfig(Part):
         self.model.check(self.sharded)
         frozen, held_between = isinstance(self.model.train, Lora), self.sharded or self.parallel.context > 1
         check_average(self.algorithm.objective.average_coef, self.algorithm.behaviour)
-        check_steps(self.algorithm.explore, self.rollout.num_steps)
+        algorithm = self.algorithm
+        check_score(algorithm.explore, algorithm.score, algorithm.objective.columns, self.rollout)
         self.rollout.check_shortcuts(held_between, frozen, self.model.offload, self.model.compile)
-        self.rollout.check_retain(held_between, self.model.offload, self.optim.passes * self.optim.minibatches)
+        self.rollout.check_retain(held_between, self.model.offload, self.uses)
         return self
 
     @property
     def sharded(self) -> bool:
         """Whether FSDP2 holds the network in training, between processes or in another type than it computes in."""
         return self.parallel.shard > 1 or self.model.compute_dtype is not None
+
+    @property
+    def uses(self) -> int:
+        """How often a rollout is told that its units are replayed; where other weights draw, always more than once."""
+        return max(self.optim.passes * self.optim.minibatches, 1 + self.algorithm.behaviour.draws)
 
     def with_absolute_paths(self) -> "RunConfig":
         """Return the same run, whatever folder it is started from."""

@@ -9,9 +9,9 @@ from pydantic import Field, GetJsonSchemaHandler
 from flashgrpo.config.recipe import merge_choices, without_gone
 from flashgrpo.errors import UserError, suggest
 from flashgrpo.learning.objective import AnyObjective, ClipRange
-from flashgrpo.learning.settings import Credit, Current
+from flashgrpo.learning.settings import AnyBehaviour, Credit
 from flashgrpo.presets import PRESETS
-from flashgrpo.processes.flow.settings import Noise, Ratio, Recorded, Steps, Stochastic, Weighting
+from flashgrpo.processes.flow.settings import Explore, Noise, Ratio, ScoreKind, Steps, Weighting
 from flashgrpo.settings import Part
 
 SHORT: Mapping[str, tuple[str, str]] = {
@@ -53,15 +53,15 @@ class AlgorithmRecipe(Part):
 
     preset: str = Field(default="flash-grpo", json_schema_extra={"enum": list(PRESETS)})
     """The algorithm that the other settings change."""
-    explore: Stochastic
+    explore: Explore
     """How the samples of a group come to differ."""
-    score: Recorded
+    score: ScoreKind
     """What is replayed and judged."""
     credit: Credit
     """How rewards become advantages."""
     objective: AnyObjective
     """What is minimised."""
-    behaviour: Current
+    behaviour: AnyBehaviour
     """Whose weights draw."""
     steps: Steps
     """Short for explore.steps."""

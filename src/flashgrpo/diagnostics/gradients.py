@@ -19,7 +19,7 @@ from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.update import policy_update
 from flashgrpo.presets import Algorithm
 from flashgrpo.process import Process, Record
-from flashgrpo.processes.flow.settings import Recorded
+from flashgrpo.processes.flow.settings import Recorded, Stochastic
 from flashgrpo.processes.flow.steps import OneStep
 from flashgrpo.processes.flow.weighting import Rectified
 from flashgrpo.prompts import prompt_groups
@@ -88,7 +88,10 @@ def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> G
     """
     own, record = groups_at_every_step(parts, shared_noise, prompts)
     process, steps = own.process, windows(own)["whole grid"]
-    table, prompt = process.table, record.sample // (len(record) // prompts)
+    table, prompt = (
+        stochastic_of(own.config.algorithm).noise(process.grid.sigmas),
+        record.sample // (len(record) // prompts),
+    )
     grams, scores, drifts = [], [], []
     for step in steps:
         kept = Kept(own.optimizer.parameters, own.world)
@@ -127,12 +130,23 @@ def groups_at_every_step(parts: Assembly, shared_noise: bool, prompts: int) -> t
     """Draw a group of each prompt at each step but the last, compared; returns the assembly that drew them, too."""
     every_step = OneStep(per="group", window=(0.0, 1.0), draw="stratified")  # deals each step once to K groups in turn
     algorithm = parts.config.algorithm
-    explore = replace(algorithm.explore, steps=every_step, shared_noise=shared_noise)
+    explore = replace(stochastic_of(algorithm), steps=every_step, shared_noise=shared_noise)
     plain = replace(algorithm, explore=explore, score=Recorded(), objective=replace(algorithm.objective, kl_coef=0.0))
     own, count = named(parts, plain, "gradient by step"), len(windows(parts)["whole grid"])
     one_each = prompt_groups(parts.prompts, parts.config.seed, 0, prompts, parts.config.rollout.group_size)
     groups = [replace(group, group=group.group * count + i) for group in one_each for i in range(count)]
     return own, own.compare(own.draw_and_score(groups, untimed, uses=2)).record
+
+
+def stochastic_of(algorithm: Algorithm) -> Stochastic:
+    """Return how an algorithm explores by noise, which is what is looked at here.
+
+    Raises:
+        UserError: its rollouts have no stochastic steps.
+    """
+    if not isinstance(algorithm.explore, Stochastic):
+        raise UserError("diagnostics look at stochastic steps, and this algorithm's rollouts have none; leave it out")
+    return algorithm.explore
 
 
 def score_norm(process: Process, gradients: GradientSum, unit: Record) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
-from flashgrpo.diagnostics.gradients import gradient_by_step, gradient_consistency, named, windows
+from flashgrpo.diagnostics.gradients import gradient_by_step, gradient_consistency, named, stochastic_of, windows
 from flashgrpo.distributed.world import process_group, use_threads
 from flashgrpo.errors import UserError
 from flashgrpo.models.lora import weights_replaced
@@ -73,6 +73,8 @@ def diagnose(
     """
     if not algorithms:
         raise UserError("diagnostics need at least one algorithm")
+    for algorithm in algorithms.values():
+        stochastic_of(algorithm)
     effort = effort or Effort()
     updates = max(effort.updates, -(-effort.prompts // config.rollout.prompts))  # whose prompts are to be encoded
     keeps_reference = max(algorithms.values(), key=lambda algorithm: algorithm.objective.kl_coef)
@@ -109,7 +111,7 @@ def _measure(parts: Assembly, algorithms: Mapping[str, Algorithm], effort: Effor
     firsts: dict[str, Assembly] = {}
     noises, consistency = {}, {}
     for algorithm in algorithms.values():
-        firsts.setdefault(_name(algorithm.explore.noise), parts.with_algorithm(algorithm))
+        firsts.setdefault(_name(stochastic_of(algorithm).noise), parts.with_algorithm(algorithm))
     for noise, own in firsts.items():
         say(f"diagnostics of {noise} noise by step")
         noises[noise] = {"independent": _by_step(own, False, effort), "shared": _by_step(own, True, effort)}
@@ -164,7 +166,7 @@ def reward_variance(parts: Assembly, shared_noise: bool, prompts: int = 6, membe
     """
     algorithm = parts.config.algorithm
     every_step = OneStep(per="sample", window=(0.0, 1.0), draw="stratified")  # deals K members each step once
-    explore = replace(algorithm.explore, steps=every_step, shared_noise=shared_noise)
+    explore = replace(stochastic_of(algorithm), steps=every_step, shared_noise=shared_noise)
     steps = windows(parts)["whole grid"]
     groups = prompt_groups(parts.prompts, parts.config.seed, 0, prompts, members * len(steps))
     drawn = named(parts, replace(algorithm, explore=explore), "reward variance").draw_and_score(groups, untimed, uses=2)

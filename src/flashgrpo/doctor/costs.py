@@ -60,7 +60,7 @@ def hours_needed(parts: Assembly, trial: Trial) -> Finding:
 def disk_needed(parts: Assembly, trial: Trial) -> Finding:
     """Add up the checkpoints that are kept, one that is being written, and the videos of evaluations."""
     config, model = parts.config, parts.config.model
-    state = parts.optimizer.state()
+    state = parts.state()
     checkpoint = sum(tensor.numel() * tensor.element_size() for named in state.values() for tensor in named.values())
     evaluations = 1 + math.ceil(config.updates / config.evaluation.every)
     pixels = model.num_frames * model.height * model.width

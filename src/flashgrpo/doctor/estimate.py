@@ -23,6 +23,7 @@ from flashgrpo.distributed.world import local
 from flashgrpo.errors import UserError
 from flashgrpo.models.load import META, weightless
 from flashgrpo.models.lora import trained_parameters
+from flashgrpo.processes.flow.cost import branches_of_replay, latents_per_unit, units_per_sample
 from flashgrpo.processes.flow.float8 import frozen_layers
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.prompts import read_prompts
@@ -87,13 +88,14 @@ def estimate(config: RunConfig, processes: int | None = None) -> MemoryEstimate:
     while_decoding = (trained if offload else weights) + _bytes(vae.parameters())
     rest = {
         "learning": trained * _copies(config),
-        "samples": round(own * _bytes_per_sample(model, records_per_sample(config))),
+        "samples": round(own * _bytes_per_sample(model, _latents_per_sample(config))),
     }
     guided = 2 if settings.guidance_scale > 1 else 1
+    scored = branches_of_replay(config.algorithm.score, settings)
     call, decode = cache(partial(_call, model, context=parallel.context)), cache(partial(_decode, model))
     rows = min(own, config.optim.micro_batch)
-    update = call(rows * guided, graph=True, backward=True)
-    drawing = max(call(min(own, settings.micro_batch) * guided), call(rows * guided, graph=True))  # a trained step
+    update = call(rows * scored, graph=True, backward=True)
+    drawing = max(call(min(own, settings.micro_batch) * guided), call(rows * scored, graph=True))  # what is judged
     if settings.retain:  # where it is left to the run, graphs are kept only if they fit
         rest["graphs"] = round(own * records_per_sample(config) * update / rows)
     phases = {
@@ -154,21 +156,25 @@ def _copies(config: RunConfig) -> int:
     by_step = config.optim.grad_norm_by_step
     if by_step is None:
         by_step = config.parallel.shard * config.parallel.context == 1
-    return MOMENTS + GRADIENTS + (BY_STEP if by_step else 0)
+    follows = config.algorithm.behaviour.kind != "current"
+    return MOMENTS + GRADIENTS + (BY_STEP if by_step else 0) + follows
 
 
 def records_per_sample(config: RunConfig) -> float:
-    """Count the trained steps of a sample, mean over the groups of the first update."""
-    settings = config.rollout
-    groups = torch.arange(settings.prompts)
-    members = torch.zeros_like(groups)
-    trained = config.algorithm.explore.steps.trained(config.seed, 0, groups, settings.num_steps, members=members)
-    return float(trained.sum()) / settings.prompts
+    """Count the units of a sample, mean over the groups of the first update."""
+    algorithm = config.algorithm
+    return units_per_sample(algorithm.explore, algorithm.score, config.rollout, config.seed)
 
 
-def _bytes_per_sample(model: Any, records: float) -> float:
-    """Count the bytes of a sample: its latents, its recorded steps and its condition."""
-    return math.prod(model.latent_shape) * 4 * (1 + 2 * records) + _bytes(model.nothing().tensors.values())
+def _latents_per_sample(config: RunConfig) -> float:
+    """Count the latents that a sample's record keeps beside its own."""
+    algorithm = config.algorithm
+    return records_per_sample(config) * latents_per_unit(algorithm.score, algorithm.objective.columns, config.uses)
+
+
+def _bytes_per_sample(model: Any, recorded: float) -> float:
+    """Count the bytes of a sample: its latents, those of its record, and its condition."""
+    return math.prod(model.latent_shape) * 4 * (1 + recorded) + _bytes(model.nothing().tensors.values())
 
 
 def _call(model: Any, rows: int, context: int, graph: bool = False, backward: bool = False) -> int:

@@ -101,8 +101,9 @@ def advantages_by_key(
             block = values[rows].unflatten(0, (-1, size))
             if size > 1:
                 result[order[rows]] = _combined(block, weights, credit, whole).flatten()
-    largest = float(result.abs().max()) if len(result) else 0.0
-    return (result / largest if credit.rescale == "largest" and largest else result), dropped
+    if credit.rescale == "none" or not result.any():
+        return result, dropped
+    return result / (credit.clip if credit.rescale == "clip" else float(result.abs().max())), dropped
 
 
 def _combined(

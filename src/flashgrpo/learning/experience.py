@@ -111,5 +111,5 @@ def compare(drawn: Drawn, channels: Sequence[str], credit: Credit, world: World)
     key, channel, sample = pairs
     advantage, dropped = advantages_by_key(drawn.rewards, channels, credit, key, channel, sample)
     before = sum(len(of_rank[0]) for of_rank in everyone[: world.data_rank])
-    mine = to_device(advantage[before : before + own.shape[1]][of_term], record.old.device)
+    mine = to_device(advantage[before : before + own.shape[1]][of_term], record.weight.device)
     return Compared(key, channel, sample, advantage, dropped, replace(record, advantage=mine))

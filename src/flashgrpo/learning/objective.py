@@ -195,7 +195,7 @@ class Contrast(Penalized):
         return {"error": -float(score.mean()), "error_toward": float(toward), "error_away": float(away)}
 
 
-AnyObjective = Annotated[Clipped | KlMasked, Field(discriminator="kind"), default_kind("clipped")]
+AnyObjective = Annotated[Clipped | KlMasked | Contrast, Field(discriminator="kind"), default_kind("clipped")]
 
 
 def policy_losses(log_prob: Rows, old_log_prob: Rows, advantage: Rows, weight: Rows, clip_range: ClipRange) -> Rows:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part
+from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part, default_kind
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Credit:
         combine: several rewards are "normalized" each and then weighted and added, so that their units do not matter,
             or weighted "raw" and normalized once.
         clip: advantages are clipped to +-clip.
-        bend: how: "hard" cuts them, "soft" bends all of them, clip tanh(A / clip) (V-GRPO).
-        rescale: what is done last: nothing, or the "largest" of the update's advantages becomes 1 (AWM).
+        bend: how: "hard" cuts them, "soft" bends all of them, clip tanh(A / clip) (2604.23380).
+        rescale: advantages are last divided by nothing, by `clip` (2509.25050), or by the "largest" of the update.
     """
 
     baseline: Literal["mean"] = "mean"
@@ -29,7 +29,7 @@ class Credit:
     combine: Literal["normalized", "raw"] = "normalized"
     clip: float = 5.0
     bend: Literal["hard", "soft"] = "hard"
-    rescale: Literal["none", "largest"] = "none"
+    rescale: Literal["none", "clip", "largest"] = "none"
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class Credit:
         check_choice("std", self.std, ("group", "batch"))
         check_choice("combine", self.combine, ("normalized", "raw"))
         check_choice("bend", self.bend, ("hard", "soft"))
-        check_choice("rescale", self.rescale, ("none", "largest"))
+        check_choice("rescale", self.rescale, ("none", "clip", "largest"))
         if not 0 < self.clip < math.inf:
             raise ValueError(f"clip of advantages must be greater than 0 and finite, not {self.clip}")
 
@@ -46,14 +46,84 @@ class Credit:
 class Current:
     """Samples are drawn by the weights that are trained."""
 
+    draws: ClassVar[bool] = False
     kind: Literal["current"] = "current"
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
 
-def check_average(average_coef: float, behaviour: Current) -> None:
-    """Refuse a penalty to an average that nobody keeps, with a ValueError."""
-    if average_coef:
-        raise ValueError("algorithm.objective.average_coef: there is no average; leave it out")
+@dataclass(frozen=True)
+class Averaged:
+    """Samples are drawn by an average of the weights, `old <- d old + (1 - d) new` after each update (2509.16117).
+
+    After n updates `d = min(slope max(n - start, 0), ceiling)`: the average follows closely at first, and ever more
+    slowly.
+
+    Args:
+        slope: by which d rises with each update.
+        start: updates before it rises.
+        ceiling: the largest d.
+        draws: whether the average draws; otherwise the weights that are trained do, and it serves `average_coef`.
+    """
+
+    slope: float = 0.001
+    start: int = 0
+    ceiling: float = 0.5
+    draws: bool = True
+    kind: Literal["averaged"] = "averaged"
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.slope < math.inf:
+            raise ValueError(f"slope of Averaged must be at least 0 and finite, not {self.slope}")
+        if not 0 <= self.start <= MANY:
+            raise ValueError(f"start of Averaged must be from 0 to {MANY:,}, not {self.start}")
+        if not 0 <= self.ceiling < 1:
+            raise ValueError(f"ceiling of Averaged must be at least 0 and below 1, not {self.ceiling}")
+
+    def kept(self, updates: int) -> float:
+        """Return d, the share of the average that stays, after a number of updates."""
+        return min(self.slope * max(updates - self.start, 0), self.ceiling)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Samples are drawn by the weights of some updates ago.
+
+    Args:
+        updates: that one set of weights draws for, before the trained ones take its place.
+    """
+
+    updates: int = 2
+    draws: ClassVar[bool] = True
+    kind: Literal["frozen"] = "frozen"
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.updates <= MANY:
+            raise ValueError(
+                f"updates of Frozen must be from 2 to {MANY:,}, not {self.updates}; with 1 it is behaviour.kind=current"
+            )
+
+    def kept(self, updates: int) -> float:
+        """Return 0 where the trained weights take the place of those that draw, after a number of updates, else 1."""
+        return float(updates % self.updates != 0)
+
+
+AnyBehaviour = Annotated[Current | Averaged | Frozen, Field(discriminator="kind"), default_kind("current")]
+
+
+def check_average(average_coef: float, behaviour: AnyBehaviour) -> None:
+    """Refuse a penalty to an average that nobody keeps, and an average that nothing uses, with a ValueError."""
+    if average_coef and not isinstance(behaviour, Averaged):
+        raise ValueError(
+            "algorithm.objective.average_coef: there is no average to stay near; take "
+            "algorithm.behaviour.kind=averaged, or leave it out"
+        )
+    if isinstance(behaviour, Averaged) and not behaviour.draws and not average_coef:
+        raise ValueError(
+            "algorithm.behaviour: an average that does not draw serves objective.average_coef alone, which is 0; set "
+            "that, or behaviour.draws=true"
+        )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

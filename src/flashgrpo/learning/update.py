@@ -101,8 +101,9 @@ def _backward(
     for score, columns in process.replay(part, objective.columns):
         if given is None:
             assert part.advantage is not None, "samples are compared before they are learnt from"
-            losses = objective.losses(score, part.old, part.advantage, part.weight, columns)
-            metrics.add_batch(score, part.old, part.advantage, losses, columns)
+            old = score.detach() if part.old is None else part.old
+            losses = objective.losses(score, old, part.advantage, part.weight, columns)
+            metrics.add_batch(score, old, part.advantage, losses, columns)
         else:
             losses = given["score"] * score
             for name, values in columns.items():
@@ -141,8 +142,10 @@ def _judged(
     for slots, idle in rounds:
         for part in batch.micro_batches(record, slots):
             assert part.advantage is not None, "samples are compared before they are learnt from"
-            known = {"old": part.old, "advantage": part.advantage, "weight": part.weight, "key": part.key}
-            parts.append({**_summed(process.replay(part, objective.columns)), **known})
+            found = _summed(process.replay(part, objective.columns))
+            old = found["score"] if part.old is None else part.old
+            known = {"old": old, "advantage": part.advantage, "weight": part.weight, "key": part.key}
+            parts.append({**found, **known})
         _idle(process, objective, slots, idle if world.uses_fsdp else 0)
     own = {name: torch.cat([part[name] for part in parts]).cpu() for name in (parts[0] if parts else ())}
     ranks, rank = [own], 0

@@ -104,9 +104,9 @@ def evaluation_record(
     """A line of evaluations.jsonl: the means, and the paired difference to the base model's line (`base`).
 
     Intervals are over prompts, since a prompt's samples are no independent evidence for other prompts, and None where
-    there are fewer than two. `watched_intervals` are those of the watched components. `dropped_prompts` counts those
-    that are left out, where there are any, for a value that is not finite under either model; `trained_on` those that
-    are training prompts.
+    there are fewer than two. `weights` are those that drew: of the base model, or the moving average of `optim.ema`.
+    `watched_intervals` are those of the watched components. `dropped_prompts` counts those that are left out, where
+    there are any, for a value that is not finite under either model; `trained_on` those that are training prompts.
 
     Raises:
         SharedError: no prompt is left.
@@ -136,8 +136,8 @@ def evaluation_record(
     base_means = {f"base_{key}": of_base[key] for key in means}
     if dropped:
         base_means = {key: _mean_of([sample[key] for sample in shown]) for key in base_means}
-    return {
-        "update": update,
+    weights = "base" if base is None else "ema"
+    return {"update": update, "weights": weights} | {
         **means,
         **base_means,
         "difference": float(np.mean(differences)),

@@ -24,9 +24,9 @@ def test_the_divergence_is_that_of_the_step_from_the_policy_that_drew(model):
     assert (before["kl_old"] == 0).all()
     perturb(model)
     ((_, after),) = process.replay(part, COLUMNS)
-    state, table = part.state, process.table
+    state, table = part.state, process.source.table
     with torch.no_grad():
-        v = process._exact(2, state)
+        v = process.source.velocities(2, state)
     mean, mean_old = table.mean(state.k, state.x, v), table.mean(state.k, state.x, state.old_v)
     expected = (mean - mean_old).square().flatten(1).mean(1) / (2 * float(table.std[2]) ** 2)
     torch.testing.assert_close(after["kl_old"], expected, rtol=1e-4, atol=1e-9)

@@ -28,7 +28,7 @@ from tests.processes.flow.test_rollout_update import judged
 def with_graphs(model, graphs: Graphs) -> tuple[FlowProcess, Record]:
     """Draw 12 samples in three groups; their graphs are kept if these decide so."""
     process = make_process(model, FLASH_GRPO, retain=None)
-    process._graphs = graphs
+    process.source.graphs = graphs
     return process, draw_from(process, samples_of(3, 4))[1]
 
 
@@ -191,10 +191,10 @@ def test_when_graphs_are_kept(model):
     few = {"groups": 1, "size": 2, "steps": 3, "exact": 1}
     process, _, record = draw(model, FLASH_GRPO, retain=None, **few)
     assert record.state.kept
-    assert process._graphs._limit is not None
+    assert process.source.graphs._limit is not None
     assert not draw(model, FLASH_GRPO, retain=False, **few)[2].state.kept
     assert not draw(model, FLASH_GRPO, retain=None, uses=2, **few)[2].state.kept
-    assert make_process(model, FLASH_GRPO, retain=True)._graphs_for(0)._limit is None
+    assert make_process(model, FLASH_GRPO, retain=True).source.graphs_for(0)._limit is None
     for other, why in (
         ("optim.minibatches=2", "a rollout that serves several optimizer steps"),
         ("model.offload=true", "the network leaves the device"),

@@ -18,7 +18,7 @@ from flashgrpo.processes.flow.reuse import FirstBlock, TaylorSeer
 from flashgrpo.processes.flow.rollout import MicroBatch, Start, noise_of, walk
 from flashgrpo.processes.flow.schedule import shifted_grid
 from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders, visited
-from flashgrpo.processes.flow.solvers import Euler, UniPC
+from flashgrpo.processes.flow.solvers import DpmSolver, Euler, UniPC
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.progress import Clock
 from tests.processes.flow.drawing import PROMPTS, WORLD, draw
@@ -72,7 +72,7 @@ def test_a_walk_over_some_points_is_a_walk_of_the_smaller_grid():
     points = [0, 3, 4, 7]
     small = dataclasses.replace(grid, sigmas=grid.sigmas[[*points, 10]], timesteps=grid.timesteps[points])
     x = expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    for solver in (Euler(), UniPC()):
+    for solver in (Euler(), UniPC(), DpmSolver()):
         path, plain = solver.walk(grid, points), solver.walk(small, range(4))
         for number, k in enumerate(points):
             v = torch.sin(x * (k + 1))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashgrpo.process import Finding, Record
+from flashgrpo.processes.flow.settings import Stochastic
 from flashgrpo.processes.flow.shortcuts import visited
 from flashgrpo.processes.flow.state import FlowState
 from flashgrpo.types import Latents
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
 
 def flow_checks(process: "FlowProcess", record: Record, latents: Latents, seed: int, thorough: bool) -> list[Finding]:
     """All of them, on samples that `draw` has drawn."""
-    state: FlowState = record.state  # type: ignore[assignment]
-    quick = [residual_noise(process, state, latents, seed), evaluation_sampler(process)]
-    return [*quick, rounding(process, state)] if thorough else quick
+    if isinstance(record.state, FlowState):
+        residual = residual_noise(process, record.state, latents, seed)
+    else:
+        residual = Finding("residual noise", "sound", "no step of a rollout is stochastic", {"distance": None})
+    quick = [residual, evaluation_sampler(process)]
+    return [*quick, rounding(process, record)] if thorough else quick
 
 
 def residual_noise(process: "FlowProcess", state: FlowState, latents: Latents, seed: int) -> Finding:
@@ -61,6 +65,7 @@ def distance_to_finish(process: "FlowProcess", state: FlowState, latents: Latent
     if process.world.uses_fsdp or not len(state) or process.rollout.reuse:
         return None  # calls of a network that is held between ranks have to be made by all of them
     batches = _drawn_together(state, process.rollout.micro_batch)
+    assert isinstance(process.explore, Stochastic)
     steps, num_steps = process.explore.steps, process.grid.num_steps
     groups = torch.arange(process.rollout.prompts)
     unrecorded = steps.mask(seed, 0, groups, num_steps) & ~steps.trained(seed, 0, groups, num_steps)
@@ -93,9 +98,9 @@ def _finish(process: "FlowProcess", batch: FlowState, latents: Latents) -> float
     return float((x - expected).abs().max() / expected.abs().max())
 
 
-def rounding(process: "FlowProcess", state: FlowState) -> Finding:
+def rounding(process: "FlowProcess", record: Record) -> Finding:
     """How far ratios would be from 1 if replays were cut into other batches than rollouts."""
-    floor = noise_floor(process, state)
+    floor = noise_floor(process, record)
     if floor is None:
         return Finding("rounding", "sound", "not measured where ranks hold the network between them", {"floor": None})
     sentence = f"if replays were cut in other batches, ratios would be off by {floor:.1g}; they are not"
@@ -103,15 +108,12 @@ def rounding(process: "FlowProcess", state: FlowState) -> Finding:
 
 
 @torch.no_grad()
-def noise_floor(process: "FlowProcess", state: FlowState) -> float | None:
+def noise_floor(process: "FlowProcess", record: Record) -> float | None:
     """The largest |ratio - 1| between forwards of one row each and one forward of all rows."""
-    if process.world.uses_fsdp or not len(state):
+    if process.world.uses_fsdp or not len(record):
         return None
-    batch = state[torch.arange(min(len(state), process.micro_batch))]
-    batch = batch[(batch.k == batch.k[0]).nonzero().flatten()]  # of one step, as every call is
-    condition, k = batch.conditions, int(batch.k[0])
-    together = process.exact.velocity(k, batch.x, condition)
+    batch = record[torch.arange(min(len(record), process.micro_batch))]
+    batch = batch[(batch.slot == batch.slot[0]).nonzero().flatten()]
     rows = torch.arange(len(batch)).split(1)
-    singly = torch.cat([process.exact.velocity(k, batch.x[row], condition[row]) for row in rows])
-    a, b = (process.table.log_prob(batch.k, batch.x_next, batch.x, v) for v in (together, singly))
-    return float(torch.expm1(a - b).abs().max())
+    singly = torch.cat([process.source.unfilled(batch[row]) for row in rows])
+    return float(torch.expm1(process.source.unfilled(batch) - singly).abs().max())

@@ -12,6 +12,9 @@ KL penalty (`kl_coef` above 0) needs. With flash-grpo at 20 steps a sample costs
 A graph that is kept from the rollout (`rollout.retain`) saves the update's forward; memory decides it, so it is
 counted all the same.
 
+Of re-noised samples the update replays every noise level of each, and a rollout that is replayed more than once (or
+drawn by other weights) scores each before, to compare with. Their guidance is `score.guidance_scale`.
+
 Not counted are the rows that only fill a batch up (`processes/calls.py`, and ranks that wait), a group's start again
 in each micro-batch that holds a part of it, decoding, rewards, the optimizer's step and evaluations: a comparison gives
 those to every algorithm alike, or not at all.
@@ -21,12 +24,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from flashgrpo.process import Cost
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.network import guidance_of
-from flashgrpo.processes.flow.settings import RolloutConfig, Stochastic
+from flashgrpo.processes.flow.settings import (
+    Deterministic,
+    Explore,
+    Recorded,
+    RolloutConfig,
+    ScoreKind,
+    needs_old_velocity,
+)
 from flashgrpo.processes.flow.shortcuts import leaders, visited
+from flashgrpo.processes.flow.steps import StepMask
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,14 @@ def guided_steps(model: VideoModel, rollout: RolloutConfig) -> Guided:
 
 
 def update_cost(
-    explore: Stochastic,
+    explore: Explore,
+    score: ScoreKind,
     rollout: RolloutConfig,
     seed: int,
     update: int,
     passes: int,
     columns: Sequence[str],
+    uses: int,
     recomputes: bool,
     guided: Guided | None = None,
 ) -> Cost:
@@ -59,7 +73,8 @@ def update_cost(
 
     Args:
         passes: over a rollout.
-        columns: what the objective asks of a replay: "kl" takes a forward of the base model.
+        columns: what the objective asks of a replay: "kl" and "kl_average" take a forward by other weights.
+        uses: how often `draw` was told that a unit is replayed.
         recomputes: whether a backward pass computes the blocks again.
         guided: when it is not given, as the guidance scales say. Which of two experts computes a step, and which
             sigmas lie in `rollout.guidance_interval`, only the model knows: without it every step counts as guided
@@ -67,15 +82,14 @@ def update_cost(
 
     Example: 4 samples of 20 steps without guidance cost 80 + 12 with flash-grpo, 80 + 228 with flow-grpo.
     """
-    steps, size = rollout.num_steps, rollout.group_size
+    size = rollout.group_size
     if guided is None:
-        every = [max(rollout.guidance_scale, rollout.guidance_scale_2 or 1) > 1] * steps
+        every = [max(rollout.guidance_scale, rollout.guidance_scale_2 or 1) > 1] * rollout.num_steps
         guided = Guided(every, every)
     moves, acts = (1 + torch.tensor(which).long() for which in (guided.deterministic, guided.stochastic))
     groups = torch.arange(rollout.prompts).repeat_interleave(size)
     members = torch.arange(size).repeat(rollout.prompts)
-    trained = explore.steps.trained(seed, update, groups, steps, members=members)
-    stochastic = explore.steps.mask(seed, update, groups, steps, members=members)
+    stochastic, trained = masks(explore, seed, update, groups, rollout.num_steps, members)
     visits = visited(stochastic, rollout.deterministic_steps)
     if explore.shared_noise:
         first, _ = leaders(list(zip(groups.tolist(), map(tuple, stochastic.tolist()), strict=True)))
@@ -83,5 +97,43 @@ def update_cost(
         leads[first] = True
         visits &= leads[:, None] | (stochastic.cumsum(dim=1) > 0)
     drawn = int((visits * torch.where(stochastic, acts, moves)).sum())
-    each = passes * (3 + recomputes + ("kl" in columns))
-    return Cost(drawn, int((trained * acts).sum()) * each)
+    each = passes * (3 + recomputes + sum(name in columns for name in ("kl", "kl_average")))
+    if isinstance(score, Recorded):
+        return Cost(drawn, int((trained * acts).sum()) * each)
+    scored = len(groups) * score.count(rollout.num_steps) * branches_of_replay(score, rollout)
+    return Cost(drawn + (scored if uses > 1 else 0), scored * each)
+
+
+def masks(
+    explore: Explore, seed: int, update: int, groups: Tensor, num_steps: int, members: Tensor
+) -> tuple[StepMask, StepMask]:
+    """Return which steps of each sample are stochastic, and which of those are trained, (B, N); none of an ODE."""
+    if isinstance(explore, Deterministic):
+        none = torch.zeros(len(groups), num_steps, dtype=torch.bool)
+        return none, none
+    steps = explore.steps
+    return (
+        steps.mask(seed, update, groups, num_steps, members=members),
+        steps.trained(seed, update, groups, num_steps, members=members),
+    )
+
+
+def branches_of_replay(score: ScoreKind, rollout: RolloutConfig) -> int:
+    """Return how many branches a call of the network has in an update, at most: two with guidance."""
+    return 2 if (rollout if isinstance(score, Recorded) else score).guidance_scale > 1 else 1
+
+
+def units_per_sample(explore: Explore, score: ScoreKind, rollout: RolloutConfig, seed: int) -> float:
+    """Return how many units a sample has, the mean over the groups of the first update."""
+    if not isinstance(score, Recorded):
+        return float(score.count(rollout.num_steps))
+    groups = torch.arange(rollout.prompts)
+    _, trained = masks(explore, seed, 0, groups, rollout.num_steps, torch.zeros_like(groups))
+    return float(trained.sum()) / rollout.prompts
+
+
+def latents_per_unit(score: ScoreKind, columns: Sequence[str], uses: int) -> int:
+    """Return how many latents a unit keeps from its rollout to the end of its update."""
+    if isinstance(score, Recorded):
+        return 2 + (uses > 1 and (score.ratio.needs_old_velocity or needs_old_velocity(columns)))
+    return int(uses > 1 and needs_old_velocity(columns))

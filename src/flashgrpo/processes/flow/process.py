@@ -18,31 +18,36 @@ from flashgrpo.processes.flow.cost import guided_steps, update_cost
 from flashgrpo.processes.flow.float8 import Float8
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.network import GuidedNetwork, guidance_of
-from flashgrpo.processes.flow.retain import Graphs, room_for_graphs
+from flashgrpo.processes.flow.recorded import RecordedSteps
+from flashgrpo.processes.flow.renoised import RenoisedSamples
 from flashgrpo.processes.flow.rollout import (
-    Act,
     MicroBatch,
-    Recorder,
     Start,
     calls_of,
-    exact_velocities,
     noise_of,
-    plan,
     run_together,
     shared_starts,
     walk,
 )
-from flashgrpo.processes.flow.settings import Recorded, RolloutConfig, SamplingConfig, Stochastic
+from flashgrpo.processes.flow.settings import (
+    Explore,
+    Renoised,
+    RolloutConfig,
+    SamplingConfig,
+    ScoreKind,
+    Stochastic,
+)
 from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders
-from flashgrpo.processes.flow.state import FlowState
+from flashgrpo.processes.flow.source import Source, names_of
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, Condition, Latents, LoraStyle, Prompt, Sample, Videos, to_device
+from flashgrpo.types import REWARD, Condition, Latents, LoraStyle, Prompt, Sample, Videos
 
 
 class FlowProcess:
-    """A video flow model as a `Process`: a unit is a trained stochastic step, and its slot is the step's number.
+    """A video flow model as a `Process`.
 
     Attributes:
+        source: what is scored of the samples: units, slots and all that a replay needs are its own.
         micro_batch: units replayed at once, and rows of every call of the network whose result is judged.
     """
 
@@ -52,8 +57,8 @@ class FlowProcess:
     def __init__(
         self,
         model: VideoModel,
-        explore: Stochastic,
-        score: Recorded,
+        explore: Explore,
+        score: ScoreKind,
         rollout: RolloutConfig,
         sampling: SamplingConfig,
         micro_batch: int,
@@ -65,11 +70,9 @@ class FlowProcess:
         self.micro_batch = micro_batch
         self.world = world
         self.grid = model.grid(rollout.num_steps)
-        self.table = explore.noise(self.grid.sigmas)
         scales = rollout.guidance_scale, rollout.guidance_scale_2
         self.guidance = guidance_of(model, self.grid, *scales, rollout.guidance_interval)
-        self.exact = GuidedNetwork(model, self.grid, self.guidance.stochastic)
-        self._graphs: Graphs | None = None
+        self.source = self._source()
 
     @cached_property
     def moves(self) -> DeterministicSteps:
@@ -89,13 +92,25 @@ class FlowProcess:
         network = GuidedNetwork(self.model, grid, guidance_of(self.model, grid, *scales).stochastic, compiled=True)
         return DeterministicSteps(network, own.solver)
 
-    def exploring(self, explore: Stochastic, score: Recorded) -> "FlowProcess":
+    def exploring(self, explore: Explore, score: ScoreKind) -> "FlowProcess":
         """The same model, not copied or loaded again, that draws and scores otherwise."""
         other = copy.copy(self)
         other.explore, other.score = explore, score
-        other.table = explore.noise(self.grid.sigmas)
-        other._graphs = None
+        other.source = other._source()
+        other.source.average = self.source.average
         return other
+
+    def set_average(self, weights: Callable[[], AbstractContextManager[None]]) -> None:
+        """Say in which context the network has the averaged weights that an objective stays near."""
+        self.source.average = weights
+
+    def _source(self) -> Source:
+        explore, score, rollout = self.explore, self.score, self.rollout
+        if isinstance(score, Renoised):
+            return RenoisedSamples(self.model, self.grid, score, rollout, self.micro_batch, self.world)
+        assert isinstance(explore, Stochastic), "refused by `check_score`"
+        exact = GuidedNetwork(self.model, self.grid, self.guidance.stochastic)
+        return RecordedSteps(exact, explore, score, rollout, self.micro_batch, self.world)
 
     @property
     def network(self) -> nn.Module:
@@ -117,11 +132,6 @@ class FlowProcess:
         """Whether each prompt has to come with its video's first frame, in a column `image`."""
         return self.model.takes_image
 
-    @property
-    def keeps_graphs(self) -> bool:
-        """Whether the last rollout has left its graphs to the update."""
-        return self._graphs is not None and self._graphs.kept
-
     # Drawing
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
@@ -141,31 +151,20 @@ class FlowProcess:
         With shared initial noise the steps before the first stochastic one are computed once for a group's samples in a
         micro-batch.
         """
-        names = [(seed, *sample.name) for sample in samples]
+        names = names_of(samples, seed)
         condition = self.encode([sample.group.prompt for sample in samples]) if samples else self.model.nothing()
-        keep_v = (self.score.ratio.needs_old_velocity or "kl_old" in columns) and uses > 1
-        recorder = Recorder(self._graphs_for(seed) if uses == 1 else None, keep_v)
+        drawing = self.source.begin(samples, condition, seed, uses, columns)
 
         def start(batch: MicroBatch) -> Start:
             own, of_batch = [names[row] for row in batch.rows.tolist()], condition[batch.rows]
             starts = shared_starts(own, self.explore.shared_noise)
             first, of = leaders(starts)
-            act = Act(self.exact, self.table, self.micro_batch, batch, own, of_batch, recorder)
-            return Start(noise_of(self.model, [starts[row] for row in first.tolist()]), of_batch[first], of, act)
+            noise = noise_of(self.model, [starts[row] for row in first.tolist()])
+            return Start(noise, of_batch[first], of, drawing.act(batch))
 
-        latents = self._walk_all(self.moves, self._plan(samples, seed), start, on_drawn)
-        state = recorder.state(condition, self.model.latent_shape, self.device)
-        return latents, self._record(samples, state)
-
-    def _plan(self, samples: Sequence[Sample], seed: int) -> list[MicroBatch]:
-        """The micro-batches of a rollout."""
-        if not samples:
-            return []
-        names = torch.tensor([sample.name for sample in samples])
-        steps, num_steps, update = self.explore.steps, self.grid.num_steps, int(names[0, 0])
-        stochastic = steps.mask(seed, update, names[:, 1], num_steps, members=names[:, 2])
-        trained = steps.trained(seed, update, names[:, 1], num_steps, members=names[:, 2])
-        return plan(stochastic, trained, self.rollout.deterministic_steps, self.rollout.micro_batch)
+        batches = self.source.plan(samples, seed) if samples else []
+        latents = self._walk_all(self.moves, batches, start, on_drawn)
+        return latents, drawing.record(latents)
 
     def _walk_all(
         self,
@@ -187,29 +186,6 @@ class FlowProcess:
         run_together(walks, batches, calls, stages, stage, moves.network.idle, self.world)
         features.forget()
         return latents
-
-    def _record(self, samples: Sequence[Sample], state: FlowState) -> Record:
-        candidates = self.explore.steps.candidates(self.grid.num_steps)
-        weight = torch.empty(0, device=self.device)
-        old = state.log_prob
-        if len(state):
-            weight = to_device(self.score.weighting.weights(self.table, candidates, state.k), self.device)
-            _, old = self.score.ratio.scores(self.table, state.k, state.log_prob, state.log_prob, state.x, state.x)
-        group = torch.tensor([sample.group.group for sample in samples], dtype=torch.int64)
-        key, channel = group[state.sample], torch.zeros_like(state.sample)
-        return Record(state.k, torch.arange(len(state)), state.sample, key, channel, weight, old, state)
-
-    def _graphs_for(self, seed: int) -> Graphs | None:
-        """Made when the first samples are drawn, in the memory that is then left."""
-        settings, one = self.rollout, torch.zeros(1).long()
-        if settings.retain is False or self.world.uses_fsdp or self.world.context > 1 or self.model.offloads:
-            return None
-        if self._graphs is None:
-            trained = self.explore.steps.trained(seed, 0, one, settings.num_steps, members=one)
-            own = len(self.world.share(settings.prompts * settings.group_size))
-            calls = -(-own * int(trained.sum()) // self.micro_batch)
-            self._graphs = Graphs(calls, None if settings.retain else room_for_graphs(self.device))
-        return self._graphs
 
     @torch.no_grad()
     def sample(
@@ -235,46 +211,20 @@ class FlowProcess:
     # Scoring again
 
     def micro_batches(self, record: Record) -> Sequence[Record]:
-        """Units whose graph was kept go together as they were drawn; the others in batches of `micro_batch`."""
-        state: FlowState = record.state  # type: ignore[assignment]
-        with_graph = [one.units for one in state.kept]
-        rest = torch.ones(len(record), dtype=torch.bool)
-        for units in with_graph:
-            rest[units] = False
-        left = rest.nonzero().flatten()
-        return [record[units] for units in (*(left.split(self.micro_batch) if len(left) else ()), *with_graph)]
+        """Units of one slot in batches of `micro_batch`; what shares a graph goes together."""
+        return self.source.micro_batches(record)
 
     def replay(self, record: Record, columns: Sequence[str]) -> list[tuple[Float32[Tensor, " terms"], Columns]]:
-        """Log-density of each recorded step, or what the ratio makes of it, with its KLs.
-
-        "kl" is to the base model, "kl_old" from that which drew. Without recorded velocities v is the old one, too.
-        """
-        state: FlowState = record.state  # type: ignore[assignment]
-        table, k, step = self.table, state.k, int(state.k[0])
-        v = self._exact(step, state) if state.graph is None else state.graph
-        log_prob = table.log_prob(k, state.x_next, state.x, v)
-        old_v = v if state.old_v is None else state.old_v
-        score, _ = self.score.ratio.scores(table, k, log_prob, state.log_prob, v, old_v)
-        found = {"kl_old": table.kl(k, v, old_v.detach())} if "kl_old" in columns else {}
-        if "kl" in columns:
-            with torch.no_grad(), self.model.reference():
-                found["kl"] = table.kl(k, v, self._exact(step, state))
-        return [(score, found)]
-
-    def _exact(self, k: int, state: FlowState) -> Latents:
-        return torch.cat(exact_velocities(self.exact, k, state.x, state.conditions, self.micro_batch))
+        """The score of each unit, and the columns asked for, by the weights that there are now; see `source`."""
+        return [self.source.replay(record, columns)]
 
     def stage(self, slot: int) -> nn.Module:
-        """The expert that computes step `slot`."""
-        return self.model.expert(float(self.grid.timesteps[slot]))
+        """The expert that computes a slot."""
+        return self.source.stage(slot)
 
     def idle(self, slot: int, columns: Sequence[str]) -> Tensor:
-        """Take part in the collectives of a replay of step `slot`, without a gradient of one's own."""
-        v = self.exact.idle(slot)
-        if "kl" in columns:
-            with torch.no_grad(), self.model.reference():
-                self.exact.idle(slot)
-        return v
+        """Take part in the collectives of a replay, without a gradient of one's own."""
+        return self.source.idle(slot, columns)
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside this context the network is the base model."""
@@ -282,10 +232,11 @@ class FlowProcess:
 
     # What it costs, whether it is sound, getting the result out
 
-    def cost(self, seed: int, update: int, passes: int, columns: Sequence[str]) -> Cost:
+    def cost(self, seed: int, update: int, passes: int, columns: Sequence[str], uses: int = 1) -> Cost:
         """Forwards of an update, with guidance where this model's grid has it; see `cost.py`."""
         guided, recomputes = guided_steps(self.model, self.rollout), self.model.recomputes
-        return update_cost(self.explore, self.rollout, seed, update, passes, columns, recomputes, guided)
+        how = self.explore, self.score, self.rollout
+        return update_cost(*how, seed, update, passes, columns, uses, recomputes, guided)
 
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Residual noise, the evaluation's sampler, and how far rounding would move a ratio."""

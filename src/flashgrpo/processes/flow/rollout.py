@@ -5,11 +5,11 @@ The samples of a micro-batch share one pattern of stochastic steps, so that a wa
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
@@ -17,11 +17,8 @@ from flashgrpo.process import OnDrawn
 from flashgrpo.processes.calls import fixed_batches, number_of_calls
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.network import GuidedNetwork
-from flashgrpo.processes.flow.retain import Graphs
 from flashgrpo.processes.flow.shortcuts import DeterministicSteps, Features, visited
-from flashgrpo.processes.flow.state import FlowState, KeptGraph
 from flashgrpo.processes.flow.steps import StepMask
-from flashgrpo.processes.flow.table import StepTable
 from flashgrpo.seeds import Name, normal
 from flashgrpo.types import Condition, Latents, index_rows, to_device
 
@@ -67,6 +64,20 @@ def plan(stochastic: StepMask, trained: StepMask, steps: int | None, size: int) 
     return batches
 
 
+@runtime_checkable
+class Act(Protocol):
+    """Makes the stochastic steps of a micro-batch."""
+
+    @property
+    def condition(self) -> Condition:
+        """Of each sample."""
+        ...
+
+    def __call__(self, k: int, x: Latents) -> Latents:
+        """x_{k+1} of x_k."""
+        ...
+
+
 @dataclass(frozen=True)
 class Start:
     """Where the walk of a micro-batch begins.
@@ -80,7 +91,7 @@ class Start:
     x: Latents
     condition: Condition
     of: Int64[Tensor, " members"]
-    act: "Act | None" = None
+    act: Act | None = None
 
 
 def walk(
@@ -112,39 +123,6 @@ def walk(
     x = index_rows(x, of)
     latents.index_copy_(0, batch.rows.to(latents.device, non_blocking=True), x)
     on_drawn(batch.rows, x)
-
-
-@dataclass(frozen=True)
-class Act:
-    """Makes and records the stochastic steps of a micro-batch: each is the policy's action, computed exactly.
-
-        pi(x_{k+1} | x_k, condition) = N( mean(k, x_k, v), std_k^2 I ),   v = velocity of the network with guidance
-
-    Args:
-        exact: the network as replay calls it, on `size` rows at a time.
-        names: (seed, update, group, member) of each sample; they name its noise.
-    """
-
-    exact: GuidedNetwork
-    table: StepTable
-    size: int
-    batch: MicroBatch
-    names: Sequence[tuple[int, int, int, int]]
-    condition: Condition
-    recorder: "Recorder" = field(repr=False)
-
-    def __call__(self, k: int, x: Latents) -> Latents:
-        """x_{k+1}, which is recorded where step k is trained."""
-        trained, steps = k in self.batch.trained, torch.full((len(x),), k)
-        noise = torch.stack([normal(tuple(x.shape[1:]), seed, "step", *name, k) for seed, *name in self.names])
-        around = self.recorder.around(self.exact.model.network) if trained else nullcontext
-        parts = exact_velocities(self.exact, k, x, self.condition, self.size, around)
-        v = torch.cat(parts).detach()
-        x_next = self.table.sample(steps, x, v, to_device(noise, x.device))
-        if trained:
-            log_prob = self.table.log_prob(steps, x_next, x, v)
-            self.recorder.add(self.batch.rows, k, x, x_next, log_prob, v, parts)
-        return x_next
 
 
 def exact_velocities(
@@ -226,59 +204,3 @@ def with_a_graph() -> Iterator[bool]:
     """
     with torch.enable_grad():
         yield False
-
-
-class Recorder:
-    """The trained steps of a rollout as they are drawn."""
-
-    def __init__(self, graphs: Graphs | None, keep_v: bool) -> None:
-        self._graphs, self._keep_v = graphs, keep_v
-        if graphs:
-            graphs.begin()
-        self._names: list[Int64[Tensor, "2 batch"]] = []  # sample and step of each unit
-        self._columns: list[tuple[Tensor, ...]] = []
-        self._parts: list[Sequence[Tensor]] = []
-
-    def around(self, network: nn.Module) -> Around:
-        """What goes around each call for a trained step: the call's graph is left where it is to be kept."""
-        return partial(self._graphs.of, network) if self._graphs else with_a_graph
-
-    def add(
-        self,
-        rows: Int64[Tensor, " batch"],
-        k: int,
-        x: Latents,
-        x_next: Latents,
-        log_prob: Float32[Tensor, " batch"],
-        v: Latents,
-        parts: Sequence[Tensor],
-    ) -> None:
-        """A step of some samples, whose velocities are `parts`, one after the other."""
-        self._names.append(torch.stack([rows, torch.full_like(rows, k)]))
-        self._columns.append((x, x_next, log_prob, v if self._keep_v else log_prob))
-        kept = self._graphs is not None and self._graphs.kept
-        if not kept:
-            self._parts.clear()  # now, and not when the rollout ends
-        self._parts.append(parts if kept else ())
-
-    def state(self, condition: Condition, shape: Sequence[int], device: torch.device) -> FlowState:
-        """All of them, by sample, then by step."""
-        if not self._names:
-            none = torch.empty(0, dtype=torch.int64)
-            nothing = torch.empty(0, *shape, device=device)
-            return FlowState(none, none, nothing, nothing, torch.empty(0, device=device), condition)
-        sample, k = torch.cat(self._names, dim=1)
-        order = (sample * (int(k.max()) + 1) + k).argsort()
-        x, x_next, log_prob, v = (index_rows(torch.cat(column), order) for column in zip(*self._columns, strict=True))
-        old_v = v if self._keep_v else None
-        return FlowState(sample[order], k[order], x, x_next, log_prob, condition, old_v, self._kept(order))
-
-    def _kept(self, order: Int64[Tensor, " units"]) -> list[KeptGraph]:
-        """The graphs by their units; the first is left out and replayed, since else nothing would show a drift."""
-        if not self._graphs or not self._graphs.kept:
-            return []
-        place, first, kept = order.argsort(), 0, []
-        for v in (part for parts in self._parts for part in parts):
-            kept.append(KeptGraph(place[first : first + len(v)], v))
-            first += len(v)
-        return kept[1:]

@@ -1,16 +1,20 @@
 """Settings of the flow process: how it explores, what it scores, and how its samples are drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import ceil
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
 from flashgrpo.processes.flow.reuse import FirstBlock, TaylorSeer
-from flashgrpo.processes.flow.solvers import Euler, UniPC
+from flashgrpo.processes.flow.solvers import DpmSolver, Euler, UniPC
 from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, Rectified, StepLength, Uniform
-from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part
+from flashgrpo.seeds import keyed_bits
+from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part, default_kind
 
 MOST_STEPS = 10_000
 
@@ -18,7 +22,8 @@ Steps = Annotated[AllSteps | Window | OneStep, Field(discriminator="kind")]
 Noise = Annotated[LinearSde | FlowSde | ConstantSde | Cps, Field(discriminator="kind")]
 Weighting = Annotated[Uniform | Rectified | NoiseLevel | StepLength, Field(discriminator="kind")]
 Ratio = Annotated[PlainRatio | NormalizedRatio, Field(discriminator="kind")]
-Solver = Annotated[Euler | UniPC, Field(discriminator="kind")]
+Solver = Annotated[Euler | UniPC | DpmSolver, Field(discriminator="kind")]
+ErrorKind = Literal["uniform", "t", "t2", "huber", "ghuber", "self-normalized"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,15 @@ class Stochastic:
 
 
 @dataclass(frozen=True)
+class Deterministic:
+    """Explore by the initial noise alone: no step of a rollout is stochastic, so any solver will do."""
+
+    shared_noise: ClassVar[bool] = False
+    kind: Literal["deterministic"] = "deterministic"
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+
+@dataclass(frozen=True)
 class Recorded:
     """Score the stochastic steps as they were drawn, by the log-density of each.
 
@@ -52,6 +66,85 @@ class Recorded:
     ratio: Ratio = field(default_factory=PlainRatio)
     kind: Literal["recorded"] = "recorded"
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+
+@dataclass(frozen=True)
+class Renoised:
+    """Score finished samples, noised again to some levels, by how well the network tells the noise; see `renoise.py`.
+
+    Args:
+        times: noise levels of each sample. When not given, with draw "shuffled", 99 % of the window's points, rounded
+            down (DiffusionNFT).
+        draw: "stratified" cuts the window into equal parts and draws a level within each; "grid" cuts the points of the
+            rollout's grid and draws one of each part (AWM); "shuffled" deals points of the grid without replacement.
+        window: part of the grid, in fractions of its steps as in `explore.steps`; (0, 1) is all of it, from pure noise.
+        shared: the members of a group share levels and noise (V-GRPO).
+        weight: the error that is minimised, and how levels weigh in it.
+        guidance_scale: classifier-free guidance in the update; 1 turns it off, whatever the rollout has.
+    """
+
+    times: int | None = 6
+    draw: Literal["stratified", "grid", "shuffled"] = "stratified"
+    window: tuple[float, float] = (0.0, 1.0)
+    shared: bool = False
+    weight: ErrorKind = "self-normalized"
+    guidance_scale: float = 1.0
+    kind: Literal["renoised"] = "renoised"
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+    def __post_init__(self) -> None:
+        if self.times is None and self.draw != "shuffled":
+            raise ValueError(f"times of Renoised: with draw {self.draw!r} give how many levels a sample has")
+        if self.times is not None and not 1 <= self.times <= MOST_STEPS:
+            raise ValueError(f"times of Renoised has to be from 1 to {MOST_STEPS:,}, got {self.times}")
+        if not 0 <= self.window[0] < self.window[1] <= 1:
+            raise ValueError(f"window of Renoised is a pair of fractions, 0 <= low < high <= 1, got {self.window}")
+        if not 1 <= self.guidance_scale <= 1_000:
+            raise ValueError(f"guidance_scale of Renoised has to be from 1 to 1,000, got {self.guidance_scale}")
+
+    def count(self, num_steps: int) -> int:
+        """Return how many noise levels each sample has.
+
+        Raises:
+            ValueError: the window has fewer points than are to be drawn.
+        """
+        if self.draw == "stratified":
+            return self.times or 1
+        points = len(self._points(num_steps))
+        count = points * 99 // 100 if self.times is None else self.times
+        if not 1 <= count <= points:
+            raise ValueError(
+                f"the window {self.window} holds {points} of {num_steps} steps, but {max(count, 1)} are to be drawn: "
+                "widen it, take more steps or lower times"
+            )
+        return count
+
+    def positions(self, num_steps: int, *name: int) -> list[float]:
+        """Return where on the grid the levels of a sample lie, rising: k is point k, k + 1/2 half way to the next.
+
+        Args:
+            name: of the draw.
+        """
+        count = self.count(num_steps)
+        parts = [keyed_bits("level", *name, number) for number in range(count)]
+        if self.draw == "stratified":
+            low, high = (edge * num_steps for edge in self.window)
+            return [low + (high - low) * (j + (bits >> 11) / 2**53) / count for j, bits in enumerate(parts)]
+        points = self._points(num_steps)
+        if self.draw == "shuffled":
+            dealt = sorted(points, key=lambda point: keyed_bits("shuffled", *name, point))[:count]
+            return [float(point) for point in sorted(dealt)]
+        edges = [part * len(points) // count for part in range(count + 1)]
+        dealt = [points[low + bits % (high - low)] for bits, (low, high) in zip(parts, pairwise(edges), strict=True)]
+        return [float(point) for point in dealt]
+
+    def _points(self, num_steps: int) -> list[int]:
+        low, high = (ceil(round(edge * num_steps, 6)) for edge in self.window)
+        return list(range(low, high))
+
+
+Explore = Annotated[Stochastic | Deterministic, Field(discriminator="kind"), default_kind("stochastic")]
+ScoreKind = Annotated[Recorded | Renoised, Field(discriminator="kind"), default_kind("recorded")]
 
 
 class RolloutConfig(Part):
@@ -131,12 +224,45 @@ class RolloutConfig(Part):
                 raise ValueError(f"rollout.retain: {reason}; leave it out")
 
 
-def check_steps(explore: Stochastic, num_steps: int) -> None:
-    """Refuse a window that the grid does not have, with a ValueError."""
+def needs_old_velocity(columns: Sequence[str]) -> bool:
+    """Return whether a column compares with the velocity by the weights that drew."""
+    return any(column == "kl_old" or column.startswith("toward:") for column in columns)
+
+
+def check_score(explore: Explore, score: ScoreKind, columns: Sequence[str], rollout: RolloutConfig) -> None:
+    """Refuse choices of which the one cannot work with the other, with a ValueError.
+
+    Args:
+        columns: that the objective asks a replay for.
+    """
+    steps = rollout.num_steps
+    if isinstance(score, Recorded):
+        if isinstance(explore, Deterministic):
+            raise ValueError(
+                "algorithm.explore: a deterministic rollout has no steps to record; take "
+                "algorithm.score.kind=renoised, or explore.kind=stochastic"
+            )
+        if any(column.startswith("toward:") for column in columns):
+            raise ValueError(
+                "algorithm.objective: contrast compares velocities at re-noised samples; it needs "
+                "algorithm.score.kind=renoised"
+            )
+        try:
+            explore.steps.candidates(steps)
+        except ValueError as error:
+            raise ValueError(f"algorithm.steps with rollout.num_steps {steps}: {error}") from error
+        return
+    if isinstance(explore, Stochastic):
+        raise ValueError(
+            "algorithm.score: re-noised samples leave a rollout's stochastic steps untrained; take "
+            "algorithm.explore.kind=deterministic, or score.kind=recorded"
+        )
+    if rollout.retain:
+        raise ValueError("rollout.retain: re-noised samples are scored when the rollout has ended; leave it out")
     try:
-        explore.steps.candidates(num_steps)
+        score.count(steps)
     except ValueError as error:
-        raise ValueError(f"algorithm.steps with rollout.num_steps {num_steps}: {error}") from error
+        raise ValueError(f"algorithm.score.times with rollout.num_steps {steps}: {error}") from error
 
 
 class SamplingConfig(Part):

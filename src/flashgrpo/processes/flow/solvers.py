@@ -1,4 +1,5 @@
-"""Solvers of the deterministic steps, those that are not trained: Euler, and the multistep solver UniPC.
+"""Solvers of the deterministic steps, those that are not trained: Euler, and the multistep solvers UniPC and
+DPM-Solver++.
 
 A multistep solver remembers earlier steps, so a walk along the grid has a state. What it remembers ends at a
 stochastic step, after which the sample is no longer on the path that was remembered.
@@ -61,4 +62,23 @@ class UniPC:
         return UniPCWalk(grid, points, self.order)
 
 
-Solver = Euler | UniPC
+@dataclass(frozen=True)
+class DpmSolver:
+    """The multistep solver DPM-Solver++ (arXiv 2211.01095), through diffusers' scheduler; DiffusionNFT's rollouts.
+
+    Args:
+        order: steps that are looked back at, at most.
+    """
+
+    order: Literal[1, 2, 3] = 2
+    kind: Literal["dpm"] = "dpm"
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+    def walk(self, grid: Any, points: Sequence[int]) -> Walk:
+        """A walk along the grid that stops at these points, rising, and ends at the grid's end."""
+        from flashgrpo.processes.flow.walks import DpmSolverWalk
+
+        return DpmSolverWalk(grid, points, self.order)
+
+
+Solver = Euler | UniPC | DpmSolver

@@ -86,7 +86,7 @@ class StepTable:
         k = self._steps(k, x, v, x_next, stochastic=True)
         xi = (x_next.float() - self.mean(k, x, v)) / _rows(self.std, k, x)
         log_scale = self.std.log() + 0.5 * math.log(2 * math.pi)
-        energy = _mean_of_rows(xi.square())
+        energy = mean_of_rows(xi.square())
         return -0.5 * energy - _rows(log_scale, k, like=energy)
 
     def kl(self, k: StepIndex, v: Latents, v_ref: Latents) -> Float32[Tensor, " batch"]:
@@ -95,7 +95,7 @@ class StepTable:
         Two Gaussians of one std, whose means are `b (v - v_ref)` apart: `mean( b^2 (v - v_ref)^2 / (2 std^2) )`.
         """
         k = self._steps(k, v, v_ref, stochastic=True)
-        distance = _mean_of_rows((v.float() - v_ref.float()).square())
+        distance = mean_of_rows((v.float() - v_ref.float()).square())
         return _rows(0.5 / self.rectification.square(), k, like=distance) * distance
 
     def _steps(self, k: int | Tensor, *latents: Tensor, stochastic: bool = False) -> Int[Tensor, " batch"]:
@@ -121,7 +121,7 @@ def _rows(values: Float64[Tensor, " steps"], k: Int[Tensor, " batch"], like: Ten
     return values[k].float().to(like.device, non_blocking=True).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _mean_of_rows(values: Latents32) -> Float32[Tensor, " batch"]:
+def mean_of_rows(values: Latents) -> Float[Tensor, " batch"]:
     """Mean over the latent dims, one reduction per row.
 
     `values.flatten(1).mean(1)` would let the number of rows decide how threads split a sum, and a sample scored alone

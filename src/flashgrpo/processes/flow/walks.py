@@ -1,5 +1,7 @@
 """Walks along a sigma grid by a solver: what `solvers.py` names, computed."""
 
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +27,13 @@ class EulerWalk:
         pass  # nothing is remembered
 
 
-class UniPCWalk:
+class MultistepWalk(ABC):
+    """A walk by one of diffusers' multistep schedulers, put on these sigmas."""
+
     def __init__(self, grid: SigmaGrid, points: Sequence[int], order: int) -> None:
         self._sigmas = (
             _at(grid, points).float().clamp(max=1 - 1e-6)
-        )  # the solver takes log(1 - sigma); the scheduler does the same
+        )  # the solvers take log(1 - sigma); the schedulers do the same
         self._number = {k: number for number, k in enumerate(points)}
         self._order = order
         self._scheduler: Any = None
@@ -45,15 +49,38 @@ class UniPCWalk:
         self._scheduler = None
 
     def _begin(self, number: int) -> Any:
-        from diffusers import UniPCMultistepScheduler  # takes seconds to import
-
-        scheduler: Any = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=self._order
-        )
-        scheduler.set_timesteps(len(self._sigmas) - 1)
+        scheduler = self._made()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # DPM-Solver makes arrays of tensors, which numpy minds
+            scheduler.set_timesteps(len(self._sigmas) - 1)
         scheduler.sigmas, scheduler.timesteps = self._sigmas, torch.arange(len(self._sigmas) - 1)
         scheduler.set_begin_index(number)
         return scheduler
+
+    @abstractmethod
+    def _made(self) -> Any:
+        """The scheduler as it is made."""
+
+
+class UniPCWalk(MultistepWalk):
+    def _made(self) -> Any:
+        from diffusers import UniPCMultistepScheduler  # takes seconds to import
+
+        return UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=self._order
+        )
+
+
+class DpmSolverWalk(MultistepWalk):
+    def _made(self) -> Any:
+        from diffusers import DPMSolverMultistepScheduler  # takes seconds to import
+
+        return DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            solver_order=self._order,
+            final_sigmas_type="zero",
+        )
 
 
 def _at(grid: SigmaGrid, points: Sequence[int]) -> Float[Tensor, " points"]:
