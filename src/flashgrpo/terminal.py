@@ -39,15 +39,15 @@ def cell(text: str, style: str = "") -> Text:
     return Text(clean(text), style)
 
 
-def path_text(text: str) -> str:
+def path_text(text: str | Path) -> str:
     """Read a path of the command line, or what may be one: `~` is the home, as in settings."""
     try:
-        return expand_home(text)
+        return expand_home(str(text))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def path(text: str) -> Path:
+def path(text: str | Path) -> Path:
     """Read a path of the command line."""
     return Path(path_text(text))
 

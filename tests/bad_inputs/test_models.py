@@ -15,6 +15,11 @@ CASES = [
     Case(FOLDER, "is no diffusers pipeline", {"folder/README.md": ""}),
     Case(FOLDER, "StableDiffusionPipeline, which is not", {INDEX: '{"_class_name": "StableDiffusionPipeline"}'}),
     Case(FOLDER, "is no readable model_index.json", {INDEX: "{"}),
+    Case(
+        FOLDER,
+        "has no scheduler, which a WanPipeline with its settings needs",
+        {INDEX: '{"_class_name": "WanPipeline"}'},
+    ),
     Case("train RECIPE model.path=nobody/nothing", "could not be had from the hub"),
     Case("train RECIPE model.height=50", "model.height: 50 is no multiple of 16; the nearest is 48"),
     Case("train RECIPE model.num_frames=8", "model.num_frames: 8 is no multiple of 4 plus 1; the nearest is 9"),

@@ -30,7 +30,7 @@ CASES = [
     Case("train RECIPE out=RUN updates=2", "no checkpoint in", {"run/checkpoints/000001/state.json": "{"}),
     Case("train RECIPE", "RANK is 'x' where a launcher puts a whole number", env={"RANK": "x"}),
     Case("train RECIPE", "WORLD_SIZE is '-1'", env={"WORLD_SIZE": "-1"}),
-    Case("train RECIPE", "RANK 3 of WORLD_SIZE 1", env={"RANK": "3"}),
+    Case("train RECIPE", "RANK 3 of WORLD_SIZE 1; unset both, or start with torchrun", env={"RANK": "3"}),
     Case("evaluate RECIPE", "WORLD_SIZE is '1e9'", env={"WORLD_SIZE": "1e9"}),
     Case("compare RECIPE --out HERE/c", "WORLD_SIZE is 'many'", env={"WORLD_SIZE": "many"}),
     Case("evaluate RUN", "is not whole", {"run/checkpoints/000001/state.json": "{"}),

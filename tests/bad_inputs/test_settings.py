@@ -41,6 +41,13 @@ CASES = [
     Case(["export", "x/" * 3000 + "x"], "file name too long"),
     Case(["train", "RECIPE", "model.path=" + "x/" * 3000], "file name too long"),
     Case(["train", "RECIPE", "prompts.train=" + "x/" * 3000 + "a.txt"], "file name too long"),
+    Case("sample HERE/run", "give either a prompt or --file"),
+    Case("sample RUN ''", "the prompt is empty"),
+    Case("config HERE/a.yaml", "line 1: $FLASHGRPO_MISSING is not set", {"a.yaml": "out: !env FLASHGRPO_MISSING/a"}),
+    Case("config HERE/a.yaml", "it holds more than 10,000 values", {"a.yaml": f"out: [{'1,' * 10_001}]"}),
+    Case("train RECIPE parallel.shares=[1,1]", "parallel.shares: 2 shares for 1 data ranks; give each one"),
+    Case("config tiny algorithm.steps.window=[0.96,0.99]", "are to be drawn: widen the window or take more steps"),
+    Case("reward env no.module:f", "give what it needs in --requirements FILE; only files and shipped rewards tell"),
     Case("config tiny algorithm={preset:[]}", "no preset is called []"),
 ]
 

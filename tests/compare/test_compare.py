@@ -228,7 +228,7 @@ def test_a_folder_is_gone_on_with_by_the_same_plan_only(tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             claim(*overrides, budget=99_999, **options)
-    with pytest.raises(UserError, match="another budget"):
+    with pytest.raises(UserError, match="is a comparison with another budget; choose another folder"):
         claim(budget=88_888, seeds=3, algorithms="flash-grpo,flow-grpo,mix-grpo")
     with pytest.raises(UserError, match="is no comparison, for it has no plan"):
         ComparisonFolder(tmp_path).plan()

@@ -35,9 +35,13 @@ def render(folder: Path) -> str:
     file = folder / "comparison.json"
     comparison = read_object(file)
     try:
-        summary = comparison["summary"]
-    except KeyError as error:
+        return _rendered(folder, comparison)
+    except Exception as error:  # whatever an entry leads to that is missing, or of another kind
         raise UserError(f"{file} is no comparison's; run `flashgrpo compare` again to write it anew") from error
+
+
+def _rendered(folder: Path, comparison: Row) -> str:
+    summary = comparison["summary"]
     form = Numbers(max([3, *(decimals(row["final"]) for row in summary if row["final"])]))  # effects are compared
     count = len(summary)
     return template("comparison.html.j2").render(
