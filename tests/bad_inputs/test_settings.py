@@ -42,6 +42,7 @@ CASES = [
     Case(["train", "RECIPE", "model.path=" + "x/" * 3000], "file name too long"),
     Case(["train", "RECIPE", "prompts.train=" + "x/" * 3000 + "a.txt"], "file name too long"),
     Case("sample HERE/run", "give either a prompt or --file"),
+    Case("reward serve jpeg:compressibility --host 203.0.113.1", "choose another --port or --host"),
     Case("sample RUN ''", "the prompt is empty"),
     Case("config HERE/a.yaml", "line 1: $FLASHGRPO_MISSING is not set", {"a.yaml": "out: !env FLASHGRPO_MISSING/a"}),
     Case("config HERE/a.yaml", "it holds more than 10,000 values", {"a.yaml": f"out: [{'1,' * 10_001}]"}),
