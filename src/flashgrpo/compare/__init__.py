@@ -32,7 +32,7 @@ from flashgrpo.compare.processes import run_all
 from flashgrpo.compare.results import collect, is_done
 from flashgrpo.compare.table import as_markdown
 from flashgrpo.diagnostics import measure as diagnostics
-from flashgrpo.errors import UserError, launcher_number
+from flashgrpo.errors import Interrupted, UserError, launcher_number
 from flashgrpo.files import read_object, read_text, write_json, write_text
 from flashgrpo.report import write_report
 from flashgrpo.terminal import cell
@@ -56,8 +56,8 @@ def compare(
 ) -> dict[str, Any]:
     """Train every algorithm with every seed until the budget is spent, and write down how they compare.
 
-    The same call resumes where it was interrupted: runs that are complete are left alone, the others resume, and those
-    that failed are tried again. A run that fails is reported and does not end the others.
+    The same call resumes where a signal ended it (`Interrupted`): complete runs are left alone, the others resume,
+    those that failed are tried again. A run that fails is reported and does not end the others.
 
     Args:
         recipe: the problem; its own `algorithm` is replaced by each of `algorithms`, but for what `keep` names.
@@ -87,9 +87,9 @@ def compare(
     plan = make_plan(recipe, overrides, algorithms, seeds, budget, points, keep)
     folder = ComparisonFolder(Path(out or Path("runs") / f"compare-{Path(recipe).stem}"))
     with folder.claimed(plan):
-        if not _run(plan, folder, jobs, levels, console) and diagnose:
+        if not (signal := _run(plan, folder, jobs, levels, console)) and diagnose:
             _diagnose(plan, folder, console)
-        return _write_all(folder, levels)
+        return _write_all(folder, levels, signal)
 
 
 def _check_start(jobs: int) -> None:
@@ -99,10 +99,11 @@ def _check_start(jobs: int) -> None:
         raise UserError("compare starts processes of its own; call it without torchrun")
 
 
-def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console) -> bool:
+def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console) -> int:
     """Run whatever of the plan is not done yet; comparison.json is written after each run.
 
-    Returns whether an interrupt came before all had ended.
+    Returns:
+        The number of the signal that came before all had ended; 0 without one.
     """
     entries = plan.as_json()
     runs = folder.runs(entries)
@@ -150,11 +151,13 @@ def write_data(folder: ComparisonFolder, levels: Sequence[float]) -> dict[str, A
     return comparison
 
 
-def _write_all(folder: ComparisonFolder, levels: Sequence[float]) -> dict[str, Any]:
-    """Write the data, the figures and the page."""
+def _write_all(folder: ComparisonFolder, levels: Sequence[float], signal: int) -> dict[str, Any]:
+    """Write the data, the figures and the page; end there if a signal has come."""
     comparison = write_data(folder, levels)
     write_figures(comparison, folder.figures)
     if folder.diagnosis.exists():
         diagnostics.figures(read_diagnosis(folder), folder.figures)
     write_report(folder.path)
+    if signal:
+        raise Interrupted(signal)
     return comparison

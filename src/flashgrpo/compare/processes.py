@@ -22,8 +22,8 @@ POLL = 0.2  # seconds between two looks at the processes
 Process = subprocess.Popen[bytes]
 
 
-def run_all(runs: Mapping[RunFiles, RunConfig], jobs: int, console: Console, ended: Callable[[RunFiles], None]) -> bool:
-    """Train runs, `jobs` at a time, and return whether an interrupt came before all had ended.
+def run_all(runs: Mapping[RunFiles, RunConfig], jobs: int, console: Console, ended: Callable[[RunFiles], None]) -> int:
+    """Train runs, `jobs` at a time, and return the signal that came before all had ended; 0 without one.
 
     `ended` is called with each that has. The first SIGINT or SIGTERM is passed on to the runs, each of which ends after
     the update that it is in, with a checkpoint; a second one ends all at once. A run that another process still trains,
@@ -41,7 +41,7 @@ def run_all(runs: Mapping[RunFiles, RunConfig], jobs: int, console: Console, end
             pool.fill()
             board.show([run for run, _ in pool.running.values()], pool.waiting)
             time.sleep(POLL)
-    return bool(interrupt.number)
+    return interrupt.number
 
 
 class Pool:
