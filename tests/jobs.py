@@ -72,6 +72,11 @@ def train_and_die(recipe: str, write: int) -> str:
         return train(recipe)
 
 
+def train_into_folders_of_their_own(recipe: str, folder: str) -> str:
+    """Train with a run directory that each rank has for itself, as on machines without a shared disk."""
+    return train(recipe, f"out={folder}/of{os.environ['RANK']}/run")
+
+
 def stop_at_start(recipe: str, met: bool, *overrides: str) -> str:
     """Train with rank 1 stopped (SIGSTOP) before it has met the others, or once it has."""
     real = flashgrpo.distributed.world.find_store

@@ -25,6 +25,7 @@ from flashgrpo.run.checkpoint import Progress
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.gallery import Gallery
 from flashgrpo.run.progress import Clock, Interrupt, Reporter, last_words, traced
+from flashgrpo.run.shared import refuse_unshared
 from flashgrpo.run.trackers import Trackers, check_installed
 from flashgrpo.scoring.heldout import evaluation_record, guard, selected
 
@@ -44,9 +45,7 @@ class Session:
                 yield session
 
     def __init__(self, config: RunConfig, reporter: Reporter, world: World) -> None:
-        self.config = config
-        self.reporter = reporter
-        self.world = world
+        self.config, self.reporter, self.world = config, reporter, world
         self.progress = Progress()
         self.clock = Clock()
         self._interrupt = Interrupt(patient=world.size > 1)
@@ -55,6 +54,7 @@ class Session:
         self.directory = RunDirectory(Path(config.out))
         world.on_main(lambda: check_installed(config.tracking))
         world.on_main(lambda: self.directory.check(config))
+        refuse_unshared(self.directory.path, world)
         self.parts = Assembly(config, world, reporter.say, reporter.watch)
         self.optimizer = self.parts.optimizer
         self.gallery = Gallery(self.directory.path, self.parts.evaluator, self.parts.process, world, config.model.fps)

@@ -322,6 +322,16 @@ def test_a_rank_that_stops_at_the_start_does_not_hang_the_others(nursery, recipe
     assert "Traceback" not in ranks.said(0)
 
 
+def test_a_run_directory_that_ranks_do_not_share_is_found_before_anything_is_computed(nursery, recipe, tmp_path):
+    (tmp_path / "of0").mkdir()
+    (tmp_path / "of1").mkdir()
+    ranks = nursery.start("train_into_folders_of_their_own", recipe, str(tmp_path), size=2)
+    assert ranks.wait() == [2, 2]
+    assert ranks.said().count("out: what rank 0 writes into") == 1
+    assert "is not there for rank 1; give a folder that all machines share" in ranks.said()
+    assert not list((tmp_path / "of0").iterdir()) + list((tmp_path / "of1").iterdir())
+
+
 SLOW_REWARD = """
 import os, time
 calls = 0
