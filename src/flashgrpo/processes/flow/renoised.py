@@ -127,14 +127,17 @@ class RenoisedSamples(Source):
         """The scores by the weights that draw, computed as a replay does, and the velocities; all ranks together."""
         scores, kept = torch.empty(len(state), device=self.model.device), list[Tensor]()
         every, order = torch.arange(len(state)), list[Tensor]()
+        units = slot.bincount(minlength=len(self._stages)).tolist()
+        calls = torch.tensor([number_of_calls(count, self.micro_batch) for count in units])
+        missing = (
+            self.world.max_over_ranks(calls) - calls
+        ).tolist()  # asked before the first call: ranks call together
         for number in range(len(self._stages)):
-            units = every[slot == number]
-            for rows, v, u in self._called(state, units, with_a_graph):
+            for rows, v, u in self._called(state, every[slot == number], with_a_graph):
                 scores.index_copy_(0, to_device(rows, scores.device), self._score(state[rows], v, u))
                 kept.append(v if keep_v else v[:0])
                 order.append(rows)
-            calls = torch.tensor([number_of_calls(len(units), self.micro_batch)])
-            for _ in range(int(self.world.max_over_ranks(calls)) - int(calls)):
+            for _ in range(missing[number]):
                 self.call_on_nothing(number)
         if not keep_v:
             return scores, None
