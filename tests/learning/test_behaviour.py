@@ -106,6 +106,20 @@ def test_a_run_that_is_killed_ends_with_the_same_weights_and_average(nursery, tm
     assert (whole / "config.yaml").read_text().count("kind: averaged") == 1
 
 
+def test_sharded_weights_and_averages_are_those_of_one_process(nursery, tmp_path):
+    """Two processes that hold the network between them; a large eps makes Adam's step linear in the gradient."""
+    recipe = tmp_path / "recipe.yaml"
+    more = ("updates=2", "optim.eps=0.1", "rollout.prompts=1", "rollout.group_size=5")
+    recipe.write_text(small_run(tmp_path / "run", *AVERAGED, *more).to_yaml(), "utf-8")
+    nursery.run("train", str(recipe), f"out={tmp_path}/one")
+    nursery.run("train", str(recipe), f"out={tmp_path}/two", "parallel.shard=2", size=2)
+    one, two = state_of(tmp_path / "one", 2), state_of(tmp_path / "two", 2)
+    for kind in ("policy", "behaviour"):
+        for name, expected in one[kind].items():
+            torch.testing.assert_close(two[kind][name], expected, rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(one["behaviour"][name], tensor) for name, tensor in one["policy"].items())
+
+
 def test_frozen_weights_draw_until_they_are_replaced(make_run, monkeypatch):
     """Of four updates the first two are drawn by the base's weights, the others by those after two updates."""
     drew, learnt = [], []
