@@ -85,6 +85,7 @@ def test_evaluate_repeats_what_it_recorded(run):
         "Student's t, where version 0.1 had a bootstrap of 3 prompts"
     )
     assert record.pop("watched_intervals").keys() == last["watched_intervals"].keys()
+    assert record.pop("weights") == "ema"
     recorded = {key: last[key] for key in record} | {"samples": samples}
     keys = record if FLOAT32 or not tolerance else MEANS
     found = curve.differences({k: record[k] for k in keys}, {k: recorded[k] for k in keys}, tolerance)
