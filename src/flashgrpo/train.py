@@ -48,10 +48,10 @@ def settings_of(target: str, overrides: Sequence[str]) -> RunConfig:
         UserError: it is neither, or an override is bad.
     """
     own = Path(target) / "config.yaml"
+    resumed = False
     with contextlib.suppress(OSError, ValueError):  # too long for a path: it is none
-        if own.is_file():
-            return RunConfig.load(own, [f"out={target}", *overrides])
-    return RunConfig.load(target, overrides)
+        resumed = own.is_file()
+    return RunConfig.load(own, [f"out={target}", *overrides]) if resumed else RunConfig.load(target, overrides)
 
 
 def one_update(parts: "Assembly", groups: "Sequence[PromptGroup]", clock: "Phases") -> dict[str, Any]:

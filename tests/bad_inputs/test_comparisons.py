@@ -30,7 +30,9 @@ CASES = [
     Case("compare RECIPE updates=20 --out HERE/c", "c/plan.json is damaged (Expecting value", {"c/plan.json": ""}),
     Case("report HERE/c", "comparison.json is damaged (no JSON object)", {"c/comparison.json": "3"}),
     Case(
-        "report HERE/c", "comparison.json is no comparison's; run", {"c/comparison.json": '{"summary": [{"final": 3}]}'}
+        "report HERE/c",
+        "comparison.json is no comparison's (Type",
+        {"c/comparison.json": '{"summary": [{"final": 3}]}'},
     ),
     Case("report HERE/c", "comparison.json is damaged (maximum rec", {"c/comparison.json": "[" * 100_000}),
 ]

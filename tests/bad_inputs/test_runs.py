@@ -24,6 +24,7 @@ CASES = [
     Case("report HERE/run", "is no run directory: it has no config.yaml", {"run/thesis.tex": ""}),
     Case("report HERE/run", "is no run directory: there is no such folder"),
     Case("sample HERE/run a", "run is no run directory", {"run/thesis.tex": ""}),
+    Case("train HERE/run", "upates", {"run/config.yaml": "upates: 5\n"}),
     Case("train RECIPE out=HERE/file", "cannot write", {"file": ""}),
     Case("train RECIPE out=HERE/file/below", "file/below: not a folder", {"file": ""}),
     Case("train RECIPE out=RUN updates=2 optim.warmup=5", "is a run with another optim.warmup (0, now 5)"),

@@ -141,6 +141,19 @@ def test_the_thread_that_writes_has_gone_when_its_result_is_there():
     assert freed.is_set()
 
 
+def test_a_file_that_was_changed_is_noticed_by_its_digest(tmp_path):
+    path = save(tmp_path, 1)
+    [shard] = path.glob("*.distcp")
+    whole, state = shard.read_bytes(), (path / "state.json").read_text("utf-8")
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"is damaged: .*distcp has changed since it was written"):
+        checkpoint.read_progress(tmp_path, 1)
+    shard.write_bytes(whole)
+    (path / "state.json").write_text(state.replace('"update": 1', '"update": 2'), "utf-8")
+    with pytest.raises(UserError, match=r"is damaged: state\.json has changed since it was written"):
+        checkpoint.read_progress(tmp_path, 1)
+
+
 def test_an_index_with_anything_but_an_index_in_it_is_refused(tmp_path):
     """The index of DCP is a pickle; one that was made to run a command must not."""
 

@@ -9,7 +9,7 @@ import matplotlib
 import yaml
 from matplotlib.axes import Axes
 
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, first_line
 from flashgrpo.files import read_object
 from flashgrpo.formats import Numbers, called, not_held_out
 from flashgrpo.report import charts
@@ -37,7 +37,10 @@ def render(folder: Path) -> str:
     try:
         return _rendered(folder, comparison)
     except Exception as error:  # whatever an entry leads to that is missing, or of another kind
-        raise UserError(f"{file} is no comparison's; run `flashgrpo compare` again to write it anew") from error
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{file} is no comparison's ({what}); run `flashgrpo compare` again to write it anew"
+        ) from error
 
 
 def _rendered(folder: Path, comparison: Row) -> str:
