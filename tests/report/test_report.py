@@ -233,7 +233,7 @@ def test_worst_prompts_are_shown_as_readily_as_best(whole: Path) -> None:
 def test_repeated_updates_of_a_resumed_run_count_once(tmp_path: Path) -> None:
     text = words(page_of(make_run(tmp_path, [metrics_row(u) for u in (1, 2, 3, 2, 3, 4)], [])))
     assert "Updates 4" in text
-    assert "Videos 256" in text
+    assert "256 videos generated and scored" in text
 
 
 # ---- what it survives ------------------------------------------------------------------------------------------------

@@ -96,9 +96,9 @@ def tiles(run: Run, shown: Row | None, form: Numbers) -> list[tuple[str, str, st
     if run.metrics:
         videos, seconds = (column(run.metrics, *keys) for keys in (("samples",), ("seconds", "total")))
         seconds = seconds[seconds > 0]
-        figures.append(("Updates", f"{run.metrics[-1]['update']:,}", "optimizer steps"))
-        if (videos > 0).any():
-            figures.append(("Videos", f"{int(videos[videos > 0].sum()):,}", "generated and scored"))
+        count = int(videos[videos > 0].sum())
+        scored = f"{count:,} videos generated and scored" if count else ""
+        figures.append(("Updates", f"{run.metrics[-1]['update']:,}", scored))
         if len(seconds):
             figures.append(("Time", duration(seconds.sum()), f"{seconds.mean():.3g} s an update"))
     return figures
