@@ -172,8 +172,8 @@ def test_a_parameter_without_gradient(diagnose, monkeypatch, choice):
 def test_noise_that_stays_in_the_videos(diagnose, monkeypatch):
     real = FlowProcess.draw
 
-    def noisy(self, samples, seed, on_drawn, uses=1):
-        latents, record = real(self, samples, seed, lambda rows, outputs: None, uses)
+    def noisy(self, samples, seed, on_drawn, uses=1, columns=()):
+        latents, record = real(self, samples, seed, lambda rows, outputs: None, uses, columns)
         latents = latents + 0.1 * torch.randn_like(latents)
         on_drawn(torch.arange(len(latents)), latents)
         return latents, record
