@@ -324,7 +324,7 @@ def needed_to_draw(parts: Assembly, groups: list) -> dict[str, int]:
     """Count the calls that this rank's own samples of an update need."""
     process, samples = parts.process, [Sample(group, member) for group in groups for member in range(group.size)]
     counts: Counter = Counter()
-    for batch in process._plan(samples[parts.world.slice(len(samples))], parts.config.seed):
+    for batch in process.source.plan(samples[parts.world.slice(len(samples))], parts.config.seed):
         counts.update(calls_of(batch, process.stage, process.micro_batch))
     return by_expert(parts, counts)
 

@@ -51,8 +51,13 @@ def pretend() -> None:
         **{"is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0},
         **{"is_bf16_supported": True, "get_device_capability": (9, 0), "get_device_name": "stand-in"},
         **{"memory_allocated": 2**30, "max_memory_allocated": 2**31, "empty_cache": None, "set_device": None},
-        **{"get_device_properties": types.SimpleNamespace(total_memory=80 * 2**30), "reset_peak_memory_stats": None},
-        **{"_lazy_init": None, "current_stream": _Stream(), "stream": contextlib.nullcontext()},
+        **{"get_device_properties": types.SimpleNamespace(total_memory=80 * 2**30, uuid=0)},
+        **{
+            "reset_peak_memory_stats": None,
+            "_lazy_init": None,
+            "current_stream": _Stream(),
+            "stream": contextlib.nullcontext(),
+        },
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

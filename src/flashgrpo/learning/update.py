@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -229,7 +229,9 @@ class UpdateMetrics:
         replay. `grad_norm` is the mean of the steps that were taken; `skipped_steps` counts the others, where there are
         any. `grad_norm_by_step` is the norm of the mean gradient of the terms of a slot.
         """
-        own = {name: torch.cat(values).tolist() for name, values in self._rows.items()}
+        mine = {name: torch.cat(values) for name, values in self._rows.items()}
+        flat = iter(torch.cat(list(mine.values())).tolist() if mine else ())  # one wait for the device
+        own = {name: list(islice(flat, len(values))) for name, values in mine.items()}
         rows = defaultdict[str, list[float]](list)
         for theirs in world.gather(own):
             for name, values in theirs.items():
