@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flashgrpo.config.settings import TrackingConfig
 from flashgrpo.errors import UserError
 from flashgrpo.run.lines import read_lines
 from flashgrpo.run.trackers import Trackers
@@ -98,6 +99,32 @@ def test_what_a_tracker_is_told(make_run, stand_in, name):
     assert bool(videos) == (name != "swanlab")  # which shows no mp4
     assert all(value.endswith(".mp4 True") for value in videos)
     assert logged[-1] == {"finish": True}
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "swanlab"])
+def test_a_run_that_is_started_again_is_the_same_run_there(stand_in, tmp_path, name):
+    told, config = stand_in(name), TrackingConfig(trackers=(name,))
+    for folder in ("run", "run", "another"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Trackers(config, tmp_path / folder, {}, pytest.fail).close()
+    first, second, another = (line["init"] for line in told() if "init" in line)
+    assert first == second
+    assert first["resume"] == "allow"
+    key = "name" if name == "trackio" else "id"  # which knows a run by its name
+    assert another[key] != first[key]
+
+
+def test_tensorboard_hides_updates_that_are_done_again(tmp_path):
+    pb = pytest.importorskip("tensorboardX.proto.event_pb2")
+    config = TrackingConfig(trackers=("tensorboard",))
+    for update in ("000000", "000004"):
+        (tmp_path / "checkpoints" / update).mkdir(parents=True)
+    trackers = Trackers(config, tmp_path, {}, pytest.fail)
+    trackers.log("train", {"update": 5, "reward": 0.5})
+    trackers.close()
+    (file,) = (tmp_path / "trackers").rglob("*tfevents*")
+    starts = [event for event in events(file, pb) if event.HasField("session_log")]
+    assert [(event.session_log.status, event.step) for event in starts] == [(pb.SessionLog.START, 5)]
 
 
 def test_a_tracker_that_fails_is_left_out(make_run, stand_in, monkeypatch, capsys):

@@ -2,9 +2,13 @@
 
 Everything stays here unless `tracking.offline` is false: TensorBoard and MLflow write into the run directory,
 Weights & Biases and SwanLab keep their offline folders there, trackio its local data base.
+
+A run that is resumed is one run there, too: its id is kept in the run directory.
 """
 
 import os
+import secrets
+import string
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +18,8 @@ import torch
 
 from flashgrpo.config.settings import TrackingConfig
 from flashgrpo.errors import UserError
+from flashgrpo.files import read_text, write_text
+from flashgrpo.run import checkpoint
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # any of them; other trackers are named as their package
 
@@ -73,31 +79,39 @@ class Trackers:
         local = run / "trackers"
         local.mkdir(exist_ok=True)
         tracker: Any
-        if name == "tensorboard":
-            tracker = tracking.TensorBoardTracker("tensorboard", local)
+        known = local / "mlflow.txt"
+        earlier = read_text(known) if known.exists() else None
+        again = {"id": own_id(local / "id.txt"), "resume": "allow"}
+        if name == "tensorboard":  # what it was told of updates that are done again is hidden
+            saved = checkpoint.updates(run / "checkpoints")
+            tracker = tracking.TensorBoardTracker("tensorboard", local, purge_step=max(saved, default=-1) + 1)
         elif name == "wandb":
             mode = "offline" if config.offline else "online"
-            tracker = tracking.WandBTracker(config.project, name=run.name, dir=str(local), mode=mode)
+            tracker = tracking.WandBTracker(config.project, name=run.name, dir=str(local), mode=mode, **again)
         elif name == "trackio":
             os.environ.setdefault("TRACKIO_DIR", str(local / "trackio"))
-            tracker = tracking.TrackioTracker(config.project, name=run.name)
+            # which knows a run by its name
+            tracker = tracking.TrackioTracker(config.project, name=f"{run.name}-{again['id'][:4]}", resume="allow")
         elif name == "swanlab":
             mode = "offline" if config.offline else "cloud"
             tracker = tracking.SwanLabTracker(
-                config.project, experiment_name=run.name, logdir=str(local / "swanlab"), mode=mode
+                config.project, experiment_name=run.name, logdir=str(local / "swanlab"), mode=mode, **again
             )
         else:
             if config.offline:
                 os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{local / 'mlflow.db'}"
             tracker = tracking.MLflowTracker(
-                config.project, logging_dir=f"file://{local / 'mlflow'}", run_name=run.name
+                config.project, logging_dir=f"file://{local / 'mlflow'}", run_id=earlier, run_name=run.name
             )
         tracker.main_process_only = (
             False  # only the leading process has trackers; accelerate need not ask its own state
         )
         tracker.start()
         self._open[name] = tracker
-        if name != "tensorboard":  # which takes flat settings only, and makes a run of its own of them
+        if name == "mlflow":  # whose servers give the ids
+            write_text(known, tracker.tracker.info.run_id)
+        # TensorBoard takes flat settings only, and makes a run of its own of them; MLflow refuses a changed one
+        if name != "tensorboard" and not (name == "mlflow" and earlier):
             tracker.store_init_configuration(dict(settings))
 
     def _do(self, name: str, call: Callable[[], Any]) -> None:
@@ -106,6 +120,13 @@ class Trackers:
         except Exception as error:  # of any kind: no tracker's trouble may end a run of days
             self._open.pop(name, None)
             self._warn(f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}")
+
+
+def own_id(file: Path) -> str:
+    """Return the id of a run among all of a tracker's, which is made at its first start: 21 letters and digits."""
+    if not file.exists():
+        write_text(file, "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(21)))
+    return read_text(file)
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
