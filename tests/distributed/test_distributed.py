@@ -354,8 +354,10 @@ def test_a_reward_may_take_longer_than_ranks_wait_for_each_other(nursery, recipe
     call = f"rewards={{slow: {{call: '{tmp_path}/mine.py:slow'}}, agreement: null, persistence: null}}"
     few = ["updates=2", "rollout.micro_batch=1", "rollout.decode_micro_batch=1", "tracking.preflight=skip"]
     limits = ["parallel.timeout=4", *(f"parallel.{setting}" for setting in parallel)]
-    run = Path(nursery.run("train", recipe, f"out={tmp_path}/run", call, *few, *limits, size=2))
-    assert checkpoint.updates(run / "checkpoints")[-1] == 2
+    ranks = nursery.start("train", recipe, f"out={tmp_path}/run", call, *few, *limits, size=2)
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert checkpoint.updates(tmp_path / "run/checkpoints")[-1] == 2
+    assert "s for 1 of 2 ranks, which live" in ranks.said(0)
 
 
 def test_a_bug_on_one_rank_ends_all_and_shows_its_traceback_once(nursery, recipe, tmp_path):

@@ -63,15 +63,24 @@ class Heartbeat:
     def meet(self, name: str, size: int) -> None:
         """Wait until `size` ranks have called this as often as this one for meetings of this name, while all live.
 
+        Each time that `parallel.timeout` passes, the first ranks that wait say so: what hangs is not dead.
+
         Raises:
             UserError: the run has ended, for instance since one has died.
         """
         self._met[name] += 1
         pause, needed = 0.001, self._met[name] * size
-        come = self._add(name, 1)
+        come, limit = self._add(name, 1), self._settings.timeout
+        told = begun = time.monotonic()
         while come < needed:
             pause = self._pause(pause)
-            come = self._add(name, 0)
+            come, now = self._add(name, 0), time.monotonic()
+            if now - told > limit:
+                told = now
+                if self._rank < 2:  # rank 1 speaks where it is rank 0 that hangs
+                    waited = f"rank {self._rank} has waited {now - begun:.0f} s for {needed - come} of {size} ranks"
+                    slow = "which live: something on them is slow, or hangs (a reward, a file system)"
+                    print(f"warning: {waited}, {slow}", file=sys.stderr)
 
     def _pause(self, seconds: float) -> float:
         """Wait a little before the store is asked again; returns how long to wait the next time."""
