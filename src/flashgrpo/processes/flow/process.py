@@ -162,7 +162,7 @@ class FlowProcess:
             noise = noise_of(self.model, [starts[row] for row in first.tolist()])
             return Start(noise, of_batch[first], of, drawing.act(batch))
 
-        batches = self.source.plan(samples, seed) if samples else []
+        batches = self.source.plan(samples, seed)
         latents = self._walk_all(self.moves, batches, start, on_drawn)
         return latents, drawing.record(latents)
 

@@ -45,6 +45,8 @@ class RecordedSteps(Source):
 
     def plan(self, samples: Sequence[Sample], seed: int) -> list[MicroBatch]:
         """The micro-batches of a rollout, each of one pattern of stochastic steps."""
+        if not samples:
+            return []
         names = torch.tensor([sample.name for sample in samples])
         steps, num_steps, update = self.explore.steps, self.exact.grid.num_steps, int(names[0, 0])
         stochastic = steps.mask(seed, update, names[:, 1], num_steps, members=names[:, 2])

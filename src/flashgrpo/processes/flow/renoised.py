@@ -93,6 +93,8 @@ class RenoisedSamples(Source):
 
     def plan(self, samples: Sequence[Sample], seed: int) -> list[MicroBatch]:
         """The micro-batches of a rollout without stochastic steps."""
+        if not samples:
+            return []
         none = torch.zeros(len(samples), self.grid.num_steps, dtype=torch.bool)
         return plan(none, none, self.rollout.deterministic_steps, self.rollout.micro_batch)
 
