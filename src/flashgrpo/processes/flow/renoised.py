@@ -47,7 +47,7 @@ class RenoisedState:
         return len(self.sample)
 
     def __getitem__(self, units: Int64[Tensor, " some"]) -> "RenoisedState":
-        """The same of some units."""
+        """Return the state of some units."""
         return RenoisedState(
             self.seed,
             self.sample[units],
@@ -60,7 +60,7 @@ class RenoisedState:
         )
 
     def noised(self) -> tuple[Latents, Latents]:
-        """x_t = (1 - t) x0 + t eps of each unit, and the velocity u = eps - x0 that leads there."""
+        """Return x_t = (1 - t) x0 + t eps of each unit, and the velocity u = eps - x0 that leads there."""
         shape = tuple(self.x0.shape[1:])
         noise = torch.stack([normal(shape, self.seed, "renoised", *name) for name in self.names.tolist()])
         eps, x0 = to_device(noise, self.x0.device).to(self.x0.dtype), index_rows(self.x0, self.sample)
@@ -92,7 +92,7 @@ class RenoisedSamples(Source):
         return stages
 
     def plan(self, samples: Sequence[Sample], seed: int) -> list[MicroBatch]:
-        """The micro-batches of a rollout without stochastic steps."""
+        """Return the micro-batches of a rollout without stochastic steps."""
         if not samples:
             return []
         none = torch.zeros(len(samples), self.grid.num_steps, dtype=torch.bool)
@@ -105,7 +105,7 @@ class RenoisedSamples(Source):
         return RenoisedDrawing(self, samples, condition, seed, uses, columns)
 
     def units_of(self, samples: Sequence[Sample], x0: Latents, condition: Condition, seed: int) -> RenoisedState:
-        """Every sample at each of its noise levels; members of a group have one level and noise where `shared`."""
+        """Return every sample at each of its levels; members of a group have one level and noise where `shared`."""
         positions, names, rows = list[float](), list[tuple[int, int, int, int]](), list[int]()
         for row, sample in enumerate(samples):
             update, group, member = sample.name
@@ -119,7 +119,7 @@ class RenoisedSamples(Source):
         return RenoisedState(seed, torch.tensor(rows, dtype=torch.int64), of, sigma, timestep, x0, condition)
 
     def slots(self, state: RenoisedState) -> Int64[Tensor, " units"]:
-        """The number of the expert that computes each unit."""
+        """Return the number of the expert that computes each unit."""
         order = list(self._stages)
         experts = [order.index(self.model.expert(timestep)) for timestep in state.timestep.double().tolist()]
         return torch.tensor(experts, dtype=torch.int64)
@@ -148,11 +148,11 @@ class RenoisedSamples(Source):
         return scores, index_rows(torch.cat([none, *kept]), place)
 
     def micro_batches(self, record: Record) -> Sequence[Record]:
-        """Units of one slot in batches of `micro_batch`."""
+        """Cut the units of one slot into batches of `micro_batch`."""
         return [record[units] for units in torch.arange(len(record)).split(self.micro_batch) if len(units)]
 
     def replay(self, record: Record, columns: Sequence[str]) -> Score:
-        """Minus the error of each unit's velocity; see `renoise.py`.
+        """Return minus the error of each unit's velocity; see `renoise.py`.
 
         "kl", "kl_average" and "kl_old" are mean squared distances of velocities: to the base model, to the average and
         to the policy that drew. "toward:b" and "away:b" are the errors of v+ and v- of DiffusionNFT at beta b. Without
@@ -197,17 +197,17 @@ class RenoisedSamples(Source):
         return self.model.velocity(x, GridPoint(state.timestep, state.sigma, scale), state.condition[state.sample])
 
     def unfilled(self, record: Record) -> Float32[Tensor, " terms"]:
-        """The scores by one call of exactly these units."""
+        """Compute the scores by one call of exactly these units."""
         state: RenoisedState = record.state  # type: ignore[assignment]
         x, u = state.noised()
         return self._score(state, self._call(state, x), u)
 
     def stage(self, slot: int) -> nn.Module:
-        """The expert with this number."""
+        """Return the expert with this number."""
         return list(self._stages)[slot]
 
     def call_on_nothing(self, slot: int) -> Tensor:
-        """A call of the expert with this number."""
+        """Call the expert with this number on one row of zeros."""
         timestep = torch.tensor([list(self._stages.values())[slot]], dtype=self.grid.timesteps.dtype)
         one = torch.ones(1, dtype=torch.float64)
         return self.model.idle(GridPoint(timestep, one, torch.full((1,), self.score.guidance_scale)))
@@ -229,7 +229,7 @@ class RenoisedDrawing:
         return None
 
     def record(self, latents: Latents) -> Record:
-        """Every sample at each of its levels, by sample, then by level."""
+        """Record every sample at each of its levels, by sample, then by level."""
         state = self.source.units_of(self.samples, latents, self.condition, self.seed)
         slot, old = self.source.slots(state), None
         if self.uses > 1:
