@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -427,6 +428,29 @@ def test_what_is_complete_is_left_alone_and_what_failed_goes_on(compared, proble
     assert others == same
     assert (mended["status"], mended["reason"], len(mended["updates"])) == ("complete", None, 2)
     assert (out / "flow-grpo/seed-1.log").read_text().count("# -m flashgrpo train") == 2
+
+
+def test_records_of_runs_are_enough_to_go_on(compared, problem, tmp_path, capsys):
+    """Of a comparison's folder plan.json and the seed-S.json of runs that ended may be kept alone, in a repository."""
+    out, _, _ = compared
+    found = compare(str(problem), out=out, seeds=2, console=Console(quiet=True), **OPTIONS)
+    kept = tmp_path / "kept"
+    for file in [out / "plan.json", *out.glob("*/seed-?.json")]:
+        (kept / file.relative_to(out)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, kept / file.relative_to(out))
+    assert compare(str(problem), out=kept, seeds=2, console=Console(quiet=True), **OPTIONS) == found
+    assert not [*kept.glob("*/seed-?")]
+    record = kept / "flow-grpo/seed-0.json"
+    record.write_text(record.read_text().replace('"status"', '"state"'))
+    with pytest.raises(UserError, match=r"seed-0\.json is damaged \(status: field required\); put it back, or"):
+        compare(str(problem), out=kept, seeds=2, console=Console(quiet=True), **OPTIONS)
+
+
+def test_one_algorithm_may_have_a_number_of_updates_of_its_own(problem):
+    plan = make_plan(str(problem), ["flow-grpo:updates=7"], OPTIONS["algorithms"], 1, 250, 2, "")
+    lengths = {name: config.updates for name, config in plan.algorithms.items()}
+    assert lengths == {"flash-grpo": 4, "flow-grpo": 7}
+    assert plan.algorithms["flow-grpo"].evaluation.every == 4
 
 
 def test_a_diagnosis_is_measured_once_and_told(compared, problem, monkeypatch):

@@ -5,7 +5,7 @@
     plan.py        what runs: settings of each algorithm, the updates that the budget buys it
     folder.py      where it lies, and whether it may be resumed
     processes.py   each run in a process of its own
-    results.py     the run directories -> comparison.json; statistics.py: what they say together
+    record.py      what is read of one run; results.py: of all -> comparison.json; statistics.py: what they say together
     table.py       comparison.md; measured.py: its end, where a diagnosis was asked for
     figures.py     figures/*.svg, *.png; the page is `report/comparison.py`
 
@@ -13,6 +13,7 @@ A comparison's folder:
 
     plan.json                 what was asked for; another plan needs another folder, but for more seeds and algorithms
     ALGORITHM/seed-S/         a run directory; beside it seed-S.yaml (its recipe), seed-S.log, seed-S.failed (why)
+    ALGORITHM/seed-S.json     what the comparison reads of a run that has ended; plan.json and these are enough to go on
     comparison.json           every evaluation and every update of every run, and what they say together
     comparison.md  figures/  report.html
     diagnosis.json            gradients by step, variance of rewards, consistency: `diagnostics/measure.py`
@@ -29,7 +30,8 @@ from flashgrpo.compare.folder import ComparisonFolder, RunFiles
 from flashgrpo.compare.measured import diagnosis_as_markdown
 from flashgrpo.compare.plan import Plan, make_plan
 from flashgrpo.compare.processes import run_all
-from flashgrpo.compare.results import collect, is_done
+from flashgrpo.compare.record import is_done, keep_record
+from flashgrpo.compare.results import collect
 from flashgrpo.compare.table import as_markdown
 from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.errors import Interrupted, UserError, launcher_number
@@ -63,7 +65,7 @@ def compare(
         recipe: the problem; its own `algorithm` is replaced by each of `algorithms`, but for what `keep` names.
         overrides: `key=value` for all; `algorithm.noise={kind: cps, eta: 0.7}` for the algorithm of all, after its
             preset; `NAME:optim.lr=1e-3` for the algorithm called NAME alone (its algorithm, rollout, optim, model.train
-            and model.gradient_checkpointing).
+            and model.gradient_checkpointing); `NAME:updates=30` gives it so many updates, whatever they cost.
         algorithms: presets, or `NAME={preset: flow-grpo, kl_coef: 0.1}`; the first is what the others are held against.
         seeds: number of seeds, from the recipe's `seed` upwards.
         out: the folder; runs/compare-RECIPE when not given.
@@ -107,6 +109,8 @@ def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float
     """
     entries = plan.as_json()
     runs = folder.runs(entries)
+    for run in runs:  # of a comparison that was killed between a run's end and its record
+        keep_record(run, entries["algorithms"][run.algorithm])
     todo = {
         run: plan.algorithms[run.algorithm] for run in runs if not is_done(run, entries["algorithms"][run.algorithm])
     }
@@ -118,6 +122,7 @@ def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float
         why = read_text(run.failure).strip() if run.failure.exists() else None
         words = f"failed: {why}; all of it is in {run.log}" if why else "ended"
         say(f"{run.algorithm} seed {run.seed} {words}")
+        keep_record(run, entries["algorithms"][run.algorithm])
         write_data(folder, levels)
 
     lengths = ", ".join(f"{name} {config.updates} updates" for name, config in plan.algorithms.items())

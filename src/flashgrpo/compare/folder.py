@@ -73,6 +73,11 @@ class RunFiles:
         return self.path.with_name(f"{self.path.name}.failed")
 
     @property
+    def record(self) -> Path:
+        """What a comparison reads of it, written once it has ended: the run directory may go, this is enough."""
+        return self.path.with_name(f"{self.path.name}.json")
+
+    @property
     def busy(self) -> bool:
         """Whether some process trains it, for instance one that outlived the comparison that started it."""
         path = self.path / ".lock"

@@ -13,7 +13,14 @@ from flashgrpo.config.recipe import merge_choices, parse_override
 from flashgrpo.errors import UserError, suggest
 from flashgrpo.presets import PRESETS, Algorithm
 
-OWN = ("algorithm", "rollout", "optim", "model.train", "model.gradient_checkpointing")  # may differ by algorithm
+OWN = (
+    "algorithm",
+    "rollout",
+    "optim",
+    "updates",
+    "model.train",
+    "model.gradient_checkpointing",
+)  # may differ by algorithm
 OF_THE_PLAN = {"out": "--out", "evaluation.every": "--points"}  # settings that an option decides
 NOT_COMPARED = ("out", "seed", "updates", "checkpoint", "parallel", "tracking")  # may change from start to start
 MOST_UPDATES = 100_000
@@ -78,13 +85,16 @@ def make_plan(
         name: _settings(base, spec, [*kept, *shared, *own.get(name, [])], f"{recipe}, {name}")
         for name, spec in specs.items()
     }
+    lengths = {name: configs[name].updates for name, changes in own.items() if any("updates" in c for c in changes)}
     first = next(iter(configs.values()))
     source = f"--budget: {budget:,} forwards" if budget is not None else ""
     if budget is None:
         budget = sum(planned_cost(first, update).total for update in range(base.updates))
         source = f"updates: the {base.updates:,} updates of {next(iter(configs))}, {budget:,} forwards,"
     whole = {
-        name: _at_its_length(config, f"{recipe}, {name}", _updates_within(config, budget, name, source), points)
+        name: _at_its_length(
+            config, f"{recipe}, {name}", lengths.get(name) or _updates_within(config, budget, name, source), points
+        )
         for name, config in configs.items()
     }
     return Plan(recipe, budget, range(base.seed, base.seed + seeds), whole)

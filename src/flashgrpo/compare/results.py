@@ -1,4 +1,4 @@
-"""comparison.json: what the run directories of a comparison say, whole and summed up."""
+"""comparison.json: what the runs of a comparison say, whole and summed up."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,24 +6,14 @@ from typing import Any
 import numpy as np
 
 from flashgrpo.compare import statistics
-from flashgrpo.compare.folder import ComparisonFolder, RunFiles
-from flashgrpo.files import finite, read_text
+from flashgrpo.compare.folder import ComparisonFolder
+from flashgrpo.compare.record import ENDED, read_run
+from flashgrpo.files import finite
 from flashgrpo.report.record import Row
-from flashgrpo.run import checkpoint
-from flashgrpo.run.directory import RunDirectory
-from flashgrpo.run.lines import read_lines
-from flashgrpo.scoring.heldout import selected
 from flashgrpo.scoring.intervals import mean_interval
 
-NOT_TRAINING = ("evaluate", "checkpoint", "total")  # phases that a comparison by seconds leaves out
-KEPT = (
-    *("reward", "reward_std", "grad_norm", "drift", "ratio_mean", "ratio_max_dev", "clip_fraction", "approx_kl", "kl"),
-    *("skipped_steps", "dropped_groups"),  # in lines of updates that had some
-)
-UPDATE_NEEDS = ("compute", "seconds", "samples", "grad_norm_by_step")
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the first algorithm's gain: the levels where none are given
 AXES = ("compute", "seconds")
-ENDED = ("complete", "ended early")
 VERSIONS = ("flashgrpo", "torch", "diffusers", "transformers", "peft", "numpy", "python", "platform", "device")
 
 
@@ -74,99 +64,6 @@ def collect(folder: ComparisonFolder, levels: Sequence[float] = ()) -> dict[str,
             "runs": runs,
         }
     )
-
-
-def read_run(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Read one run: how it ended, and every evaluation and update, by the compute and the seconds spent until then."""
-    metrics, evaluations = (
-        read_lines(files.path / "metrics.jsonl", UPDATE_NEEDS),
-        read_lines(files.path / "evaluations.jsonl", ("watch",)),
-    )
-    settings = entry["settings"]
-    compute, seconds, updates = [0], [0.0], []
-    for line in metrics:
-        compute.append(compute[-1] + sum(line["compute"].values()))
-        spent = sum(time for phase, time in line["seconds"].items() if phase not in NOT_TRAINING)
-        seconds.append(seconds[-1] + spent)
-        updates.append(
-            {
-                "update": line["update"],
-                "compute": compute[-1],
-                "rollout_compute": line["compute"]["rollout"],
-                "update_compute": line["compute"]["update"],
-                "seconds": round(seconds[-1], 3),
-                "samples": line["samples"],
-                "update_seconds": line["seconds"].get("update"),
-                **{key: line.get(key) for key in KEPT},
-                "grad_norm_by_step": line["grad_norm_by_step"],
-            }
-        )
-    each = settings["evaluation"]["samples_per_prompt"]
-    points = [
-        {
-            **_point(line, each),
-            "watch": line["watch"],
-            "compute": compute[line["update"]],
-            "seconds": round(seconds[line["update"]], 3),
-        }
-        for line in evaluations
-        if line["update"] < len(compute)
-    ]
-    confirmed = RunDirectory(files.path).confirmation()
-    status, reason = _status(files, points, entry)
-    run: dict[str, Any] = {"algorithm": files.algorithm, "seed": files.seed, "status": status, "reason": reason}
-    run["trained_on"] = max((line.get("trained_on", 0) for line in evaluations), default=0)
-    run |= {"folder": f"{files.path.parent.name}/{files.path.name}", "points": points, "updates": updates}
-    run |= {"selected": selected(evaluations), "confirmed": _point(confirmed, each) if confirmed else None}
-    run = finite(run)
-    environment = RunDirectory(files.path).environment()
-    return {
-        **run,
-        "collapse": statistics.collapse(run),
-        "gradients": statistics.gradient_spread(run["updates"]),
-        "environment": environment,
-    }
-
-
-def _point(line: Row, each: int) -> dict[str, Any]:
-    kept = ("update", "reward", "base_reward", "difference", "interval", "rewards")
-    watched = ("watched", "base_watched", "watched_intervals")
-    return {**{key: line[key] for key in (*kept, *watched)}, "prompts": _by_prompt(line["samples"], each)}
-
-
-def _by_prompt(samples: Sequence[Row], each: int) -> list[float]:
-    """Return the difference to the base model on every prompt, the mean over its samples."""
-    differences = [sample["reward"] - sample["base_reward"] for sample in samples]
-    return np.reshape(differences, (-1, each)).mean(axis=1).tolist()
-
-
-def _status(files: RunFiles, points: Sequence[Row], entry: Mapping[str, Any]) -> tuple[str, str | None]:
-    """`complete`, `ended early` by the recipe's own rules, `failed`, or `unfinished`; and why."""
-    patience = entry["settings"]["evaluation"]["patience"]
-    if points:
-        rewards = [float("-inf") if point["watch"] else point["reward"] for point in points]
-        stale = len(points) - 1 - rewards.index(max(rewards))
-        if points[-1]["update"] >= entry["updates"]:
-            return "complete", None
-        if points[-1]["watch"]:
-            return "ended early", points[-1]["watch"]
-        if patience is not None and stale >= patience:
-            return "ended early", f"no new best in {stale} evaluations"
-    if files.failure.exists():
-        return "failed", read_text(files.failure).strip()
-    return "unfinished", None
-
-
-def is_done(files: RunFiles, entry: Mapping[str, Any]) -> bool:
-    """Return whether there is nothing left to do for a run, not even to save its last checkpoint or confirm its best.
-
-    A full training, whose base model is gone when it ends, confirms nothing.
-    """
-    run = read_run(files, entry)
-    saved = checkpoint.updates(files.path / "checkpoints")[-1:]
-    if run["selected"] and not run["confirmed"] and entry["settings"]["model"]["train"]["kind"] == "lora":
-        return False
-    return run["status"] in ENDED and saved == [run["points"][-1]["update"]] and not files.busy
 
 
 # ---- over the runs of an algorithm -----------------------------------------------------------------------------------
