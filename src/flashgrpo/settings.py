@@ -31,7 +31,25 @@ MANY = 1_000_000
 """More than there is of anything that a setting counts; a larger number is a slip, which could take hours to notice."""
 LONG = 10_000_000.0
 """Seconds that nothing takes: four months."""
+SMALLEST, LARGEST = 1e-15, 1e9
+"""Of every number of a recipe: float32 holds the product of any four of them, and the inverse of any two."""
 Count = Annotated[int, Field(ge=1, le=MANY)]
+
+Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
+
+
+Number = int | float
+
+
+def check_number(name: str, value: Number, lowest: Number = SMALLEST, highest: Number = LARGEST) -> None:
+    """Check a number of a setting that is the component at once, for callers from Python as well as for recipes.
+
+    Raises:
+        ValueError: it is out of its bounds, or NaN.
+    """
+    if not lowest <= value <= highest:
+        raise ValueError(f"{name} must be from {lowest:,.15g} to {highest:,.15g}, not {value!r:.40}")
+
 
 PathText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "path"}), AfterValidator(expand_home)]
 """A path, or what may be one: a name on the hub, `datasets:NAME`, a reward's `file.py:function`. `~` is the home."""

@@ -1,5 +1,6 @@
 """The clipped objective branch by branch, and its metrics."""
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from flashgrpo.learning.objective import Clipped, Contrast, KlMasked, policy_losses, ratio_metrics
+from flashgrpo.settings import LARGEST, SMALLEST
 
 REFUSED = (ValueError, TypeCheckError)
 
@@ -237,3 +239,17 @@ def test_contrast_reports_its_errors():
     found = objective.metrics(torch.tensor([-2.0, -3.0]), torch.zeros(2), torch.ones(2), columns)
     assert found == pytest.approx({"error": 2.5, "error_toward": 1.5, "error_away": 3.5})
     assert objective.smallest_clip is None
+
+
+@pytest.mark.parametrize("kind", [Clipped, KlMasked, Contrast])
+def test_the_largest_and_the_smallest_coefficients_give_finite_losses(kind):
+    """Columns near 1, an advantage clipped to 5, and every pair of bounds."""
+    names = ["average_coef", *{Clipped: ["clip_range"], KlMasked: ["tau"], Contrast: ["beta", "scale"]}[kind]]
+    for values in itertools.product((SMALLEST, LARGEST), repeat=len(names)):
+        objective = kind(kl_coef=LARGEST, **dict(zip(names, values, strict=True)))
+        rows = {name: torch.tensor([1.5, 0.5]).requires_grad_() for name in ("score", *objective.columns)}
+        advantage = torch.tensor([5.0, -5.0])
+        losses = objective.losses(rows["score"], torch.ones(2), advantage, torch.ones(2), rows)
+        losses.sum().backward()
+        assert losses.isfinite().all()
+        assert all(row.grad is None or row.grad.isfinite().all() for row in rows.values())

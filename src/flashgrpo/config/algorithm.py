@@ -118,7 +118,7 @@ def algorithm_from(value: Any) -> Any:
     changes = {"preset": value} if isinstance(value, str) else spelled_out(value)
     name = changes.pop("preset", "flash-grpo")
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"no preset is called {name!r}; {suggest(str(name), PRESETS)}")
+        raise ValueError(f"no preset is called {name!r:.80}; {suggest(str(name), PRESETS)}")
     return merge_choices(asdict(PRESETS[name]), changes)
 
 
@@ -132,7 +132,7 @@ def spelled_out(changes: Mapping[Any, Any]) -> dict[Any, Any]:
     short = [(key, SHORT[key], value) for key, value in changes.items() if key in SHORT]
     grouping = changes.get("grouping", {})
     if not isinstance(grouping, Mapping):
-        raise ValueError(f"algorithm.grouping is a mapping of {', '.join(GROUPING)}, not {grouping!r}")
+        raise ValueError(f"algorithm.grouping is a mapping of {', '.join(GROUPING)}, not {grouping!r:.80}")
     for key, value in grouping.items():
         if key not in GROUPING:
             raise ValueError(f"unknown key algorithm.grouping.{key}; {suggest(str(key), GROUPING)}")

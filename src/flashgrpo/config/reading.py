@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
             if isinstance(key, str | int | float | None) and keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice", problem_mark=node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"{key!r:.80} is given twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
     def variable(self, node: Any) -> str:
@@ -46,6 +46,10 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads: text that would be a number there is put in quotes."""
 
+    def text(self, value: str) -> Any:
+        """Write a text; in double quotes where it holds a line break that YAML would read as another one."""
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\x85" in value else None)
+
 
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {
@@ -54,6 +58,7 @@ for _class in (_Loader, _Dumper):
     }
     _class.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 _Loader.add_constructor("!env", _Loader.variable)
+_Dumper.add_representer(str, _Dumper.text)
 
 
 def read_yaml(text: str) -> Any:
@@ -118,7 +123,7 @@ def check_tree(tree: Any) -> None:
         if count > MOST:
             raise ValueError(f"it holds more than {MOST:,} values")
         if isinstance(node, str) and not is_text(node):
-            raise ValueError(f"{node!r} is no text that UTF-8 can hold")
+            raise ValueError(f"{node!r:.80} is no text that UTF-8 can hold")
         if isinstance(node, Mapping):
             todo += [(entry, depth + 1) for pair in node.items() for entry in pair]
         elif isinstance(node, list | tuple | set):

@@ -114,7 +114,7 @@ def without_gone(tree: Mapping[Any, Any], name: Callable[[str], str] = str) -> d
         if not isinstance(node, Mapping) or key not in node:
             continue
         if node[key] != only:
-            raise ValueError(f"{name(path)}: {node[key]!r} is gone, since {why}; leave the setting out")
+            raise ValueError(f"{name(path)}: {node[key]!r:.80} is gone, since {why}; leave the setting out")
         kept = _without(kept, path.split("."))
     return kept
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from flashgrpo.errors import UserError
-from flashgrpo.settings import LONG, MANY, Count, Part
+from flashgrpo.settings import LARGEST, LONG, MANY, Count, Part
 
 
 class ParallelConfig(Part):
@@ -17,15 +17,15 @@ class ParallelConfig(Part):
     """Processes that hold one copy of the network between them (FSDP2); the rest of the processes are copies."""
     context: Count = 1
     """Processes that compute one sample together, each a part of its tokens (Ulysses); it divides heads and tokens."""
-    shares: tuple[Annotated[float, Field(ge=0, le=1e9)], ...] | None = None
+    shares: tuple[Annotated[float, Field(ge=0, le=LARGEST)], ...] | None = None
     """How much of an update's samples each data rank takes, in any unit; equal parts when not given."""
     reward_ranks: tuple[Annotated[int, Field(ge=0, le=MANY)], ...] = ()
     """The processes that compute the rewards of all videos; when none is given, each scores what it has drawn."""
     dead_after: float = Field(default=60, gt=2, le=LONG)
     """Seconds without a sign of life after which a process counts as dead, and all end."""
-    start_timeout: float = Field(default=300, gt=0, le=LONG)
+    start_timeout: float = Field(default=300, ge=1, le=LONG)
     """Seconds that the processes wait at the start until all of them are there."""
-    timeout: float = Field(default=1800, gt=0, le=LONG)
+    timeout: float = Field(default=1800, ge=1, le=LONG)
     """Seconds that a process waits for the others while all compute; for rewards and files they wait for each other."""
 
     @property

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flashgrpo.errors import UserError
 from flashgrpo.learning.settings import Credit, check_choice
+from flashgrpo.settings import check_number
 from flashgrpo.types import RewardTable, representable
 
 EPSILON = 1e-4  # added to the std, as in the published code
@@ -154,5 +155,4 @@ def has_spread(rewards: Float[Tensor, "groups members"]) -> Bool[Tensor, " group
 
 
 def _check_clip(clip: float) -> None:
-    if not clip > 0:
-        raise ValueError(f"advantages are clipped to +-clip, which has to be above 0, got {clip}")
+    check_number("clip of advantages", clip)

@@ -10,7 +10,6 @@ and the published clip range is 1e-3. A, w and the old score are constants; the 
 Objectives are settings, too, so this file is free of torch: they calculate with the tensors that they are given.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from jaxtyping import Float32
 from pydantic import Field
 
-from flashgrpo.settings import FORBID_EXTRA, default_kind
+from flashgrpo.settings import FORBID_EXTRA, check_number, default_kind
 
 Rows = Float32[Any, " batch"]
 ClipRange = float | tuple[float, float]
@@ -42,8 +41,7 @@ class Penalized:
 
     def __post_init__(self) -> None:
         for name in ("kl_coef", "average_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, not {getattr(self, name)}")
+            check_number(name, getattr(self, name), 0)
 
     @property
     def columns(self) -> Sequence[str]:
@@ -84,9 +82,7 @@ class Clipped(Penalized):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bounds = self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range,)
-        if not all(0 < bound < math.inf for bound in bounds):
-            raise ValueError(f"clip_range must be greater than 0 and finite, not {self.clip_range}")
+        _bounds(self.clip_range)
 
     @property
     def smallest_clip(self) -> float | None:
@@ -122,8 +118,7 @@ class KlMasked(Penalized):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.tau < math.inf:
-            raise ValueError(f"tau must be at least 0 and finite, not {self.tau}")
+        check_number("tau", self.tau, 0)
 
     @property
     def _own_columns(self) -> Sequence[str]:
@@ -173,8 +168,7 @@ class Contrast(Penalized):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("beta", "scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be greater than 0 and finite, not {getattr(self, name)}")
+            check_number(name, getattr(self, name))
 
     @property
     def _own_columns(self) -> Sequence[str]:
@@ -243,8 +237,8 @@ def _moved(score: Rows, old: Rows) -> dict[str, Float32[Any, ""]]:
 
 def _bounds(clip_range: ClipRange) -> tuple[float, float]:
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    if not (0 < low < math.inf and 0 < high < math.inf):
-        raise ValueError(f"clip_range is a number above 0, or a pair (low, high) of such numbers, got {clip_range}")
+    for bound in (low, high):
+        check_number("clip_range", bound)
     return 1 - low, 1 + high
 
 

@@ -1,12 +1,11 @@
 """Settings of credit, of who draws, and of the optimizer step."""
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part, default_kind
+from flashgrpo.settings import FORBID_EXTRA, MANY, SMALLEST, Count, Part, Positive, check_number, default_kind
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Credit:
         check_choice("combine", self.combine, ("normalized", "raw"))
         check_choice("bend", self.bend, ("hard", "soft"))
         check_choice("rescale", self.rescale, ("none", "clip", "largest"))
-        if not 0 < self.clip < math.inf:
-            raise ValueError(f"clip of advantages must be greater than 0 and finite, not {self.clip}")
+        check_number("clip of advantages", self.clip)
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,8 @@ class Averaged:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
-        if not 0 <= self.slope < math.inf:
-            raise ValueError(f"slope of Averaged must be at least 0 and finite, not {self.slope}")
-        if not 0 <= self.start <= MANY:
-            raise ValueError(f"start of Averaged must be from 0 to {MANY:,}, not {self.start}")
+        check_number("slope of Averaged", self.slope, 0)
+        check_number("start of Averaged", self.start, 0, MANY)
         if not 0 <= self.ceiling < 1:
             raise ValueError(f"ceiling of Averaged must be at least 0 and below 1, not {self.ceiling}")
 
@@ -101,7 +97,8 @@ class Frozen:
     def __post_init__(self) -> None:
         if not 2 <= self.updates <= MANY:
             raise ValueError(
-                f"updates of Frozen must be from 2 to {MANY:,}, not {self.updates}; with 1 it is behaviour.kind=current"
+                f"updates of Frozen must be from 2 to {MANY:,}, not {self.updates!r:.40}; with 1 it is "
+                "behaviour.kind=current"
             )
 
     def kept(self, updates: int) -> float:
@@ -151,17 +148,17 @@ class EmaConfig(Part):
 class OptimConfig(Part):
     """AdamW and how an update is cut into optimizer steps and micro-batches."""
 
-    lr: float = Field(default=1e-4, gt=0, le=1e3)
+    lr: float = Field(default=1e-4, ge=SMALLEST, le=1e3)
     """Learning rate, once `warmup` is over."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     weight_decay: float = Field(default=1e-4, ge=0, le=1e3)
     """Decoupled: the share of a weight that an optimizer step takes away is this times the learning rate."""
-    eps: float = Field(default=1e-8, gt=0, le=1)
+    eps: float = Field(default=1e-8, ge=SMALLEST, le=1)
     """Added to the root of the second moment."""
     warmup: int = Field(default=0, ge=0, le=MANY)
     """Optimizer steps over which the learning rate rises linearly."""
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
+    max_grad_norm: Positive = 1.0
     """A larger norm of the gradient is cut to this."""
     max_bad_steps: Count = 5
     """End the run when this number of optimizer steps in a row have a gradient or a loss that is not finite. Each is
@@ -205,11 +202,17 @@ class OptimConfig(Part):
         )
 
     def check(self, samples: int, updates: int) -> None:
-        """Refuse more optimizer steps than there are samples, and an average that never moves.
+        """Refuse more optimizer steps than there are samples, an average that never moves, and more decay than weight.
 
         Raises:
-            ValueError: an update has fewer samples than it is cut into parts, or a run fewer steps than `ema.every`.
+            ValueError: an update has fewer samples than it is cut into parts, or a run fewer steps than `ema.every`; or
+                a step takes more than all of a weight away, so that weights grow without end.
         """
+        if (taken := self.lr * self.weight_decay) > 1:
+            raise ValueError(
+                f"optim.weight_decay: times optim.lr it is {taken:g}, the share of each weight that a step takes away; "
+                "lower it to at most 1"
+            )
         if self.minibatches > samples:
             raise ValueError(f"optim.minibatches: {samples} samples cannot be cut into {self.minibatches} parts")
         steps = self.steps(updates)

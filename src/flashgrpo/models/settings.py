@@ -47,7 +47,7 @@ class ModelConfig(Part):
     """Pixels."""
     num_frames: int = Field(ge=1, le=100_000)
     """Frames of a video."""
-    fps: float = Field(default=16, gt=0, le=1_000)
+    fps: float = Field(default=16, ge=0.01, le=1_000)
     """Frames a second."""
     max_sequence_length: int = Field(default=512, ge=1, le=100_000)
     """Text tokens; the pipeline pads to it."""
@@ -55,7 +55,7 @@ class ModelConfig(Part):
     """What guidance leads away from."""
     from_image: bool = False
     """Start each video from its prompt's image, with a checkpoint that does both (Wan 2.2 TI2V-5B)."""
-    shift: float | None = Field(default=None, gt=0, le=1_000)
+    shift: float | None = Field(default=None, ge=0.001, le=1_000)
     """Overrides the flow shift of the checkpoint's scheduler."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights; adapters, latents and densities are always float32."""

@@ -31,7 +31,9 @@ from flashgrpo.video import image_bytes
 FREE_TO_CHANGE = ("out", "updates", "checkpoint", "parallel", "tracking", "model.condition_cache")  # by a later start
 NOTED = (  # may change, too, and what changed is kept in changes.jsonl
     *(f"optim.{name}" for name in ("lr", "max_grad_norm", "eps", "weight_decay", "max_bad_steps", "max_bad_groups")),
-    "algorithm.objective.clip_range",
+    *(f"algorithm.objective.{name}" for name in ("clip_range", "tau", "beta", "scale", "kl_coef", "average_coef")),
+    *(f"algorithm.behaviour.{name}" for name in ("slope", "start", "ceiling", "updates")),
+    "algorithm.credit.clip",
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 
-from flashgrpo.settings import FORBID_EXTRA
+from flashgrpo.settings import FORBID_EXTRA, MANY, check_number
 
 Frames = Float[Any, "batch video_frames 3 video_height video_width"]
 
@@ -34,14 +34,13 @@ class Pixels:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise ValueError(f"stride must be at least 1, not {self.stride}")
-        if self.fps is not None and (self.fps <= 0 or self.stride != 1):
-            raise ValueError("fps must be above 0, and takes the place of stride: give one of the two")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size must be at least 1, not {self.size}")
-        if self.first is not None and self.first < 1:
-            raise ValueError(f"first must be at least 1, not {self.first}")
+        for name in ("stride", "size", "first"):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, 1, MANY)
+        if self.fps is not None:
+            check_number("fps", self.fps, 0.01, 1_000)
+            if self.stride != 1:
+                raise ValueError("fps takes the place of stride: give one of the two")
 
     def frames(self, count: int, fps: float) -> Any:
         """The numbers of the frames taken of `count` frames at `fps` frames a second.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from flashgrpo.scoring.inputs import LatentVideos, Pixels, VideoFiles
-from flashgrpo.settings import MANY, Count, Part, PathText
+from flashgrpo.settings import LARGEST, MANY, SMALLEST, Count, Part, PathText
 
 
 class RewardConfig(Part):
@@ -16,11 +16,11 @@ class RewardConfig(Part):
     """`package.module:function`, `path/to/file.py:function`, or `http://host:port` of a server; several with commas."""
     channel: str = "reward"
     """What the reward is credited to, of a model that judges parts of a sample apart; most have this one only."""
-    weight: float = Field(default=1.0, ge=-1e9, le=1e9)
+    weight: float = Field(default=1.0, ge=-LARGEST, le=LARGEST)
     """Negative to train against a quantity."""
     watched: bool = False
     """Scored at evaluation only and never trained on: a watch for reward hacking."""
-    max_fall: float | None = Field(default=None, ge=0, le=1e9)
+    max_fall: float | None = Field(default=None, ge=0, le=LARGEST)
     """Of a watched reward: end the run when it has fallen by more than this, with 95 % confidence, in every component's
     own units, while the trained reward has risen."""
     input: Annotated[Pixels | LatentVideos | VideoFiles, Field(discriminator="kind")] | None = None
@@ -32,7 +32,7 @@ class RewardConfig(Part):
     def _counts(self) -> "RewardConfig":
         if self.max_fall is not None and not self.watched:
             raise ValueError("max_fall is for a reward that is watched; say watched: true, or leave it out")
-        if self.weight == 0:
+        if abs(self.weight) < SMALLEST:
             raise ValueError("weight must not be 0; a reward that is only to be looked at says watched: true")
         if self.watched and self.weight != 1:
             raise ValueError("weight has no effect on a watched reward; leave it out")

@@ -317,8 +317,22 @@ def test_an_eta_that_is_no_scale_is_refused(kind, eta):
 
 def test_cps_replaces_at_most_all_of_the_noise():
     assert Cps(1.0)(published_grid().sigmas).c.abs().max() < 1e-15
-    with pytest.raises(ValueError, match="at most 1"):
+    with pytest.raises(ValueError, match=r"from 1e-15 to 1, not 1\.1"):
         Cps(1.1)
+
+
+@pytest.mark.parametrize("kind", [LinearSde, FlowSde, ConstantSde])
+@pytest.mark.parametrize("num_steps", [2, 20, 1000])
+def test_the_largest_eta_leaves_latents_whose_squares_float32_holds(kind, num_steps):
+    """A walk from 1 to 0 with eta 5, by a network whose output is bounded; uniform and shifted grids."""
+    for shift in (1.0, 8.0):
+        table = kind(eta=5.0)(shifted_grid(num_steps, shift).sigmas)
+        x, v = gaussian(0, 1, 64), gaussian(1, 1, 64)
+        for k in range(num_steps):
+            x = table.sample(k, x, v, gaussian(k, 1, 64))
+        assert x.square().isfinite().all()
+    with pytest.raises(ValueError, match="must be from 1e-15 to 5, not 20"):
+        kind(eta=20.0)
 
 
 @pytest.mark.parametrize(

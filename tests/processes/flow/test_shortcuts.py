@@ -261,7 +261,7 @@ def test_evaluation_takes_no_shortcut(make_run):
     [
         ("rollout.deterministic_steps=0", "must be at least 1, not 0"),
         ("rollout.reuse={kind: taylorseer, interval: 1}", "interval must be at least 2"),
-        ("rollout.reuse={kind: first-block, threshold: 2}", "between 0 and 1"),
+        ("rollout.reuse={kind: first-block, threshold: 2}", "threshold must be from 1e-15 to 1, not 2"),
         ("rollout.guidance_interval=[0.9,0.5]", "low <= high"),
         ("rollout.guidance_interval=[0,1.5]", "must be at most 1, not 1.5"),
     ],

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float, Float64
 
-from flashgrpo.settings import FORBID_EXTRA
+from flashgrpo.settings import FORBID_EXTRA, check_number
 
 Sigmas = Float64[Any, " points"]
 Steps = Float64[Any, " steps"]
@@ -57,10 +57,9 @@ def _sde(sigmas: Sigmas, g: Steps) -> tuple[Steps, Steps]:
     return sigma_next - g**2 * d / (2 * sigma), g * d.sqrt()
 
 
-def _check_eta(kind: str, eta: float, at_most: float = math.inf) -> None:
-    if not (math.isfinite(eta) and 0 < eta <= at_most):
-        bound = "finite" if math.isinf(at_most) else f"at most {at_most:g}"
-        raise ValueError(f"eta of the noise '{kind}' has to be above 0 and {bound}, got {eta}")
+def _check_eta(kind: str, eta: float, at_most: float = 5.0) -> None:
+    """Check eta; a step multiplies a latent by 1 - g^2 d / (2 sigma), and so a rollout by up to exp(eta^2 / 2)."""
+    check_number(f"eta of the noise '{kind}'", eta, highest=at_most)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class LinearSde(NoiseKind):
     The diffusion of the released Flash-GRPO and of Flow-GRPO's Wan runs, with eta = 1.
 
     Args:
-        eta: the strength of the noise, above 0.
+        eta: the strength of the noise, above 0 and at most 5.
     """
 
     eta: float = 1.0
@@ -106,7 +105,7 @@ class FlowSde(NoiseKind):
     grid lambda then spreads 66x over the twenty steps; with the equality test it would be 387x.
 
     Args:
-        eta: the strength of the noise, above 0.
+        eta: the strength of the noise, above 0 and at most 5.
     """
 
     eta: float = 0.7
@@ -126,7 +125,7 @@ class ConstantSde(NoiseKind):
     """`g = eta` at every step, as in DanceGRPO (arXiv 2505.07818) with eta = 0.3.
 
     Args:
-        eta: the strength of the noise, above 0.
+        eta: the strength of the noise, above 0 and at most 5.
     """
 
     eta: float = 0.3

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from flashgrpo.settings import FORBID_EXTRA
+from flashgrpo.settings import FORBID_EXTRA, check_number
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class FirstBlock:
     and waits for the device.
 
     Args:
-        threshold: the relative change from which on a step is computed, between 0 and 1.
+        threshold: the relative change from which on a step is computed, above 0 and at most 1.
     """
 
     threshold: float = 0.05
@@ -29,8 +29,7 @@ class FirstBlock:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold must lie between 0 and 1, not {self.threshold}")
+        check_number("threshold", self.threshold, highest=1)
 
     def config(self) -> Any:
         """As diffusers has it."""

@@ -14,7 +14,7 @@ from flashgrpo.processes.flow.solvers import DpmSolver, Euler, UniPC
 from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, Rectified, StepLength, Uniform
 from flashgrpo.seeds import keyed_bits
-from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part, default_kind
+from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part, check_number, default_kind
 
 MOST_STEPS = 10_000
 
@@ -95,12 +95,11 @@ class Renoised:
     def __post_init__(self) -> None:
         if self.times is None and self.draw != "shuffled":
             raise ValueError(f"times of Renoised: with draw {self.draw!r} give how many levels a sample has")
-        if self.times is not None and not 1 <= self.times <= MOST_STEPS:
-            raise ValueError(f"times of Renoised has to be from 1 to {MOST_STEPS:,}, got {self.times}")
+        if self.times is not None:
+            check_number("times of Renoised", self.times, 1, MOST_STEPS)
         if not 0 <= self.window[0] < self.window[1] <= 1:
             raise ValueError(f"window of Renoised is a pair of fractions, 0 <= low < high <= 1, got {self.window}")
-        if not 1 <= self.guidance_scale <= 1_000:
-            raise ValueError(f"guidance_scale of Renoised has to be from 1 to 1,000, got {self.guidance_scale}")
+        check_number("guidance_scale of Renoised", self.guidance_scale, 1, 1_000)
 
     def count(self, num_steps: int) -> int:
         """Return how many noise levels each sample has.

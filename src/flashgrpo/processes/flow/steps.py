@@ -25,7 +25,7 @@ from jaxtyping import Bool, Int
 
 from flashgrpo.errors import UserError
 from flashgrpo.seeds import keyed_bits
-from flashgrpo.settings import FORBID_EXTRA
+from flashgrpo.settings import FORBID_EXTRA, MANY, check_number
 
 GroupIds = Int[Any, " batch"]
 StepMask = Bool[Any, "batch steps"]
@@ -48,8 +48,7 @@ class AllSteps:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction of AllSteps has to be above 0 and at most 1, got {self.fraction}")
+        check_number("fraction of AllSteps", self.fraction, highest=1)
 
     def candidates(self, num_steps: int) -> list[int]:
         return _all_but_last(num_steps)
@@ -94,10 +93,8 @@ class Window:
 
     def __post_init__(self) -> None:
         for name in ("size", "stride", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} of Window has to be at least 1, got {getattr(self, name)}")
-        if self.start < 0:
-            raise ValueError(f"start of Window has to be at least 0, got {self.start}")
+            check_number(f"{name} of Window", getattr(self, name), 1, MANY)
+        check_number("start of Window", self.start, 0, MANY)
         if self.stop is not None and self.stop < self.start + self.size:
             raise ValueError(
                 f"a Window of {self.size} steps does not fit between start {self.start} and stop {self.stop}"
