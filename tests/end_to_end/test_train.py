@@ -317,8 +317,9 @@ def test_every_preset_trains(make_run, algorithm):
     assert lines[0]["grad_norm"] > 0
 
 
-def test_full_fine_tuning_resumes_bit_for_bit(make_run, tmp_path):
-    settings = ["model.train={kind: full}", "optim.lr=1e-5"]
+@pytest.mark.parametrize("algorithm", ["flash-grpo", "{preset: awm, score: {times: 2}}", "diffusion-nft"])
+def test_full_fine_tuning_resumes_bit_for_bit(make_run, tmp_path, algorithm):
+    settings = ["model.train={kind: full}", "optim.lr=1e-5", f"algorithm={algorithm}"]
     train(make_run(*settings, "updates=1"))
     resumed = train(make_run(*settings, "updates=2"))
     whole = train(make_run(*settings, "updates=2", f"out={tmp_path / 'whole'}"))
