@@ -97,7 +97,7 @@ METHODS = {
     "dance-grpo": Method("dance-grpo", "6e-3", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
     "flow-dppo": Method("flow-dppo", "6e-3", (*CPS, *TWO_STEPS, "rollout.num_steps=10"), (*CPS, *TWO_STEPS, *free(6))),
     "awm": Method("awm", "1e-2", dpm(14), dpm(4, *FEW_LEVELS, *NO_PENALTY)),
-    "v-grpo": Method("v-grpo", "1e-2", dpm(10), dpm(4, "algorithm.score.times=1")),
+    "v-grpo": Method("v-grpo", "6e-3", dpm(10), dpm(4, "algorithm.score.times=1")),
     "diffusion-nft": Method("diffusion-nft", "1e-2", dpm(10), dpm(4, *FEW_LEVELS, "algorithm.objective.kl_coef=0")),
 }
 
