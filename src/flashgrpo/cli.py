@@ -13,8 +13,8 @@ from rich.table import Table
 from flashgrpo import __version__
 from flashgrpo.config import RunConfig, recipe_schema
 from flashgrpo.errors import UserError, clean, suggest, system_reason
-from flashgrpo.files import to_json
 from flashgrpo.formats import Numbers
+from flashgrpo.jsontext import to_json
 from flashgrpo.outlets import check_arrived, outlets
 from flashgrpo.serving.commands import reward_app
 from flashgrpo.terminal import PATH, PATH_TEXT, cell, check_arguments, path, path_text, prints, use_utf8

@@ -47,13 +47,13 @@ def export(
             files = list[str]()
         else:
             files = process.save_lora(aside, averaged, style=format)
-        evaluated = _evaluated(directory, update)
-        card = model_card(config, format, files, update, evaluated, process.takes_image)
+        told = evaluated(directory, update)
+        card = model_card(config, format, files, update, told, process.takes_image)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
-def _evaluated(directory: RunDirectory, update: int) -> dict[str, Any] | None:
+def evaluated(directory: RunDirectory, update: int) -> dict[str, Any] | None:
     """Return the evaluation of an update, on noise that selected nothing where it was selected among several."""
     lines = [directory.confirmation() or {}, *directory.evaluations()]
     return next((line for line in lines if line.get("update") == update), None)

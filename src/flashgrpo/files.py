@@ -3,17 +3,16 @@
 import contextlib
 import errno
 import fcntl
-import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from flashgrpo.errors import UserError, first_line, system_reason
+from flashgrpo.jsontext import read_json, to_json
 from flashgrpo.settings import expand_home
 
 PACKAGE = Path(__file__).parent
@@ -149,20 +148,6 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
-def to_json(value: Any, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Write strict JSON: it has no word for a float that is not finite, and null takes its place."""
-    return json.dumps(finite(value), indent=indent, allow_nan=False, sort_keys=sort_keys)
-
-
-def finite(value: Any) -> Any:
-    """Return JSON data with None for each float that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 
@@ -170,37 +155,13 @@ def read_object(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or holds something else.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path.read_text("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {system_reason(error)}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); put it back, or remove it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (no JSON object); put it back, or remove it")
-    return value
-
-
-def json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """Yield number (from 1) and value of each line that is not blank; where a line is no JSON, the `ValueError`.
-
-    An object that has a key twice is none: the libraries differ in which of the two they take.
-    """
-    for number, line in enumerate(text.split("\n"), 1):  # JSON text may hold U+2028, which splitlines() cuts
-        if line.strip():
-            try:
-                value = json.loads(line, object_pairs_hook=_unique)
-            except ValueError as error:
-                value = error
-            except RecursionError:
-                value = ValueError("it is nested too deeply")
-            yield number, value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
     return value
 
 
@@ -240,6 +201,22 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps what the system said in an error of its own
         raise UserError(f"cannot write {path}: {system_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def explain_damage(file: Path, advice: str) -> Iterator[None]:
+    """Turn what goes wrong with what was read from a file, where an entry is missing or of another kind, into one
+    sentence about it.
+
+    Args:
+        advice: what gets the file whole again.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {first_line(error)}); {advice}") from error
 
 
 def flush_to_disk(path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 MOST = 12  # decimals
+FLOAT32 = 3.4e38  # the largest number that a run can have written
 
 
 def number(value: object) -> float:
-    """Return `value` where it is a finite number, nan for whatever else a line of JSON can hold."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    """Return `value` where it is a number that float32 holds, nan for whatever else a line of JSON can hold."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32:
         return float(value)
     return math.nan
 

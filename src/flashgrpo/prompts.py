@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 
 from flashgrpo.errors import UserError, first_line, install_hint, system_reason
-from flashgrpo.files import json_lines, resolve_path
+from flashgrpo.files import resolve_path
+from flashgrpo.jsontext import json_lines
 from flashgrpo.seeds import generator
 from flashgrpo.types import Prompt, PromptGroup
 from flashgrpo.video import image_bytes
@@ -90,13 +90,12 @@ def _read_jsonl(file: Path, where: str) -> list[Prompt]:
     for n, record in json_lines(_read_text(file, where)):
         if isinstance(record, ValueError):
             raise UserError(f"{where} line {n} is no JSON: {first_line(record)}") from record
-        _check_json(record, f"{where} line {n}")
+        _check_depth(record, f"{where} line {n}")
         prompts.append(_prompt(record, f"{where} line {n}"))
     return prompts
 
 
-def _check_json(record: Any, where: str) -> None:
-    """Refuse what JSON can say and nothing else can hold: half a character, and no end of brackets."""
+def _check_depth(record: Any, where: str) -> None:
     level = [record]
     for _ in range(NESTED):
         level = [
@@ -104,13 +103,6 @@ def _check_json(record: Any, where: str) -> None:
         ]
     if level:
         raise UserError(f"{where} is nested more than {NESTED} deep")
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UserError(
-            f"{where} holds {half}, half of a character that takes two, as of an emoji that was cut; take it out"
-        ) from error
 
 
 def _read_csv(file: Path, where: str) -> list[Prompt]:

@@ -11,7 +11,7 @@ from tests.bad_inputs.cases import Case
 
 def of_plan(sentence: str, **plan: Any) -> Case:
     """Comparing into a folder that has a plan.json."""
-    content = {"format": FORMAT, "budget": 1, "seeds": [], "algorithms": {}, **plan}
+    content = {"format": FORMAT, "recipe": "tiny", "budget": 1, "seeds": [], "algorithms": {}, **plan}
     return Case("compare RECIPE updates=20 --out HERE/c", sentence, {"c/plan.json": json.dumps(content)})
 
 
@@ -31,10 +31,10 @@ CASES = [
     Case("report HERE/c", "comparison.json is damaged (no JSON object)", {"c/comparison.json": "3"}),
     Case(
         "report HERE/c",
-        "comparison.json is no comparison's (Type",
+        "comparison.json is damaged (Type",
         {"c/comparison.json": '{"summary": [{"final": 3}]}'},
     ),
-    Case("report HERE/c", "comparison.json is damaged (maximum rec", {"c/comparison.json": "[" * 100_000}),
+    Case("report HERE/c", "comparison.json is damaged (it is nested too deeply", {"c/comparison.json": "[" * 100_000}),
 ]
 
 

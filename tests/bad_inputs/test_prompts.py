@@ -38,8 +38,16 @@ CASES = [
     of_file(
         "\u2028.jsonl", '\ufeff{"prompt": "a\u2028b", "n": 1}\n{"prompt": 2}\n', "line 2 must be an object with a text"
     ),
-    of_file("half.jsonl", '{"prompt": "a"}\n{"prompt": "a \\ud83d b"}\n', "line 2 holds \\ud83d, half of a character"),
-    of_file("column.jsonl", '{"prompt": "a", "n": [{"\\udc00": 1}]}\n', "line 1 holds \\udc00, half of a character"),
+    of_file(
+        "half.jsonl",
+        '{"prompt": "a"}\n{"prompt": "a \\ud83d b"}\n',
+        "line 2 is no JSON: it holds \\ud83d, half of a character",
+    ),
+    of_file(
+        "column.jsonl",
+        '{"prompt": "a", "n": [{"\\udc00": 1}]}\n',
+        "line 1 is no JSON: it holds \\udc00, half of a character",
+    ),
     of_file("null.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', "null.jsonl line 2 must be an object with a text"),
     of_file("zero.jsonl", '{"prompt": "a\\u0000b"}\n', "zero.jsonl line 1 holds a NUL character"),
     of_file("keys.jsonl", '{"prompt": "a", "prompt": "b"}\n', "line 1 is no JSON: the key 'prompt' is there twice"),

@@ -39,8 +39,8 @@ CASES = [
     of_environment("{", "Expecting property name"),
     of_environment("[]", "no JSON object); put it back, or remove it"),
     of_environment(b"\x80", ""),
-    of_environment("[" * 100_000, "maximum recursion depth"),
-    of_environment('{"n": ' + "1" * 5000 + "}", "Exceeds the limit"),
+    of_environment("[" * 100_000, "it is nested too deeply"),
+    of_environment('{"n": ' + "1" * 5000 + "}", "it holds a whole number of 5000 digits"),
     of_environment('{"prompts": 3}', "prompts: input should be a valid dictionary)"),
     of_environment('{"model": 3}', "model: input should be a valid string"),
     *(

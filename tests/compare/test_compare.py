@@ -539,8 +539,11 @@ def write_run(files, config, gain: float, upto: int | None = None) -> None:
             "difference": float(rise.mean()),
         }
         row |= {"interval": [0.0, 0.1], "rewards": {}, "watched": {"w<x>": 0.9}, "base_watched": {"w<x>": 0.9}}
-        samples = [{"reward": b + r, "base_reward": b} for b, r in zip(base, rise, strict=True) for _ in (0, 1)]
-        evaluations.append({**row, "watched_intervals": {}, "watch": None, "samples": samples})
+        parts = {"rewards": {}, "watched": {}}
+        samples = [
+            {"reward": b + r, "base_reward": b, **parts} for b, r in zip(base, rise, strict=True) for _ in (0, 1)
+        ]
+        evaluations.append({**row, "watched_intervals": {}, "watch": None, "best": False, "samples": samples})
     for name, rows in (("metrics", metrics), ("evaluations", evaluations)):
         (files.path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

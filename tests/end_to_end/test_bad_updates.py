@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashgrpo.errors import UserError
-from flashgrpo.files import to_json
+from flashgrpo.jsontext import to_json
 from flashgrpo.run.lines import read_lines
 from flashgrpo.scoring.heldout import Evaluation, evaluation_record, largest_changes
 from flashgrpo.train import train

@@ -19,7 +19,8 @@ A comparison's folder:
     diagnosis.json            gradients by step, variance of rewards, consistency: `diagnostics/measure.py`
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from flashgrpo.compare.results import collect
 from flashgrpo.compare.table import as_markdown
 from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.errors import Interrupted, UserError, launcher_number
-from flashgrpo.files import read_object, read_text, write_json, write_text
+from flashgrpo.files import explain_damage, read_object, read_text, write_json, write_text
 from flashgrpo.report import write_report
 from flashgrpo.terminal import cell
 
@@ -142,17 +143,22 @@ def _diagnose(plan: Plan, folder: ComparisonFolder, console: Console) -> None:
         write_json(folder.diagnosis, measured, indent=1)
 
 
-def read_diagnosis(folder: ComparisonFolder) -> dict[str, Any]:
-    """Read diagnosis.json."""
-    return read_object(folder.diagnosis)
+@contextmanager
+def read_diagnosis(folder: ComparisonFolder) -> Iterator[dict[str, Any]]:
+    """Read diagnosis.json; what goes wrong with it inside of this context is told in one sentence."""
+    with explain_damage(folder.diagnosis, "remove it, and --diagnose measures it anew"):
+        yield read_object(folder.diagnosis)
 
 
 def write_data(folder: ComparisonFolder, levels: Sequence[float]) -> dict[str, Any]:
     """Write comparison.json and comparison.md from the runs as far as they have come; returns the former."""
     comparison = collect(folder, levels)
-    measured = diagnosis_as_markdown(read_diagnosis(folder)) if folder.diagnosis.exists() else ""
+    parts = [as_markdown(comparison)]
+    if folder.diagnosis.exists():
+        with read_diagnosis(folder) as diagnosis:
+            parts.append(diagnosis_as_markdown(diagnosis))
     write_json(folder.results, comparison, indent=1)
-    write_text(folder.table, "\n".join(filter(None, (as_markdown(comparison), measured))))
+    write_text(folder.table, "\n".join(parts))
     return comparison
 
 
@@ -161,7 +167,8 @@ def _write_all(folder: ComparisonFolder, levels: Sequence[float], signal: int) -
     comparison = write_data(folder, levels)
     write_figures(comparison, folder.figures)
     if folder.diagnosis.exists():
-        diagnostics.figures(read_diagnosis(folder), folder.figures)
+        with read_diagnosis(folder) as diagnosis:
+            diagnostics.figures(diagnosis, folder.figures)
     write_report(folder.path)
     if signal:
         raise Interrupted(signal)

@@ -6,15 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from flashgrpo.compare.plan import FORMAT, Plan
 from flashgrpo.config.recipe import differences
 from flashgrpo.errors import UserError
-from flashgrpo.files import explain_os_errors, finite, lock, read_object, write_json
+from flashgrpo.files import explain_os_errors, lock, read_object, write_json
+from flashgrpo.jsontext import finite
 from flashgrpo.run.lines import Entries, Forwards, mistake
+from flashgrpo.settings import MANY
 
 
 class _Evaluation(Entries):
@@ -36,7 +38,7 @@ class _Settings(Entries):
 
 
 class _Algorithm(Entries):
-    updates: int
+    updates: int = Field(ge=1, le=MANY)
     compute_per_update: Forwards
     settings: _Settings
 
@@ -44,8 +46,9 @@ class _Algorithm(Entries):
 class _Plan(Entries):
     """What is read of plan.json."""
 
-    budget: int
-    seeds: list[int]
+    budget: int = Field(ge=1)
+    seeds: list[Annotated[int, Field(ge=0)]]
+    recipe: str
     algorithms: dict[str, _Algorithm]
 
 

@@ -8,11 +8,12 @@ import numpy as np
 from flashgrpo.compare import statistics
 from flashgrpo.compare.folder import RunFiles
 from flashgrpo.errors import UserError
-from flashgrpo.files import finite, read_object, read_text, write_json
-from flashgrpo.report.record import Row
+from flashgrpo.files import read_object, read_text, write_json
+from flashgrpo.jsontext import finite
+from flashgrpo.report.record import Row, column
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
-from flashgrpo.run.lines import Entries, Interval, Number, Numbers, mistake, read_lines
+from flashgrpo.run.lines import Entries, Interval, Number, Numbers, Real, mistake, read_lines
 from flashgrpo.scoring.heldout import selected
 
 NOT_TRAINING = ("evaluate", "checkpoint", "total")  # phases that a comparison by seconds leaves out
@@ -26,24 +27,24 @@ ENDED = ("complete", "ended early")
 
 class _Point(Entries):
     update: int
-    reward: float
-    difference: float
-    prompts: list[float]
-    watched: dict[str, float]
-    base_watched: dict[str, float]
+    reward: Real
+    difference: Real
+    prompts: list[Number]  # None where a prompt was left out
+    watched: dict[str, Real]
+    base_watched: dict[str, Real]
     interval: Interval | None
 
 
 class _Evaluated(_Point):
     compute: int
-    seconds: float
+    seconds: Real
 
 
 class _Updated(Entries):
     update: int
     rollout_compute: int
     update_compute: int
-    seconds: float
+    seconds: Real
     samples: int
     update_seconds: Number
     reward: Number
@@ -105,7 +106,8 @@ def _read_directory(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]
         read_lines(files.path / "metrics.jsonl", UPDATE_NEEDS),
         read_lines(files.path / "evaluations.jsonl", ("watch",)),
     )
-    settings = entry["settings"]
+    each = entry["settings"]["evaluation"]["samples_per_prompt"]
+    _check_samples(files, evaluations, each)
     compute, seconds, updates = [0], [0.0], []
     for line in metrics:
         compute.append(compute[-1] + sum(line["compute"].values()))
@@ -121,10 +123,9 @@ def _read_directory(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]
                 "samples": line["samples"],
                 "update_seconds": line["seconds"].get("update"),
                 **{key: line.get(key) for key in KEPT},
-                "grad_norm_by_step": line["grad_norm_by_step"],
+                "grad_norm_by_step": line["grad_norm_by_step"] or {},
             }
         )
-    each = settings["evaluation"]["samples_per_prompt"]
     points = [
         {
             **_point(line, each),
@@ -151,6 +152,14 @@ def _read_directory(files: RunFiles, entry: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
+def _check_samples(files: RunFiles, evaluations: Sequence[Row], each: int) -> None:
+    if uneven := [line["update"] for line in evaluations if len(line["samples"]) % each]:
+        raise UserError(
+            f"{files.path}/evaluations.jsonl: after update {uneven[0]} a prompt has fewer samples than {each}; "
+            "something else changed it"
+        )
+
+
 def _point(line: Row, each: int) -> dict[str, Any]:
     kept = ("update", "reward", "base_reward", "difference", "interval", "rewards")
     watched = ("watched", "base_watched", "watched_intervals")
@@ -158,8 +167,8 @@ def _point(line: Row, each: int) -> dict[str, Any]:
 
 
 def _by_prompt(samples: Sequence[Row], each: int) -> list[float]:
-    """Return the difference to the base model on every prompt, the mean over its samples."""
-    differences = [sample["reward"] - sample["base_reward"] for sample in samples]
+    """Return the difference to the base model on every prompt, the mean over its samples; nan where one has none."""
+    differences = column(samples, "reward") - column(samples, "base_reward")
     return np.reshape(differences, (-1, each)).mean(axis=1).tolist()
 
 

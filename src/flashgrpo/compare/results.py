@@ -8,8 +8,8 @@ import numpy as np
 from flashgrpo.compare import statistics
 from flashgrpo.compare.folder import ComparisonFolder
 from flashgrpo.compare.record import ENDED, read_run
-from flashgrpo.files import finite
-from flashgrpo.report.record import Row
+from flashgrpo.jsontext import finite
+from flashgrpo.report.record import Row, Values
 from flashgrpo.scoring.intervals import mean_interval
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the first algorithm's gain: the levels where none are given
@@ -86,10 +86,18 @@ def _score(runs: Sequence[Row], choose: Any) -> dict[str, Any] | None:
     return {
         "reward": float(np.mean([point["reward"] for point in points])),
         "difference": float(np.mean([point["difference"] for point in points])),
-        "interval": mean_interval([point["prompts"] for point in points]),
+        "interval": mean_interval(_complete([point["prompts"] for point in points])),
         "watched": _means([point["watched"] for point in points]),
         "base_watched": _means([point["base_watched"] for point in points]),
     }
+
+
+def _complete(prompts: Sequence[Sequence[float | None]]) -> Values:
+    """Return a row for each run, without the prompts that a run has left out; nothing of runs on other prompts."""
+    if len({len(row) for row in prompts}) > 1:
+        return np.zeros((len(prompts), 0))
+    table = np.array(prompts, dtype=np.float64)
+    return table[:, np.isfinite(table).all(axis=0)]
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -102,7 +110,10 @@ def _paired(runs: Sequence[Row], first: Sequence[Row]) -> dict[str, Any] | None:
     pairs = [(run, others[run["seed"]]) for run in runs if run["seed"] in others]
     if not pairs:
         return None
-    rows = [np.subtract(_final(run)["prompts"], _final(other)["prompts"]).tolist() for run, other in pairs]
+    ends = _complete([_final(run)["prompts"] for pair in pairs for run in pair])
+    rows = ends[::2] - ends[1::2]
+    if not rows.size:
+        return None
     return {
         "difference": float(np.mean(rows)),
         "interval": mean_interval(rows),

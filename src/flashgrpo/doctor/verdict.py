@@ -10,7 +10,7 @@ from rich.table import Table
 from flashgrpo.config import RunConfig
 from flashgrpo.doctor.estimate import MemoryEstimate, estimate
 from flashgrpo.errors import UserError
-from flashgrpo.files import to_json
+from flashgrpo.jsontext import to_json
 
 GIB = 2**30
 

@@ -9,8 +9,7 @@ import matplotlib
 import yaml
 from matplotlib.axes import Axes
 
-from flashgrpo.errors import UserError, first_line
-from flashgrpo.files import read_object
+from flashgrpo.files import explain_damage, read_object
 from flashgrpo.formats import Numbers, called, not_held_out
 from flashgrpo.report import charts
 from flashgrpo.report import comparison_charts as drawings
@@ -34,13 +33,8 @@ def render(folder: Path) -> str:
     """
     file = folder / "comparison.json"
     comparison = read_object(file)
-    try:
+    with explain_damage(file, "run `flashgrpo compare` again to write it anew"):
         return _rendered(folder, comparison)
-    except Exception as error:  # whatever an entry leads to that is missing, or of another kind
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(
-            f"{file} is no comparison's ({what}); run `flashgrpo compare` again to write it anew"
-        ) from error
 
 
 def _rendered(folder: Path, comparison: Row) -> str:

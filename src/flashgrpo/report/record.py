@@ -1,6 +1,5 @@
 """What a run directory says, read so that anything may be missing, cut short or not a number."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from flashgrpo.errors import UserError
-from flashgrpo.files import json_lines, read_text
+from flashgrpo.files import read_text
 from flashgrpo.formats import number
+from flashgrpo.jsontext import json_lines, read_json
+from flashgrpo.settings import MANY
 
 Row = Mapping[str, Any]  # one line of metrics.jsonl or evaluations.jsonl
 Values = np.ndarray[Any, np.dtype[np.float64]]
@@ -54,7 +55,7 @@ def read_run(path: Path) -> Run:
 def read_mapping(file: Path) -> dict[str, Any] | None:
     """Read a JSON object; None where there is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
@@ -66,9 +67,10 @@ def read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     text = read_text(path) if path.is_file() else ""
     unreadable = 0
     for _, row in json_lines(text):
-        try:
-            rows[int(row["update"])] = row
-        except (ValueError, TypeError, KeyError, OverflowError):  # cut short by a kill, or not a row at all
+        update = row.get("update") if isinstance(row, dict) else None
+        if isinstance(update, int) and not isinstance(update, bool) and 0 <= update <= MANY:
+            rows[update] = row
+        else:  # cut short by a kill, or not a row at all
             unreadable += 1
     if unreadable:
         count = "1 line" if unreadable == 1 else f"{unreadable} lines"

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flashgrpo.distributed.world import World, single_process, use_in_thread
 from flashgrpo.errors import UserError, system_reason
-from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, read_object, remove, to_json
+from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, read_object, remove
+from flashgrpo.jsontext import to_json
 from flashgrpo.run.index import ShardReader, check_shards
 from flashgrpo.run.shards import Tensors, digests, flush_shards, own_part
 

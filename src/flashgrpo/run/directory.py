@@ -20,10 +20,11 @@ from flashgrpo.config import RunConfig
 from flashgrpo.config.recipe import differences, value_at
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
-from flashgrpo.files import append_line, explain_os_errors, lock, read_object, to_json, write_json, write_text
+from flashgrpo.files import append_line, explain_os_errors, lock, read_object, write_json, write_text
+from flashgrpo.jsontext import to_json
 from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
-from flashgrpo.run.lines import Environment, Evaluation, mistake, ranges, read_lines, whole_lines
+from flashgrpo.run.lines import Environment, Scored, mistake, ranges, read_lines, whole_lines
 from flashgrpo.scoring.heldout import selected
 from flashgrpo.types import Prompt
 from flashgrpo.video import image_bytes
@@ -225,7 +226,7 @@ class RunDirectory:
             record = read_object(self.confirmation_file)
         except UserError:
             return None
-        whole = not mistake(Evaluation, record)
+        whole = not mistake(Scored, record)
         return record if whole and record["update"] == selected(self.evaluations()) else None
 
     def result(self) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashgrpo.errors import UserError
-from flashgrpo.files import json_lines, read_text
+from flashgrpo.files import read_text
+from flashgrpo.formats import FLOAT32
+from flashgrpo.jsontext import json_lines
 from flashgrpo.settings import MANY
 
-Number = float | None
+Real = Annotated[float, Field(ge=-FLOAT32, le=FLOAT32)]
+Number = Real | None
 """Of JSON: None is what was not finite."""
 Numbers = dict[str, Number]
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+Interval = Annotated[list[Real], Field(min_length=2, max_length=2)]
 
 
 class Entries(BaseModel):
@@ -40,9 +43,12 @@ class Update(_Line):
     reward: Number = None
     rewards: Numbers = {}
     compute: Forwards = Forwards(rollout=0, update=0)
-    seconds: dict[str, float] = {}
+    seconds: dict[str, Real] = {}
     samples: int = 0
+    grad_norm: Number = None
     grad_norm_by_step: Numbers | None = None
+    skipped_steps: int = 0
+    dropped_groups: int = 0
 
 
 class Sample(Entries):
@@ -51,28 +57,33 @@ class Sample(Entries):
     prompt: str = ""
     reward: Number
     base_reward: Number
-    rewards: Numbers = {}
-    watched: Numbers = {}
+    rewards: Numbers
+    watched: Numbers
     base_rewards: Numbers = {}
     base_watched: Numbers = {}
 
 
-class Evaluation(_Line):
+class Scored(_Line):
+    """confirmation.json: an evaluation that selected nothing."""
+
+    reward: Real
+    rewards: dict[str, Real]
+    watched: dict[str, Real]
+    base_reward: Real
+    base_rewards: dict[str, Real] = {}
+    base_watched: dict[str, Real]
+    difference: Real
+    interval: Interval | None
+    watched_intervals: dict[str, Interval | None]
+    samples: list[Sample] = Field(min_length=1)
+    trained_on: int = 0
+
+
+class Evaluation(Scored):
     """A line of evaluations.jsonl; it may have more entries."""
 
-    reward: float
-    rewards: dict[str, float]
-    watched: dict[str, float]
-    base_reward: float
-    base_rewards: dict[str, float] = {}
-    base_watched: dict[str, float]
-    difference: float
-    interval: Interval | None
-    watched_intervals: dict[str, Interval | None] = {}
-    samples: list[Sample] = Field(min_length=1)
-    best: bool = False
+    best: bool
     watch: str | None = None
-    trained_on: int = 0
 
 
 class Environment(Entries):

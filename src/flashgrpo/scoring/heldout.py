@@ -10,7 +10,7 @@ import torch
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import SharedError
-from flashgrpo.files import finite
+from flashgrpo.jsontext import finite
 from flashgrpo.process import Outputs, Process
 from flashgrpo.scoring.intervals import mean_interval
 from flashgrpo.scoring.rewards import Rewards

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from flashgrpo.errors import UserError, printable
-from flashgrpo.files import to_json
+from flashgrpo.jsontext import to_json
 from flashgrpo.scoring.inputs import Input
 from flashgrpo.scoring.loading import checked_values
 
