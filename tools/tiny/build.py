@@ -216,11 +216,11 @@ def seeded(seed: int) -> torch.Generator:
 class Progress:
     """Prints the mean loss since the last line and the elapsed seconds, about thirty lines a stage."""
 
-    def __init__(self, name: str, steps: int) -> None:
+    def __init__(self, name: str, steps: int, done: int = 0) -> None:
         self.name, self.steps, self.every = name, steps, max(1, steps // 30)
         self.losses: list[float] = []
         self.start = time.perf_counter()
-        self.step = 0
+        self.step = done
 
     def __call__(self, loss: Tensor) -> None:
         self.step += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.reshape(p.shape), alpha=-matrices["lr"] * max(1.0, rows / columns) ** 0.5)
         self._adam.param_groups[0]["lr"] = rest["lr"]
         self._adam.step()
+
+    def kept(self) -> dict[str, Any]:
+        """Return all that the next step depends on, tensors in plain containers."""
+        return {"muon": self.state_dict(), "adam": self._adam.state_dict()}
+
+    def load_kept(self, state: dict[str, Any]) -> None:
+        """Go on from what ``kept`` returned."""
+        self.load_state_dict(state["muon"])
+        self._adam.load_state_dict(state["adam"])
 
 
 def _is_matrix(p: nn.Parameter) -> bool:

@@ -35,11 +35,13 @@ Row = Mapping[str, Tensor]
 def fingerprint(folder: Path, parts: Sequence[str], settings: Mapping[str, Any]) -> str:
     """Tells encoders apart: the files of the named parts of a pipeline folder, and the settings that count.
 
+    A part is a folder or a file.
+
     Of each file its size and three samples of 1 MiB are read, since to read a text encoder whole would take as long as
     to load it.
     """
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
-    for file in sorted(file for part in parts for file in (folder / part).rglob("*") if file.is_file()):
+    for file in sorted(file for part in parts for file in _files(folder / part)):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}\n".encode())
         with file.open("rb") as content:
@@ -47,6 +49,11 @@ def fingerprint(folder: Path, parts: Sequence[str], settings: Mapping[str, Any])
                 content.seek(place)
                 digest.update(content.read(SAMPLE))
     return digest.hexdigest()
+
+
+def _files(part: Path) -> list[Path]:
+    """Return the files of a part: those below the folder, or itself."""
+    return [part] if part.is_file() else [file for file in part.rglob("*") if file.is_file()]
 
 
 def entries_of(folder: Path, parts: Sequence[str], settings: Mapping[str, Any], cache: str | None = None) -> Path:

@@ -94,7 +94,7 @@ def coverage(shape: str, center: Tensor, area: Tensor, height: int, width: int) 
 
 
 @dataclass(frozen=True)
-class _Measurement:
+class Measurement:
     """What can be read off a batch of videos. B clips, F frames, S shapes."""
 
     background: Tensor  # (B, 3), median border colour of the clip
@@ -106,7 +106,12 @@ class _Measurement:
     outside: Tensor  # (B, F, H, W), 1 away from the visible object: its best-fitting shape and two pixels around
 
 
-def _measure(videos: Tensor) -> _Measurement:
+def measure(videos: Tensor, lap: float | None = None) -> Measurement:
+    """Measure videos (B, F, 3, H, W) in the four steps that this file begins with.
+
+    Args:
+        lap: pixels, at the reference width, after which an object begins its lane again; None where it never does.
+    """
     if videos.ndim != 5 or videos.shape[2] != 3:
         raise ValueError(f"videos must have shape (B, F, 3, H, W), got {tuple(videos.shape)}.")
     videos = torch.nan_to_num(videos.detach().float().cpu()).clamp(0, 1)
@@ -137,11 +142,13 @@ def _measure(videos: Tensor) -> _Measurement:
     color = (videos * solid[:, :, None]).sum(dim=(1, 3, 4)) / solid.sum(dim=(1, 2, 3)).clamp_min(1e-6)[:, None]
     best = overlap.argmax(dim=2)[:, :, None, None, None].expand(-1, -1, 1, height, width)
     inside = torch.nn.functional.max_pool2d(templates.gather(2, best).flatten(0, 1), 5, stride=1, padding=2)
-    return _Measurement(
+    seen = visible * area
+    step = _slope(center, seen) if lap is None else _mean_step(center, seen, lap * width / REFERENCE_WIDTH)
+    return Measurement(
         background=background,
         color=color,
         area=area,
-        velocity=_slope(center, visible * area) * (REFERENCE_WIDTH / width),
+        velocity=step * (REFERENCE_WIDTH / width),
         overlap=overlap,
         visible=visible,
         outside=1 - inside.view(clips, frames, height, width) * visible[..., None, None],
@@ -151,6 +158,16 @@ def _measure(videos: Tensor) -> _Measurement:
 def _ramp(value: Tensor, low: float, high: float) -> Tensor:
     """0 below ``low``, 1 above ``high``, linear between."""
     return ((value - low) / (high - low)).clamp(0, 1)
+
+
+def _mean_step(center: Tensor, weight: Tensor, lap: float) -> Tensor:
+    """Mean step (B, 2) of (B, F, 2) on a circle of length ``lap``: the angle of the sum of all steps' unit vectors.
+
+    A frame that shows both ends of the lane, as the first of a new lap may, spoils two of the steps and not the path.
+    """
+    angle = center.diff(dim=1) * (2 * math.pi / lap)
+    weight = (weight[:, 1:] * weight[:, :-1]).sqrt()[..., None]
+    return torch.atan2((weight * angle.sin()).sum(dim=1), (weight * angle.cos()).sum(dim=1)) * lap / (2 * math.pi)
 
 
 def _slope(center: Tensor, weight: Tensor) -> Tensor:
@@ -191,9 +208,13 @@ def agreement(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str]) 
 
         An object that is absent, or no compact object at all, gives 0.
     """
-    seen = _measure(videos)
-    if len(prompts) != len(videos):
-        raise ValueError(f"There are {len(videos)} videos for {len(prompts)} prompts.")
+    return agreement_of(measure(videos), prompts, columns)
+
+
+def agreement_of(seen: Measurement, prompts: Sequence[str], columns: dict[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Return the components of ``agreement`` of what was measured."""
+    if len(prompts) != len(seen.area):
+        raise ValueError(f"There are {len(seen.area)} videos for {len(prompts)} prompts.")
     wanted = {name: torch.tensor(_wanted(prompts, columns, name)) for name in ATTRIBUTES}
     visible = seen.visible.mean(dim=1)
 
@@ -220,7 +241,7 @@ def persistence(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str]
 
     The mean over frames of visibility times ``exp(-ln(area / median area)^2 / (2 0.25^2))``.
     """
-    seen = _measure(videos)
+    seen = measure(videos)
     typical = seen.area.median(dim=1, keepdim=True).values.clamp_min(1e-3)
     stable = torch.exp(-(seen.area.clamp_min(1e-3) / typical).log().square() / (2 * 0.25**2))
     return (seen.visible * stable).mean(dim=1)
@@ -231,7 +252,7 @@ def background(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str])
 
     ``exp(-e / 0.05)`` with e the mean absolute difference from the clip's one background colour, away from the object.
     """
-    seen = _measure(videos)
+    seen = measure(videos)
     videos = torch.nan_to_num(videos.detach().float()).clamp(0, 1)
     error = (videos - seen.background[:, None, :, None, None]).abs().mean(dim=2)
     mean_error = (error * seen.outside).sum(dim=(1, 2, 3)) / seen.outside.sum(dim=(1, 2, 3)).clamp_min(1)

@@ -1,0 +1,1 @@
+"""What makes a Wan pipeline draw streaming video: its network, its decoder, and checkpoints of one file."""

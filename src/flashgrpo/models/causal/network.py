@@ -1,0 +1,187 @@
+"""diffusers' Wan transformer made causal, cached and routable: a processor for its self-attention, and its rope.
+
+The network itself is as it was. Its rope hands every block the positions' rotation, and beside it what the call is to
+attend to and where its keys and values are to go (`Call`), so blocks that are computed again for a backward pass find
+what they had.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from flashgrpo.processes.streaming.cache import CachedBlock, Context
+from flashgrpo.types import Latents
+
+Written = dict[int, tuple[Tensor, Tensor]]
+TRAINING_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of the network is about.
+
+    Args:
+        positions: (F,) of the frames in the video.
+        context: past frames to attend to.
+        written: layer -> its keys and values, filled in where it is given.
+        mask: (L, L'), true where a token (row) may attend to a token (column), those of the context first; all may
+            where it is None.
+    """
+
+    positions: Tensor
+    context: Context | None = None
+    written: Written | None = None
+    mask: Bool[Tensor, "queries keys"] | None = None
+
+
+class CallRope(nn.Module):
+    """The network's rope for frames at any positions; the call goes with its result into every block."""
+
+    def __init__(self, rope: Any) -> None:
+        super().__init__()
+        self.rope = rope
+        self.call: Call | None = None
+
+    def forward(self, x: Latents) -> tuple[Any, ...]:
+        """Return cos, sin (1, L, 1, head_dim) and the call. Without a call frames are those from 0 on."""
+        cos, sin = self.rope(x)
+        call, time = self.call, self.rope.t_dim
+        if call is None:
+            return cos, sin, None
+        per_frame = cos.shape[1] // len(call.positions)
+        tables = (self.rope.freqs_cos, self.rope.freqs_sin)
+        rows = [table[call.positions, :time].repeat_interleave(per_frame, 0)[None, :, None] for table in tables]
+        cos, sin = (torch.cat([row, old[..., time:]], dim=-1) for row, old in zip(rows, (cos, sin), strict=True))
+        return cos, sin, call
+
+
+class CausalAttention:
+    """A processor: attends to the context of the call and to the call's own tokens."""
+
+    def __init__(self, layer: int, backend: Any = None) -> None:
+        self.layer = layer
+        self._attention_backend = backend  # diffusers' names
+        self._parallel_config = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Any, ...] = (),
+    ) -> Tensor:
+        """Project, normalise, rotate, write, look back, attend."""
+        cos, sin, call = rotary_emb
+        heads = (attn.heads, -1)
+        query = rotated(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads), cos, sin)
+        key = rotated(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads), cos, sin)
+        value = attn.to_v(hidden_states).unflatten(2, heads)
+        if call is not None and call.written is not None:
+            call.written[self.layer] = key, value
+        if call is not None and call.context is not None:
+            key = torch.cat([call.context.keys[self.layer].expand(len(key), -1, -1, -1), key], dim=1)
+            value = torch.cat([call.context.values[self.layer].expand(len(value), -1, -1, -1), value], dim=1)
+        mask = None if call is None else call.mask
+        attended = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+        attended = attended.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](attended))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of values, as Wan does: (a, b) -> (a cos - b sin, a sin + b cos)."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def context_of(written: Written) -> Context:
+    """Return what the layers of a call have written, in their order."""
+    keys, values = zip(*(written[layer] for layer in sorted(written)), strict=True)
+    return Context(keys, values)
+
+
+class CausalNetwork:
+    """Calls of a Wan transformer for blocks of frames.
+
+    Args:
+        network: a `WanTransformer3DModel`, which this gives other self-attention processors and another rope.
+        dtype: that its inputs are cast to.
+    """
+
+    def __init__(self, network: Any, dtype: torch.dtype = torch.float32) -> None:
+        self.network = network
+        self.dtype = dtype
+        self._rope = CallRope(network.rope)
+        network.rope = self._rope
+        for layer, block in enumerate(network.blocks):
+            backend = block.attn1.processor._attention_backend
+            block.attn1.set_processor(CausalAttention(layer, backend))
+
+    @property
+    def positions(self) -> int:
+        """Frames of the longest video that the network has positions for."""
+        return int(self._rope.rope.max_seq_len)
+
+    def velocity(
+        self,
+        x: Latents,
+        sigma: float,
+        start: int,
+        context: Context | None,
+        text: Float[Tensor, "batch length text_dim"],
+    ) -> Latents:
+        """Compute `v = eps - x0` of a block whose first frame is `start`; differentiable.
+
+        Args:
+            x: (B, C, F, H, W) at noise level `sigma`, the same in all rows.
+            context: of the past frames that it attends to; None of the first block.
+        """
+        assert start + x.shape[2] <= self.positions, f"frame {start + x.shape[2] - 1} has no position"
+        positions = torch.arange(start, start + x.shape[2], device=x.device)
+        return self._called(Call(positions, context), x, torch.full((len(x),), sigma, device=x.device), text)
+
+    @torch.no_grad()
+    def commit(self, x0: Latents, start: int, context: Context | None, text: Tensor) -> CachedBlock:
+        """Run a finished block once more, at exactly sigma 0 and without noise, and return what it writes."""
+        positions = torch.arange(start, start + x0.shape[2], device=x0.device)
+        written: Written = {}
+        self._called(Call(positions, context, written), x0, torch.zeros(len(x0), device=x0.device), text)
+        return CachedBlock(range(start, start + x0.shape[2]), context_of(written))
+
+    def masked(
+        self,
+        x: Latents,
+        sigma: Float[Tensor, "batch frames"],
+        positions: Tensor,
+        mask: Bool[Tensor, "frames keys"],
+        text: Tensor,
+        context: Context | None = None,
+        written: Written | None = None,
+    ) -> Latents:
+        """Compute the velocity of many frames in one pass, each at a noise level of its own; differentiable.
+
+        What training wants: with a block-causal mask this is what `velocity` gives block by block.
+
+        Args:
+            mask: true where a frame (row) attends to a frame (column), those of the context first.
+            written: is given each layer's keys and values.
+        """
+        patch_height, patch_width = self.network.config.patch_size[1:]
+        per_frame = (x.shape[3] // patch_height) * (x.shape[4] // patch_width)
+        tokens = mask.repeat_interleave(per_frame, 0).repeat_interleave(per_frame, 1)
+        return self._called(Call(positions, context, written, tokens), x, sigma.repeat_interleave(per_frame, 1), text)
+
+    def _called(self, call: Call, x: Latents, sigma: Tensor, text: Tensor) -> Latents:
+        self._rope.call = call
+        try:
+            timestep = TRAINING_TIMESTEPS * sigma
+            v: Tensor = self.network(x.to(self.dtype), timestep, text.to(self.dtype), return_dict=False)[0]
+        finally:
+            self._rope.call = None
+        return v.float()

@@ -1,0 +1,108 @@
+"""Keys and values of the frames that are drawn already: kept by block, shared by branches, looked at by frame."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+KeysOrValues = Float[Tensor, "batch tokens heads head_dim"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values of some frames, (B, L, heads, head_dim) for each layer: what a block attends to beside itself.
+
+    One row serves a batch of any size. Keys have their positions in them (rope).
+    """
+
+    keys: tuple[KeysOrValues, ...]
+    values: tuple[KeysOrValues, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @staticmethod
+    def stack(contexts: Sequence["Context"]) -> "Context":
+        """Join contexts of equal length along the batch: a row for each branch."""
+        return Context(
+            tuple(torch.cat(layer) for layer in zip(*(context.keys for context in contexts), strict=True)),
+            tuple(torch.cat(layer) for layer in zip(*(context.values for context in contexts), strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class CachedBlock:
+    """The keys and values that one finished block wrote, layer by layer, and the frames that it is."""
+
+    frames: range
+    written: Context
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The finished blocks of a video, or of a batch of videos, in order. It never changes: each method gives another.
+
+    So a fork costs nothing. Branches begin with the same cache and append blocks of their own, and the prefix's tensors
+    are those of all.
+    """
+
+    blocks: tuple[CachedBlock, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """The frame that the next block begins at."""
+        return self.blocks[-1].frames.stop if self.blocks else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; those that several caches share are counted in each."""
+        return sum(block.written.nbytes for block in self.blocks)
+
+    def append(self, block: CachedBlock) -> "KVCache":
+        """Return the cache with one block more, which begins where the last one ends."""
+        assert block.frames.start == self.end, f"a block at frame {block.frames.start} behind frame {self.end}"
+        return KVCache((*self.blocks, block))
+
+    def before(self, frame: int) -> "KVCache":
+        """Return the cache of the blocks that end at `frame` or earlier."""
+        return KVCache(tuple(block for block in self.blocks if block.frames.stop <= frame))
+
+    def only(self, frames: Sequence[int]) -> "KVCache":
+        """Return the cache of the blocks that hold one of these frames, and of the last: the others are forgotten."""
+        wanted = set(frames)
+        last = self.blocks[-1:]
+        return KVCache(tuple(block for block in self.blocks if block in last or wanted.intersection(block.frames)))
+
+    def context(self, frames: Sequence[int]) -> Context | None:
+        """Return the keys and values of these frames, in this order; None of no frames.
+
+        Each tensor is copied once, here, and the calls of a block share it.
+
+        Raises:
+            KeyError: a frame is not in the cache.
+        """
+        if not frames:
+            return None
+        pieces = _pieces(self.blocks, frames)
+        keys = zip(*([layer[:, tokens] for layer in context.keys] for context, tokens in pieces), strict=True)
+        values = zip(*([layer[:, tokens] for layer in context.values] for context, tokens in pieces), strict=True)
+        return Context(*(tuple(torch.cat(layer, dim=1) for layer in layers) for layers in (keys, values)))
+
+
+def _pieces(blocks: Sequence[CachedBlock], frames: Sequence[int]) -> list[tuple[Context, slice]]:
+    """Return the tokens of each frame: what holds them, and where; neighbours of one block together."""
+    owners = {frame: block for block in blocks for frame in block.frames}
+    found: list[tuple[Context, slice]] = []
+    for frame in frames:
+        block = owners[frame]
+        per_frame = block.written.keys[0].shape[1] // len(block.frames)
+        begin = (frame - block.frames.start) * per_frame
+        end = begin + per_frame
+        if found and found[-1][0] is block.written and found[-1][1].stop == begin:
+            begin = found.pop()[1].start
+        found.append((block.written, slice(begin, end)))
+    return found

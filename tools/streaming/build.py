@@ -1,0 +1,318 @@
+"""Make the bundled streaming model: ``python -m tools.streaming.build [--out DIR] [--work DIR] [--seed 0] [--quick]``.
+
+It begins with the bundled pipeline of short clips (``tools.tiny.build``), whose text encoder and autoencoder it keeps.
+The transformer learns, on long videos with captions that may change, to draw a block of three latent frames from the
+frames before it. Two stages:
+
+1. *flow*: rectified flow with a block-causal mask. A row is a video twice, first clean, then each block noised to a
+   level of its own; a noisy block attends to itself and to its window of clean frames. This is what a cache holds.
+2. *few steps*: at the four levels that it will be drawn at, the model regresses to where the first stage's weights end
+   when they solve the flow from there in several steps.
+
+Captions are wrong in part (``Recipe.wrong_caption_share``), so videos follow their prompts imperfectly, and no block
+is ever trained on what the model itself drew, so errors add up along a video: alignment has something to do.
+
+All of it is a function of the seed, on one machine. What is done is kept in ``--work`` every minute: the same command
+continues where it was ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from torch import Tensor, nn
+
+from flashgrpo.models.causal.network import CausalNetwork, Written, context_of
+from flashgrpo.processes.streaming.levels import shifted_levels
+from flashgrpo.processes.streaming.window import Window
+from flashgrpo.seeds import generator
+from tools.streaming.world import BLOCK, BLOCKS, LATENT_FRAMES, Script, draw_scripts, render
+from tools.tiny.architecture import TEXT_LENGTH
+from tools.tiny.build import WEIGHTS as CLIPS
+from tools.tiny.build import Progress, caption_confusion, save, warm_cosine
+from tools.tiny.muon import Muon
+from tools.tiny.world import TINY, caption, train_combinations
+
+WEIGHTS = TINY / "streaming"
+WORK = Path("runs/streaming-build")
+WINDOW = Window(sink=3, local=9, block=BLOCK)
+LEVELS = shifted_levels()
+POSITIONS = 1024
+"""Latent frames that the transformer has positions for, as real Wan."""
+KEEP_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes, steps and learning rates.
+
+    A batch is ``batch`` rows. A level is one of the four with probability ``level_share``, else any.
+    """
+
+    videos: int = 216
+    switched: float = 0.5
+    flow_steps: int = 420
+    few_steps: int = 80
+    batch: int = 8
+    flow_lr: float = 1e-2
+    few_lr: float = 3e-3
+    level_share: float = 0.5
+    teacher_steps: int = 4
+    ema_decay: float = 0.99
+    wrong_caption_share: float = 0.3
+
+
+QUICK = Recipe(videos=4, flow_steps=2, few_steps=2, batch=2, teacher_steps=1, ema_decay=0.5)
+"""Barely trained: for testing the recipe itself."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Encoded videos (N, C, F, H, W), their scripts, and an embedding (caption, L, D) of each training combination."""
+
+    latents: Tensor
+    scripts: list[Script]
+    texts: Tensor
+
+
+@torch.no_grad()
+def encode_world(pipe: Any, recipe: Recipe, work: Path, seed: int) -> World:
+    """Render and encode the videos, in the scale of the bundled latents; they are kept in ``work``."""
+    combinations = train_combinations()
+    scripts = draw_scripts(combinations, recipe.videos, recipe.switched, range(1, BLOCKS), seed)
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std))
+    kept = work / "latents.pt"
+    latents = [torch.load(kept, weights_only=True)] if kept.exists() else []
+    progress = Progress("encoding", recipe.videos // 4)
+    for number, part in enumerate(scripts[first : first + 4] for first in range(0, 0 if latents else len(scripts), 4)):
+        videos = render(part, generator(seed, "video", number)).transpose(1, 2)
+        latents.append((pipe.vae.encode(videos * 2 - 1).latent_dist.mean - mean) / std)
+        progress(torch.zeros(()))
+    write_kept(torch.cat(latents), kept)
+    texts = pipe.tokenizer(
+        [caption(c) for c in combinations], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt"
+    )
+    embeds = pipe.text_encoder(texts.input_ids, texts.attention_mask).last_hidden_state
+    return World(torch.cat(latents), scripts, embeds * texts.attention_mask[..., None])
+
+
+def transformer_for_streams(clips: Any) -> WanTransformer3DModel:
+    """The transformer of the short clips with positions for long videos, which are no weights."""
+    config = {name: value for name, value in clips.config.items() if not name.startswith("_")}
+    transformer = WanTransformer3DModel(**{**config, "rope_max_seq_len": POSITIONS})
+    transformer.load_state_dict(clips.state_dict())
+    return transformer
+
+
+def block_causal_mask() -> Tensor:
+    """Rows and columns are all clean frames, then all noisy ones; true where a frame attends to another, (2F, 2F).
+
+    A frame attends to its block, clean or noisy as it is itself, and to the clean frames of the window before it.
+    """
+    mask = torch.zeros(2 * LATENT_FRAMES, 2 * LATENT_FRAMES, dtype=torch.bool)
+    for start in range(0, LATENT_FRAMES, BLOCK):
+        for own in (start, LATENT_FRAMES + start):
+            mask[own : own + BLOCK, list(WINDOW.past(start))] = True
+            mask[own : own + BLOCK, own : own + BLOCK] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one training step.
+
+    x0 (B, C, F, H, W), sigma (B, blocks) of its blocks, text (B, L, D), and weight (B, blocks): 1 where the block shows
+    what the row's caption is about, 0 elsewhere. A row of a video that switches has one of its two captions: with the
+    second, all frames are read under it, as when a cache is made anew at the switch.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    sigma: Tensor
+    text: Tensor
+    weight: Tensor
+
+    @property
+    def noisy(self) -> Tensor:
+        """``(1 - sigma) x0 + sigma eps``."""
+        return torch.lerp(self.x0, self.eps, per_frame(self.sigma)[:, None, :, None, None])
+
+
+def per_frame(of_blocks: Tensor) -> Tensor:
+    """(B, blocks) -> (B, F)."""
+    return of_blocks.repeat_interleave(BLOCK, dim=1)
+
+
+def batches(world: World, recipe: Recipe, levels_only: bool, begin: int, end: int, seed: int) -> Iterator[Batch]:
+    """Draw the batches of steps ``begin`` to ``end``, each from its own name."""
+    combinations = train_combinations()
+    confusion = caption_confusion(combinations, recipe.wrong_caption_share)
+    levels = torch.tensor(LEVELS)
+    size = recipe.batch
+    for step in range(begin, end):
+        draw = generator(seed, "few" if levels_only else "flow", step)
+        rows = torch.randint(len(world.scripts), (size,), generator=draw)
+        scripts = [world.scripts[row] for row in rows]
+        second = [torch.rand((), generator=draw) < 0.5 and script.switch < BLOCKS for script in scripts]
+        shown = [combinations.index(s.second if b else s.first) for s, b in zip(scripts, second, strict=True)]
+        told = torch.multinomial(confusion[shown], 1, generator=draw)[:, 0]
+        after = torch.arange(BLOCKS)[None] >= torch.tensor([s.switch for s in scripts])[:, None]
+        weight = (after == torch.tensor(second)[:, None]).float()
+        u = torch.rand(size, BLOCKS, generator=draw)
+        anywhere = 5 * u / (1 + 4 * u)
+        at_levels = levels[torch.randint(len(levels), (size, BLOCKS), generator=draw)]
+        chosen = torch.rand(size, BLOCKS, generator=draw) < (1.0 if levels_only else recipe.level_share)
+        x0 = world.latents[rows]
+        eps = torch.randn(x0.shape, generator=draw)
+        yield Batch(x0, eps, torch.where(chosen, at_levels, anywhere), world.texts[told], weight)
+
+
+CLEAN, NOISY = slice(0, LATENT_FRAMES), slice(LATENT_FRAMES, None)
+
+
+def velocity(network: CausalNetwork, batch: Batch, mask: Tensor) -> Tensor:
+    """The velocity of each block's noisy version, from the clean frames before it; both are computed together."""
+    frames = torch.arange(LATENT_FRAMES).repeat(2)
+    sigma = per_frame(batch.sigma)
+    levels = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
+    both = network.masked(torch.cat([batch.x0, batch.noisy], dim=2), levels, frames, mask, batch.text)
+    return both[:, :, NOISY]
+
+
+@torch.no_grad()
+def solved(network: CausalNetwork, batch: Batch, steps: int, mask: Tensor) -> Tensor:
+    """Where the flow leads from each block's noisy version, by Euler steps of equal size in sigma; (B, C, F, H, W)."""
+    frames = torch.arange(LATENT_FRAMES)
+    written: Written = {}
+    x, sigma = batch.noisy, batch.sigma
+    network.masked(batch.x0, torch.zeros(len(x), LATENT_FRAMES), frames, mask[CLEAN, CLEAN], batch.text, None, written)
+    for step in range(steps, 0, -1):
+        lower = batch.sigma * ((step - 1) / steps)
+        v = network.masked(x, per_frame(sigma), frames, mask[NOISY], batch.text, context_of(written))
+        x = x + per_frame(lower - sigma)[:, None, :, None, None] * v
+        sigma = lower
+    return x
+
+
+def error(v: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared error over the blocks that count."""
+    squared = (v - target).square().mean(dim=(1, 3, 4))  # (B, F)
+    return (per_frame(weight) * squared).sum() / per_frame(weight).sum().clamp_min(1)
+
+
+class Stage:
+    """A stage's weights, average and optimizer, which are kept in a file and found there again."""
+
+    def __init__(self, transformer: nn.Module, lr: float, steps: int, file: Path) -> None:
+        self.transformer, self.steps, self.file = transformer, steps, file
+        self.average = copy.deepcopy(transformer.state_dict())
+        self.optimizer = Muon(transformer.parameters(), lr=lr, adam_lr=lr / 10)
+        self.schedule = warm_cosine(self.optimizer, steps)
+        self.step = 0
+        self.kept = time.perf_counter()
+        if file.exists():
+            kept = torch.load(file, weights_only=True)
+            self.step, self.average = kept["step"], kept["average"]
+            transformer.load_state_dict(kept["weights"])
+            self.optimizer.load_kept(kept["optimizer"])
+            self.schedule.load_state_dict(kept["schedule"])
+            print(f"{file.name}: {self.step} of {steps} steps are done")
+
+    def learn(self, loss: Tensor, decay: float) -> None:
+        """Take one step, and keep everything when a minute has passed or the stage is done."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        decay = min(decay, (self.step + 1) / (self.step + 10))
+        for name, parameter in self.transformer.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 1 - decay)
+        if self.step == self.steps or time.perf_counter() - self.kept > KEEP_SECONDS:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write all that the next step depends on."""
+        state = {
+            "step": self.step,
+            "weights": self.transformer.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.kept(),
+            "schedule": self.schedule.state_dict(),
+        }
+        write_kept(state, self.file)
+        self.kept = time.perf_counter()
+
+    def finish(self) -> None:
+        """Leave the averaged weights in the network."""
+        self.transformer.load_state_dict(self.average)
+
+
+def write_kept(state: Any, file: Path) -> None:
+    """Write a file aside and rename it."""
+    torch.save(state, file.with_suffix(".aside"))
+    file.with_suffix(".aside").rename(file)
+
+
+def train(transformer: WanTransformer3DModel, world: World, recipe: Recipe, work: Path, seed: int) -> None:
+    """Both stages."""
+    network, mask = CausalNetwork(transformer), block_causal_mask()
+    stage = Stage(transformer, recipe.flow_lr, recipe.flow_steps, work / "flow.pt")
+    progress = Progress("flow", recipe.flow_steps, stage.step)
+    for batch in batches(world, recipe, False, stage.step, recipe.flow_steps, seed):
+        loss = error(velocity(network, batch, mask), batch.eps - batch.x0, batch.weight)
+        stage.learn(loss, recipe.ema_decay)
+        progress(loss)
+    stage.finish()
+
+    teacher = CausalNetwork(transformer_for_streams(transformer).requires_grad_(False))
+    stage = Stage(transformer, recipe.few_lr, recipe.few_steps, work / "few.pt")
+    progress = Progress("few steps", recipe.few_steps, stage.step)
+    for batch in batches(world, recipe, True, stage.step, recipe.few_steps, seed):
+        end = solved(teacher, batch, recipe.teacher_steps, mask)
+        target = (batch.noisy - end) / per_frame(batch.sigma)[:, None, :, None, None]
+        loss = error(velocity(network, batch, mask), target, batch.weight)
+        stage.learn(loss, recipe.ema_decay)
+        progress(loss)
+    stage.finish()
+
+
+def build(out: Path = WEIGHTS, work: Path = WORK, seed: int = 0, recipe: Recipe | None = None) -> Any:
+    """Train from the bundled clips' model and save a pipeline in ``out``."""
+    recipe = recipe or Recipe()
+    torch.set_num_threads(1)
+    work.mkdir(parents=True, exist_ok=True)
+    pipe: Any = WanPipeline.from_pretrained(CLIPS, dtype=torch.float32)
+    for part in (pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False)
+    world = encode_world(pipe, recipe, work, seed)
+    pipe.transformer = transformer_for_streams(pipe.transformer)
+    train(pipe.transformer, world, recipe, work, seed)
+    save(pipe, out)
+    return pipe
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Make the bundled streaming model from the bundled clips' model.")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder to write (default: inside the package)")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder in which what is done is kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="barely train, for testing the recipe")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    build(options.out, options.work, options.seed, QUICK if options.quick else None)
+    print(f"saved {options.out} after {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
