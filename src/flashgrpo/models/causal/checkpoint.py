@@ -31,7 +31,7 @@ def read_generator(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"the streaming generator: there is no file {file}")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # of zip files, of pickles and of what must not be in them: all mean this
         raise UserError(f"the streaming generator: {file} holds no tensors alone: {first_line(error)[:200]}") from error
     found = [content[name] for name in GENERATORS if name in content] if isinstance(content, dict) else []
