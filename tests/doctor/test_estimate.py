@@ -64,12 +64,20 @@ def test_the_estimate_is_what_a_real_network_takes(make_run):
     assert counted == pytest.approx(live.peak, rel=0.15)
 
 
+ALGORITHMS = {  # an algorithm of each kind of score, and whatever keeps or computes more than another
+    "flash-grpo": (),
+    "awm": ("rollout.num_steps=10", "algorithm.score.times=2"),
+    "diffusion-nft": ("algorithm.score={draw: grid, times: 2}", "algorithm.objective.kl_coef=0"),
+}
+
+
 @pytest.mark.parametrize("phase", ["rollout", "decode", "update", "evaluation"])
-def test_each_phase_takes_what_is_counted(make_run, phase):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_phase_takes_what_is_counted(make_run, phase, algorithm):
     """One micro-batch of a real run on the CPU, without the weights, which are there before and are known."""
     sizes = ["model.num_frames=33", "model.height=96", "model.width=96", "evaluation.videos=0"]
     batch = ["rollout.micro_batch=4", "rollout.decode_micro_batch=4", "optim.micro_batch=4"]
-    run = make_run(*sizes, *batch, "evaluation.num_steps=2")
+    run = make_run(*sizes, *batch, "evaluation.num_steps=2", f"algorithm={algorithm}", *ALGORITHMS[algorithm])
     parts = Assembly(run, single_process())
     groups = parts.prompt_groups(0)
     scoring = parts.scoring([group.prompt for group in groups for _ in range(group.size)])
@@ -78,11 +86,12 @@ def test_each_phase_takes_what_is_counted(make_run, phase):
     state = [tensor for named in parts.optimizer.state().values() for tensor in named.values()]
     before = MOMENTS * sum(tensor.nbytes for tensor in parts.optimizer.weights().values())
     if phase in ("decode", "update"):
-        outputs, record = parts.process.draw(samples, run.seed, lambda rows, drawn: None, 2)
-        before += sum(tensor.nbytes for tensor in (outputs, record.state.x, record.state.x_next))
+        outputs, record = parts.process.draw(samples, run.seed, lambda rows, drawn: None, run.uses)
+        kept = {id(tensor): tensor for tensor in (outputs, *vars(record.state).values()) if torch.is_tensor(tensor)}
+        before += sum(tensor.nbytes for tensor in kept.values())
     with torch.autograd.set_multithreading_enabled(False), LiveBytes([*weights, *state]) as live:
         if phase == "rollout":
-            parts.process.draw(samples, run.seed, lambda rows, drawn: None, 2)
+            parts.process.draw(samples, run.seed, lambda rows, drawn: None, run.uses)
         elif phase == "decode":
             scoring.add(torch.arange(len(outputs)), outputs)
         elif phase == "update":

@@ -23,7 +23,12 @@ from flashgrpo.distributed.world import local
 from flashgrpo.errors import UserError
 from flashgrpo.models.load import META, weightless
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.processes.flow.cost import branches_of_replay, latents_per_unit, units_per_sample
+from flashgrpo.processes.flow.cost import (
+    branches_of_replay,
+    latents_per_unit,
+    scored_while_drawn,
+    units_per_sample,
+)
 from flashgrpo.processes.flow.float8 import frozen_layers
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.prompts import read_prompts
@@ -86,16 +91,15 @@ def estimate(config: RunConfig, processes: int | None = None) -> MemoryEstimate:
     weights, trained = _weights(model, config)
     while_drawing = weights + (0 if offload else _bytes(vae.parameters()))
     while_decoding = (trained if offload else weights) + _bytes(vae.parameters())
-    rest = {
-        "learning": trained * _copies(config),
-        "samples": round(own * _bytes_per_sample(model, _latents_per_sample(config))),
-    }
+    recorded = round(own * _bytes_per_sample(model, _latents_per_sample(config)))
+    rest = {"learning": trained * _copies(config), "samples": recorded}
     guided = 2 if settings.guidance_scale > 1 else 1
     scored = branches_of_replay(config.algorithm.score, settings)
     call, decode = cache(partial(_call, model, context=parallel.context)), cache(partial(_decode, model))
     rows = min(own, config.optim.micro_batch)
     update = call(rows * scored, graph=True, backward=True)
-    drawing = max(call(min(own, settings.micro_batch) * guided), call(rows * scored, graph=True))  # what is judged
+    judged = rows * scored if scored_while_drawn(config.algorithm.score, config.uses) else 0
+    drawing = max(call(min(own, settings.micro_batch) * guided), judged and call(judged, graph=True))
     if settings.retain:  # where it is left to the run, graphs are kept only if they fit
         rest["graphs"] = round(own * records_per_sample(config) * update / rows)
     phases = {

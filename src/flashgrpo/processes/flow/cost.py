@@ -101,7 +101,7 @@ def update_cost(
     if isinstance(score, Recorded):
         return Cost(drawn, int((trained * acts).sum()) * each)
     scored = len(groups) * score.count(rollout.num_steps) * branches_of_replay(score, rollout)
-    return Cost(drawn + (scored if uses > 1 else 0), scored * each)
+    return Cost(drawn + (scored if scored_while_drawn(score, uses) else 0), scored * each)
 
 
 def masks(
@@ -121,6 +121,11 @@ def masks(
 def branches_of_replay(score: ScoreKind, rollout: RolloutConfig) -> int:
     """Return how many branches a call of the network has in an update, at most: two with guidance."""
     return 2 if (rollout if isinstance(score, Recorded) else score).guidance_scale > 1 else 1
+
+
+def scored_while_drawn(score: ScoreKind, uses: int) -> bool:
+    """Whether a rollout calls the network with gradients enabled; re-noised samples that are replayed once need not."""
+    return isinstance(score, Recorded) or uses > 1
 
 
 def units_per_sample(explore: Explore, score: ScoreKind, rollout: RolloutConfig, seed: int) -> float:
