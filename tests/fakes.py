@@ -74,7 +74,7 @@ class Fake:
         return self.network
 
     def idle(self, slot, columns):
-        return self.exact(torch.zeros(1, self.inputs, device=self.device))
+        return [self.exact(torch.zeros(1, self.inputs, device=self.device))]
 
     def media(self, outputs, frames=None):
         """Paint videos (B, F, 3, 16, 16), each in one colour, (B, 3) in [0, 1]."""
@@ -162,6 +162,10 @@ class InTwo(Colour):
                     base = self.exact(record.state.x)[:, numbers]
                 kl = {"kl": _energy(mean - base)}
             yield -_energy(action - mean), kl
+
+    def idle(self, slot, columns):
+        for _ in range(self.addends):
+            yield from super().idle(slot, columns)
 
     def cost(self, seed, update, passes, columns, uses=1):
         """Two forwards a replay, which draws `old`, too; an update replays once without gradient and once with it."""

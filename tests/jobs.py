@@ -30,21 +30,25 @@ from flashgrpo.distributed.sharding import place
 from flashgrpo.distributed.world import World, full_tensor, local, process_group
 from flashgrpo.doctor.estimate import LiveBytes
 from flashgrpo.errors import UserError
+from flashgrpo.learning.experience import Drawn, compare
+from flashgrpo.learning.objective import Competing
 from flashgrpo.learning.optim import Optimizer
-from flashgrpo.learning.settings import OptimConfig
-from flashgrpo.learning.update import Work
+from flashgrpo.learning.settings import Credit, OptimConfig
+from flashgrpo.learning.update import Work, policy_update
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.process import Record
 from flashgrpo.processes.calls import number_of_calls
 from flashgrpo.processes.flow.rollout import calls_of
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.checkpoint import Progress, Writer, read_into
+from flashgrpo.run.checkpoint import updates as saved_updates
 from flashgrpo.run.progress import Clock
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring
 from flashgrpo.scoring.settings import RewardConfig
-from flashgrpo.types import Prompt, Sample
+from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
 from tests.filesystem import death, failing
+from tests.streams import Stream
 
 torch.set_num_threads(1)
 
@@ -270,6 +274,59 @@ def save_and_resume(folder: str, shard: int) -> list[dict]:
         counted["told"] = live.peak
         counted["state"] = sum(full_tensor(t).nbytes for named in state.values() for t in named.values())
         return world.all_gather_json(counted)
+
+
+def learn_from_branches(folder: str, parallel: dict, updates: int, dies: bool) -> dict:
+    """Learn from branches that compete, saving each update; ranks share groups of four.
+
+    Args:
+        dies: by SIGKILL on the last rank in the last update, between its two passes.
+    """
+    config, objective = OptimConfig(lr=0.05, weight_decay=0.0, passes=2), Competing(tau=0.2, kl_coef=0.1)
+    with process_group(ParallelConfig(**parallel)) as world:
+        process = Stream(micro_batch=3, prompts=3)
+        whole = Stream(micro_batch=3, prompts=3)  # draws: calls of the network in its drawing are not those of others
+        place(process.network, world, None)
+        process._base = {name: weight.detach().clone() for name, weight in process.network.named_parameters()}
+        optimizer = Optimizer(trained_parameters(process.network), config, world)
+        state, done = optimizer.state(), max(saved_updates(Path(folder)), default=0)
+        if done:
+            read_into(Path(folder), done, state, world)
+            optimizer.restored(state)
+        for update in range(done, updates):
+            for name, weight in whole.network.named_parameters():
+                weight.data.copy_(full_tensor(optimizer.weights()[name]))
+            record = compared_branches(whole, update, world)
+            if dies and update == updates - 1 and world.rank == world.size - 1:
+                process.replay = dies_with_a_gradient(process.replay)
+            metrics = policy_update(process, objective, optimizer, record, config, world)
+            writer = Writer(Path(folder), 2, world)
+            writer.save(optimizer.state(), Progress(update + 1))
+            writer.wait()
+        weights = {name: full_tensor(weight).tolist() for name, weight in optimizer.weights().items()}
+        return {"weights": weights, "metrics": metrics, "began": done}
+
+
+def dies_with_a_gradient(replay):
+    """Replay until one is to be differentiated."""
+
+    def replay_or_die(record, columns):
+        if torch.is_grad_enabled():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replay(record, columns)
+
+    return replay_or_die
+
+
+def compared_branches(process: Stream, update: int, world: World) -> Record:
+    """Draw this rank's part of three groups of four, and compare them: the more red, the better."""
+    groups = [PromptGroup(update, number, Prompt(text, {}), 4) for number, text in enumerate(("wall", "door", "rose"))]
+    samples = [Sample(group, member) for group in groups for member in range(4)]
+    mine = world.slice(len(samples))
+    outputs, record = process.draw(samples[mine], 0, lambda rows, drawn: None, 2)
+    values = torch.tensor([value for rank in world.gather(outputs[:, :1].tolist()) for value in rank]).double()
+    rewards = RewardTable(("red",), values, torch.ones(1, dtype=torch.float64))
+    return compare(Drawn(update, mine.start, outputs, record, rewards), process.channels, Credit(), world).record
 
 
 def score_for_others(total: int, micro_batch: int, parallel: dict) -> list[dict]:

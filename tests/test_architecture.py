@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import flashgrpo
-from flashgrpo.learning.objective import Penalized
+from flashgrpo.learning.penalized import Penalized
 from flashgrpo.learning.settings import Averaged, Credit, Current, Frozen
 from flashgrpo.presets import PRESETS
 from flashgrpo.processes.flow.settings import Deterministic, Recorded, Renoised, Stochastic

@@ -73,8 +73,8 @@ class Assembly:
 
     def prompt_groups(self, update: int) -> list[PromptGroup]:
         """The prompt groups of an update."""
-        settings = self.config.rollout
-        return prompt_groups(self.prompts, self.config.seed, update, settings.prompts, settings.group_size)
+        settings, anchored = self.config.rollout, self.config.algorithm.credit.anchored
+        return prompt_groups(self.prompts, self.config.seed, update, settings.prompts, settings.group_size, anchored)
 
     def draw_and_score(self, groups: Sequence[PromptGroup], clock: Phases, uses: int | None = None) -> Drawn:
         """Draw the samples of the groups, and score them meanwhile.
@@ -83,7 +83,7 @@ class Assembly:
             uses: how often the update will replay each unit, where it is not as often as `optim` says.
         """
         config = self.config
-        scoring = self.scoring([group.prompt for group in groups for _ in range(group.size)], clock)
+        scoring = self.scoring([sample.group.prompt for group in groups for sample in group.samples], clock)
         uses = uses or config.uses
         drawing = self._behaviours_weights() if self.behaviour.draws else nullcontext()
         cure = "rollout.micro_batch, or optim.micro_batch, which the trained steps are computed by"
@@ -116,7 +116,7 @@ class Assembly:
             return
         bad = ~representable(rewards.values) & (rewards.weights != 0)
         row, column = bad.nonzero()[0].tolist()
-        text = [group.prompt.text for group in groups for _ in range(group.size)][row]
+        text = [sample.group.prompt.text for group in groups for sample in group.samples][row]
         raise SharedError(
             f"rewards of update {drawn.update + 1} are not finite in {dropped} of {compared.groups} groups: reward "
             f"{rewards.names[column]} is {float(rewards.values[row, column])} for {text!r}; fix the reward, or raise "
@@ -138,7 +138,7 @@ class Assembly:
 
     def describe(self, drawn: Drawn, compared: Compared) -> dict[str, Any]:
         """The part of a metrics line that tells of rewards and compute; stds are over all samples of the update."""
-        rewards, advantage = drawn.rewards.complete, compared.advantage
+        rewards, anchors, advantage = drawn.members.complete, drawn.anchors, compared.advantage
         total = rewards.total
         spread = dict(zip(rewards.names, rewards.values.std(dim=0, correction=0).tolist(), strict=True))
         columns = self.objective.columns
@@ -154,6 +154,7 @@ class Assembly:
             "advantage_std": float(advantage.std(correction=0)),
             "advantage_max": float(advantage.abs().max()),
             "zero_spread_groups": compared.flat_groups,
+            **({} if anchors is None else {"anchor_reward": float(anchors.complete.total.mean())}),
             "samples": len(drawn.rewards.total),
             "compute": asdict(cost),
             **({"dropped_groups": compared.dropped_groups} if compared.dropped_groups else {}),

@@ -1,6 +1,6 @@
-"""Names that others import; they live in `learning/objective.py` and `processes/flow/weighting.py`."""
+"""Names that others import; they live in `learning/ratio.py` and `processes/flow/weighting.py`."""
 
-from flashgrpo.learning.objective import policy_losses, ratio_metrics
+from flashgrpo.learning.ratio import policy_losses, ratio_metrics
 from flashgrpo.processes.flow.weighting import (
     NoiseLevel,
     NormalizedRatio,

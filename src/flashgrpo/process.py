@@ -174,14 +174,15 @@ class Process(Protocol):
 
     @property
     def addends(self) -> int:
-        """How many addends `replay` hands out."""
+        """How many addends `replay` hands out, at most; above 1, all replays of a slot hand out equally many."""
         ...
 
     def replay(self, record: Record, columns: Sequence[str]) -> Iterable[tuple[Float32[Tensor, " terms"], Columns]]:
         """Score a micro-batch again by the weights that there are now, differentiably, and the columns asked for.
 
         Hands out addends of both, each with a graph of its own, so that one is differentiated and freed before the next
-        is computed. With the weights that drew, their sum is `record.old` bit for bit.
+        is computed; one without a graph counts for the score alone. With the weights that drew, their sum is
+        `record.old` bit for bit.
         """
         ...
 
@@ -189,8 +190,11 @@ class Process(Protocol):
         """The part of the network that computes a slot: ranks that hold it between them call each equally often."""
         ...
 
-    def idle(self, slot: int, columns: Sequence[str]) -> Tensor:
-        """Make the network calls of one `replay` on nothing, to take part in their collectives; differentiable."""
+    def idle(self, slot: int, columns: Sequence[str]) -> Iterable[Tensor]:
+        """Make the network calls of one `replay` on nothing, to take part in their collectives.
+
+        Hands out a tensor for each addend, differentiable where that is.
+        """
         ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:

@@ -161,7 +161,9 @@ def _prompt(record: Any, where: str) -> Prompt:
     return Prompt(record.pop("prompt").strip(), record)
 
 
-def prompt_groups(prompts: Sequence[Prompt], seed: int, update: int, groups: int, group_size: int) -> list[PromptGroup]:
+def prompt_groups(
+    prompts: Sequence[Prompt], seed: int, update: int, groups: int, group_size: int, anchored: bool = False
+) -> list[PromptGroup]:
     """Choose the prompt groups of an update, without any state.
 
     The file is walked in passes, each in an order of its own: group g of update u takes place u * groups + g of the
@@ -173,7 +175,7 @@ def prompt_groups(prompts: Sequence[Prompt], seed: int, update: int, groups: int
         walk, place = divmod(update * groups + group, len(prompts))
         if walk not in orders:
             orders[walk] = torch.randperm(len(prompts), generator=generator(seed, "prompts", walk)).tolist()
-        chosen.append(PromptGroup(update, group, prompts[orders[walk][place]], group_size))
+        chosen.append(PromptGroup(update, group, prompts[orders[walk][place]], group_size, anchored))
     return chosen
 
 

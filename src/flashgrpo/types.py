@@ -53,13 +53,20 @@ class PromptGroup:
     """The `size` samples that one update draws for one prompt; their mean reward is each one's baseline.
 
     `group` numbers the groups of an update from 0. Noise and step draws are keyed by (seed, update, group, member):
-    the same prompt drawn twice is two groups.
+    the same prompt drawn twice is two groups. An `anchored` group has one sample more, which is drawn without
+    exploration, and whose reward takes the place of the mean.
     """
 
     update: int
     group: int
     prompt: Prompt
     size: int
+    anchored: bool = False
+
+    @property
+    def samples(self) -> list["Sample"]:
+        """The members, and then the anchor, where there is one."""
+        return [Sample(self, member) for member in range(self.size + self.anchored)]
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,11 @@ class Sample:
 
     group: PromptGroup
     member: int
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether it is drawn without exploration, to hold the members of its group against, and is never a term."""
+        return self.member == self.group.size
 
     @property
     def name(self) -> tuple[int, int, int]:
@@ -149,7 +161,11 @@ class RewardTable:
     def complete(self) -> "RewardTable":
         """The samples whose values are all numbers."""
         rows = representable(self.values).all(dim=1)
-        return self if rows.all() else replace(self, values=self.values[rows])
+        return self if rows.all() else self[rows]
+
+    def __getitem__(self, rows: Tensor) -> "RewardTable":
+        """The rewards of some samples."""
+        return replace(self, values=self.values[rows])
 
     def means(self, trained: bool) -> dict[str, float]:
         """Component -> mean, of the trained components or of the watched ones."""

@@ -138,7 +138,7 @@ def test_misuse_is_refused():
     with pytest.raises(REFUSED):
         Credit(combine="sum")
     with pytest.raises(REFUSED):
-        Credit(baseline="anchor")
+        Credit(baseline="best")
     for clip in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="clip"):
             group_advantages(rewards, clip=clip)

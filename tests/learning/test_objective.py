@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from flashgrpo.learning.objective import Clipped, Contrast, KlMasked, policy_losses, ratio_metrics
+from flashgrpo.learning.objective import Clipped, Contrast, KlMasked
+from flashgrpo.learning.ratio import policy_losses, ratio_metrics
 from flashgrpo.settings import LARGEST, SMALLEST
 
 REFUSED = (ValueError, TypeCheckError)

@@ -77,9 +77,9 @@ class Toy(Process):
     def stage(self, slot: int) -> nn.Module:
         return self._stages[slot // self._slots_of_stage]
 
-    def idle(self, slot: int, columns: Sequence[str]) -> Tensor:
+    def idle(self, slot: int, columns: Sequence[str]) -> list[Tensor]:
         self.idled.append(slot)
-        return self.weight.sum()
+        return [self.weight.sum()]
 
 
 def toy_record(process: Toy, slots: Sequence[int], terms: Sequence[int], advantages: bool = True) -> Record:

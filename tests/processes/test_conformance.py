@@ -6,7 +6,7 @@ The judge is autograd, arithmetic or the process itself on other rows; no test h
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
 from flashgrpo.learning.experience import Compared, Drawn, compare
-from flashgrpo.learning.objective import AnyObjective, Clipped, Contrast, KlMasked
+from flashgrpo.learning.objective import AnyObjective, Clipped, Competing, Contrast, KlMasked
 from flashgrpo.learning.optim import GradientSum, Optimizer
 from flashgrpo.learning.settings import Credit, OptimConfig
 from flashgrpo.learning.update import policy_update
@@ -30,6 +30,7 @@ from flashgrpo.processes.flow.weighting import NormalizedRatio, StepLength
 from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
 from tests.conftest import EXACT
 from tests.fakes import Colour, InTwo, Program, whole_score
+from tests.streams import Stream
 
 WORLD = single_process()
 PROMPTS = [Prompt("a red circle moving left slowly", {}), Prompt("a blue square moving up quickly", {})]
@@ -49,11 +50,13 @@ class Case:
             start; one that was made before may share them.
         exact: what I5 holds bit for bit: the others pass through calls of the network whose number of rows depends on
             what is drawn beside them (the deterministic steps of a walk), and may differ by rounding.
+        anchored: builds it for groups with an anchor each; None where it draws none.
     """
 
     make: Callable[[int], Process]
     objective: AnyObjective = OBJECTIVE
     exact: frozenset[str] = frozenset({"old", "outputs", "evaluation"})
+    anchored: Callable[[int], Process] | None = None
 
 
 @cache
@@ -83,6 +86,13 @@ def fake(kind: type) -> Case:
     return Case(lambda micro_batch: kind(micro_batch=micro_batch, prompts=len(PROMPTS), group_size=SIZE))
 
 
+def stream(objective: Competing) -> Case:
+    def make(micro_batch: int, anchored: bool = False) -> Process:
+        return Stream(anchored, micro_batch=micro_batch, prompts=len(PROMPTS), group_size=SIZE)
+
+    return replace(fake(Stream), make=make, objective=objective, anchored=partial(make, anchored=True))
+
+
 GUARD = Recorded(StepLength(), NormalizedRatio())
 CASES = {
     "flow: flash-grpo": flow(FLASH_GRPO, *EXACT),
@@ -107,6 +117,8 @@ CASES = {
     "program": fake(Program),
     "addends": fake(InTwo),
     "addends with a penalty": replace(fake(InTwo), objective=Clipped(kl_coef=0.1)),
+    "stream": stream(Competing(tau=0.2)),
+    "stream with a penalty": stream(Competing(tau=0.2, kl_coef=0.1)),
 }
 
 
@@ -141,6 +153,12 @@ def draw(
     assert sorted(told) == list(range(len(which)))
     assert all(torch.equal(told[row], outputs[row]) for row in told)
     return outputs, replace(record, advantage=torch.arange(len(record.weight)).float())
+
+
+def whole_columns(process: Process, part: Record, columns: Sequence[str]) -> dict[str, Tensor]:
+    """The scores of a micro-batch, and its columns, as the sums of their addends, with their graphs."""
+    addends = [{"score": score, **found} for score, found in process.replay(part, columns)]
+    return {name: sum(addend[name] for addend in addends) for name in addends[0]}
 
 
 def by_slot(record: Record) -> list[Record]:
@@ -225,7 +243,7 @@ def test_it_is_a_process(case, tmp_path):
     assert float(videos.max()) <= 1
     assert process.media(outputs, 1).shape[1] >= 1
     assert process.stage(int(record.slot[0])) in list(process.network.modules())
-    assert process.idle(int(record.slot[0]), ("kl",)).requires_grad
+    assert any(addend.requires_grad for addend in process.idle(int(record.slot[0]), ("kl",)))
     tensors = {name: value.detach() for name, value in trained_parameters(process.network).items()}
     assert all((tmp_path / "lora" / name).is_file() for name in process.save_lora(tmp_path / "lora", tensors))
 
@@ -254,9 +272,15 @@ def test_the_reference_is_the_network_before_training(case):
         process = make(3)
         _, record = draw(process)
         part = process.micro_batches(by_slot(record)[0])[0]
-        kl = sum(columns["kl"] for _, columns in process.replay(part, ("kl",)))
+        kl = distance_from_base(process, part, "score_base" if case.objective.coupled else "kl")
         assert kl.shape == part.old.shape
         assert bool((kl > 0).all()) if moved else bool((kl == 0).all())
+
+
+def distance_from_base(process: Process, part: Record, column: str) -> Tensor:
+    """A divergence, or how far the score is from that by the base model's weights; (T,)."""
+    found = whole_columns(process, part, (column,))
+    return found["kl"] if column == "kl" else (found["score"] - found[column]).abs()
 
 
 # ---- I1 to I8 --------------------------------------------------------------------------------------------------------
@@ -276,12 +300,13 @@ def test_i2_at_ratio_one_the_gradient_is_that_of_the_weighted_scores(case, uses)
     """Of -sum(weight advantage score) / terms, and of the penalty where there is one, in one graph."""
     process = trained(case)
     record = judged(draw(process, columns=case.objective.columns)[1])
-    loss = torch.zeros(())
-    for slot in by_slot(record):
-        for part in process.micro_batches(slot):
-            for score, columns in process.replay(part, case.objective.columns):
-                penalty = case.objective.penalized(torch.zeros_like(score), columns).sum()
-                loss = loss - (part.weight * part.advantage * score).sum() + penalty
+    parts = [part for slot in by_slot(record) for part in process.micro_batches(slot)]
+    scored = [whole_columns(process, part, case.objective.columns) for part in parts]
+    columns = {name: torch.cat([one[name] for one in scored]) for name in scored[0]}
+    key, weight, advantage = (torch.cat([getattr(p, name) for p in parts]) for name in ("key", "weight", "advantage"))
+    columns["key"] = key.unique(return_inverse=True)[1]
+    log_ratio = case.objective.log_ratio(columns["score"], columns["score"].detach(), columns)
+    loss = case.objective.penalized(-weight * advantage * log_ratio, columns).sum()
     parameters = trained_parameters(process.network)
     expected = torch.autograd.grad(loss / len(record.old), list(parameters.values()))
     again = judged(draw(process, uses=uses, columns=case.objective.columns)[1])
@@ -315,10 +340,46 @@ def test_i3_flat_groups_and_groups_of_one_give_zero(case, std):
     assert result.flat_groups == len(torch.stack([result.key, result.channel]).unique(dim=1).T)
 
 
+ANCHORED = [PromptGroup(3, g, prompt, SIZE, anchored=True) for g, prompt in enumerate(PROMPTS)]
+
+
+def with_anchors(case: Case, values: Tensor, std: str) -> tuple[Process, Drawn, Compared]:
+    """Draw all groups with their anchors, and compare samples by these rewards, of which the anchors' are the last."""
+    if case.anchored is None:
+        pytest.skip("draws no anchor")
+    process, samples = case.anchored(1), [sample for group in ANCHORED for sample in group.samples]
+    outputs, record = process.draw(samples, SEED, lambda rows, drawn: None, 2)
+    last = torch.arange(SIZE, len(samples), SIZE + 1).repeat_interleave(SIZE + 1)
+    table = rewards(process, lambda number: values.repeat(len(ANCHORED)) + number, len(samples))
+    drawn = Drawn(UPDATE, 0, outputs, record, table, last)
+    return process, drawn, compare(drawn, process.channels, Credit(baseline="anchor", std=std), WORLD)
+
+
+@pytest.mark.parametrize("std", ["group", "group-and-anchor", "batch"])
+def test_i3_groups_that_are_all_like_their_anchor_give_zero(case, std):
+    _, _, result = with_anchors(case, torch.full((SIZE + 1,), 0.3), std)
+    assert not result.advantage.any()
+    _, _, result = with_anchors(case, torch.tensor([*torch.linspace(0, 1, SIZE).tolist(), 2.0]), std)
+    assert bool((result.advantage < 0).all())
+
+
+def test_an_anchor_is_no_term_and_changes_nothing_of_its_group(case):
+    process, drawn, result = with_anchors(case, torch.linspace(0, 1, SIZE + 1), "group")
+    is_member = torch.arange(len(drawn.outputs)) % (SIZE + 1) < SIZE
+    outputs, record = draw(process)
+    assert_same(case, "outputs", drawn.outputs[is_member], outputs)
+    assert torch.equal(drawn.record.old, record.old)
+    assert result.sample.unique().tolist() == is_member.nonzero().flatten().tolist()
+    assert len(drawn.members.total) == len(SAMPLES)
+    with rows_counted(process.network) as rows:
+        process.draw([sample for group in ANCHORED for sample in group.samples], SEED, lambda rows, drawn: None, 2)
+    assert rows[0] == process.cost(SEED, UPDATE, 1, case.objective.columns, uses=2).rollout
+
+
 def test_i4_a_clipped_term_has_no_derivative(case):
     """Terms whose ratios have gone too far in the direction of their advantage, others that have gone the other way."""
-    if isinstance(case.objective, Contrast):
-        pytest.skip("no ratio")
+    if isinstance(case.objective, Contrast) or case.objective.coupled:
+        pytest.skip("no ratio of its own")
     record = judged(draw(case.make(3), columns=case.objective.columns)[1])
     high = 2.0
     for shift, clips_positive in ((high, True), (-high, False), (90.0, True), (-90.0, False)):
@@ -333,6 +394,29 @@ def test_i4_a_clipped_term_has_no_derivative(case):
         score = (record.old + case.objective.smallest_clip / 2).requires_grad_()
         losses = plain(case.objective).losses(score, record.old, record.advantage, record.weight, {})
         assert torch.autograd.grad(losses.sum(), score)[0].all()
+
+
+def test_i4_a_clipped_share_has_no_derivative(case):
+    """What its advantage is makes no difference, as long as it is clipped; the scores of others still reach it."""
+    objective = case.objective
+    if not objective.coupled:
+        pytest.skip("terms are judged by themselves")
+    record = judged(draw(case.make(3), columns=objective.columns)[1])
+    key = record.key.unique(return_inverse=True)[1]
+    score = (record.old + 0.1 * torch.randn(len(key), generator=torch.Generator().manual_seed(2))).requires_grad_()
+    columns = {"key": key} | dict.fromkeys(objective.columns, record.old)
+    log_ratio = objective.log_ratio(score, record.old, columns)
+    low, high = objective.clip_range
+    clipped = torch.where(record.advantage > 0, log_ratio.exp() > 1 + high, log_ratio.exp() < 1 - low)
+    assert bool(clipped.any())
+    assert not bool(clipped.all())
+    found = []
+    for factor in (1.0, 3.0):
+        advantage = torch.where(clipped, factor * record.advantage, record.advantage)
+        losses = objective.losses(score, record.old, advantage, record.weight, columns)
+        found.append(torch.autograd.grad(losses.sum(), score, retain_graph=True)[0])
+    assert torch.equal(*found)
+    assert found[0].any()
 
 
 def test_i4_where_all_terms_are_clipped_no_weight_has_a_gradient(case):

@@ -23,7 +23,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.learning.settings import OptimConfig, check_average
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.presets import PRESETS, Algorithm
-from flashgrpo.processes.flow.settings import RolloutConfig, check_score
+from flashgrpo.processes.flow.settings import RolloutConfig, check_score, check_shared
 from flashgrpo.scoring.settings import RewardConfig, check_rewards
 from flashgrpo.settings import MANY, Count, Part, PathText
 
@@ -69,14 +69,16 @@ class RunConfig(Part):
     def _parts_fit(self) -> "RunConfig":
         """Each part says what it cannot go with; here they only meet."""
         check_rewards(self.rewards)
-        samples = self.rollout.prompts * self.rollout.group_size
+        samples = self.rollout.prompts * (self.rollout.group_size + self.algorithm.credit.anchored)
         if samples > MANY:
             raise ValueError(f"rollout.prompts: an update has {MANY:,} samples at most, not {samples:,}")
-        self.optim.check(samples, self.updates)
+        coupled = self.algorithm.objective.coupled
+        self.optim.check(samples, self.updates, self.rollout.prompts if coupled else None)
         self.model.check(self.sharded)
         frozen, held_between = isinstance(self.model.train, Lora), self.sharded or self.parallel.context > 1
         check_average(self.algorithm.objective.average_coef, self.algorithm.behaviour)
         algorithm = self.algorithm
+        check_shared(coupled, algorithm.credit.anchored)
         check_score(algorithm.explore, algorithm.score, algorithm.objective.columns, self.rollout)
         self.rollout.check_shortcuts(held_between, frozen, self.model.offload, self.model.compile)
         self.rollout.check_retain(held_between, self.model.offload, self.uses)

@@ -35,7 +35,7 @@ GROUPING: Mapping[str, tuple[str, str]] = {
 class ShortGrouping(Part):
     """How the samples of a prompt group are compared, by its short names."""
 
-    std: Literal["group", "batch"] = "group"
+    std: Literal["group", "group-and-anchor", "batch"] = "group"
     """Short for credit.std."""
     combine: Literal["normalized", "raw"] = "normalized"
     """Short for credit.combine."""

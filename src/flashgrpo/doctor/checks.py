@@ -133,7 +133,7 @@ def rewards_repeat(parts: Assembly, trial: Trial) -> Finding:
 
 def constant_rewards(parts: Assembly, trial: Trial) -> list[str]:
     """Return the trained rewards whose components are finite and, but for rounding, constant inside every group."""
-    table, sizes = trial.drawn.rewards, (trial.groups, trial.group_size)
+    table, sizes = trial.drawn.members, (trial.groups, trial.group_size)
     columns = {table.names[column]: table.values[:, column].unflatten(0, sizes) for column in table.trained}
     flat = {name: bool(v.isfinite().all()) and not bool(has_spread(v).any()) for name, v in columns.items()}
     own = {name: [flat[part] for part in flat if f"{part}.".startswith(f"{name}.")] for name in parts.rewards.configs}
@@ -145,7 +145,7 @@ def reward_spread(parts: Assembly, trial: Trial) -> Finding:
 
     One group may be without spread by chance, so that a single one is a warning only: `train` looks at more then.
     """
-    groups = trial.drawn.rewards.total.unflatten(0, (trial.groups, trial.group_size))
+    groups = trial.drawn.members.total.unflatten(0, (trial.groups, trial.group_size))
     groups = groups[groups.isfinite().all(dim=1)]  # the others are told by `rewards_repeat`
     if not len(groups):
         return Finding("reward spread", "warning", "no group has rewards that are all finite", {"groups": trial.groups})

@@ -90,7 +90,8 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
         thorough: also step along the gradient, evaluate a few prompts, and measure numeric noise.
     """
     config, world, meter = parts.config, parts.world, Meter(parts.world.device)
-    first = prompt_groups(parts.prompts, config.seed, 0, groups, group_size)
+    anchored = config.algorithm.credit.anchored
+    first = prompt_groups(parts.prompts, config.seed, 0, groups, group_size, anchored)
     drawn = parts.draw_and_score(first, meter, uses=2)  # the replay is what is examined, also where it could be spared
     again = _scored_again(parts, first, drawn)
     compared, probe = parts.compare(drawn), _GradientProbe(parts, steps=thorough)
@@ -120,7 +121,7 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
 
 def _scored_again(parts: Assembly, groups: Sequence[PromptGroup], drawn: Drawn) -> Tensor:
     """Score what was drawn once more; (B, R)."""
-    scoring = parts.scoring([group.prompt for group in groups for _ in range(group.size)])
+    scoring = parts.scoring([sample.group.prompt for group in groups for sample in group.samples])
     for rows in torch.arange(len(drawn.outputs)).split(parts.config.rollout.micro_batch):  # as they were drawn
         scoring.add(rows, drawn.outputs[rows])
     return scoring.table().values

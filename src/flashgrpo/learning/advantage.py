@@ -5,6 +5,8 @@
 The std is over the group (GRPO, arXiv 2402.03300) or over all samples of the update ("global" in the code of Flow-GRPO
 and Flash-GRPO, and what Flash-GRPO's runs used). It is the population's: divided by the number of samples, not by one
 less, as numpy computes it in that code. Rows are groups, not prompts: a text drawn twice is two rows. None is dropped.
+With an anchor, a sample of each group that was drawn without exploration, its reward takes the place of the mean (KVPO,
+arXiv 2605.14278), and the std may be that of group and anchor, divided by one less.
 
 >>> group_advantages(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))               # std over the group: 1 and 0
 tensor([[-0.9999,  0.9999],
@@ -22,35 +24,44 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from flashgrpo.errors import UserError
-from flashgrpo.learning.settings import Credit, check_choice
+from flashgrpo.learning.settings import STDS, Credit, check_choice
 from flashgrpo.settings import check_number
 from flashgrpo.types import RewardTable, representable
 
+Std = Literal["group", "group-and-anchor", "batch"]
 EPSILON = 1e-4  # added to the std, as in the published code
 ROUNDING = 1e-6  # of the largest reward of a group: below it a spread is float32 rounding, not a preference
 
 
 def group_advantages(
-    rewards: Float[Tensor, "groups members"], std: Literal["group", "batch"] = "group", clip: float = 5.0
+    rewards: Float[Tensor, "groups members"],
+    std: Std = "group",
+    clip: float = 5.0,
+    anchor: Float[Tensor, " groups"] | None = None,
 ) -> Float32[Tensor, "groups members"]:
     """Advantages (P, G) of the rewards (P, G) of P groups of G >= 2 samples; a group without spread gets exact zeros.
 
     Rewards have to be finite, and to be those of the whole update where std is "batch".
+
+    Args:
+        anchor: the reward of each group's anchor, which takes the place of the mean.
     """
     _check_clip(clip)
-    return _normalized(rewards, std).clamp(-clip, clip).float()
+    return _normalized(rewards, std, anchor=anchor).clamp(-clip, clip).float()
 
 
 def combine_advantages(
     rewards: Float[Tensor, "groups members components"],
     weights: Float[Tensor, " components"],
-    std: Literal["group", "batch"] = "group",
+    std: Std = "group",
     clip: float = 5.0,
     combine: Literal["normalized", "raw"] = "normalized",
+    anchor: Float[Tensor, "groups components"] | None = None,
 ) -> Float32[Tensor, "groups members"]:
     """Advantages (P, G) of several rewards (P, G, R), weighted by (R,); clipped once, at the end.
 
     "normalized": `sum_r weight_r (R_r - mean) / (std_r + 1e-4)`. "raw": `group_advantages(sum_r weight_r R_r)`.
+    `anchor` holds the rewards of each group's anchor, which take the place of the means.
     """
     _check_clip(clip)
     check_choice("combine", combine, ("normalized", "raw"))
@@ -58,8 +69,9 @@ def combine_advantages(
         raise ValueError(f"rewards are (P, G, R) with R weights, not {tuple(rewards.shape)} and {tuple(weights.shape)}")
     if not bool(torch.isfinite(weights).all()):
         raise UserError(f"reward weights have to be finite, got {weights.tolist()}")
-    credit = Credit(std=std, combine=combine, clip=clip)
-    return _combined(rewards.double(), weights.double().to(rewards.device), credit, None)
+    credit = Credit("mean" if anchor is None else "anchor", std, combine, clip)
+    anchors = None if anchor is None else anchor.double()
+    return _combined(rewards.double(), weights.double().to(rewards.device), credit, None, anchors)
 
 
 def advantages_by_key(
@@ -69,12 +81,13 @@ def advantages_by_key(
     key: Int64[Tensor, " pairs"],
     channel: Int64[Tensor, " pairs"],
     sample: Int64[Tensor, " pairs"],
+    anchor: Int64[Tensor, " pairs"] | None = None,
 ) -> tuple[Float32[Tensor, " pairs"], Bool[Tensor, " pairs"]]:
     """Return the advantage of each sample under each key that it has a term of, and whether it was dropped.
 
     A pair says that a sample is compared with the others of a key, by the components of a channel. Each sample counts
-    once for a key, however many terms it has there. A key with one sample has nothing to compare, and gives 0. Where
-    all keys have equally many samples the numbers are those of `combine_advantages`, bit for bit.
+    once for a key, however many terms it has there. A key with one sample and no anchor has nothing to compare, and
+    gives 0. Where all keys have equally many samples the numbers are those of `combine_advantages`, bit for bit.
 
     A group with a reward that is no number that float32 holds is dropped: its advantages are 0, and those of the others
     are what they would be without it.
@@ -85,12 +98,15 @@ def advantages_by_key(
         rewards: of all samples of the update, on all ranks.
         channels: the process's, which `channel` numbers.
         sample: the number of each pair's sample in the table.
+        anchor: that of the sample which it is held against; one for all pairs of a key. None: against their mean.
     """
+    assert credit.anchored == (anchor is not None)
     result, dropped = torch.zeros(len(key)), torch.zeros(len(key), dtype=torch.bool)
     for number in channel.unique().tolist():
         columns = [r for r in rewards.trained if rewards.channels[r] == channels[number]]
         own = (channel == number).nonzero().flatten()
-        bad = (~representable(rewards.values[sample[own]][:, columns])).any(dim=1)
+        seen = [sample[own]] if anchor is None else [sample[own], anchor[own]]
+        bad = (~representable(torch.stack([rewards.values[rows][:, columns] for rows in seen]))).any(dim=2).any(dim=0)
         dropped[own] = torch.isin(key[own], key[own[bad]])
         own = own[~dropped[own]]
         order = own[(key[own] * (int(sample.max()) + 1) + sample[own]).argsort(stable=True)]
@@ -100,8 +116,9 @@ def advantages_by_key(
         for size in sizes.unique().tolist() if columns else ():
             rows = (sizes.repeat_interleave(sizes) == size).nonzero().flatten()
             block = values[rows].unflatten(0, (-1, size))
-            if size > 1:
-                result[order[rows]] = _combined(block, weights, credit, whole).flatten()
+            anchors = None if anchor is None else rewards.values[anchor[order[rows]][::size]][:, columns]
+            if size > 1 or anchor is not None:
+                result[order[rows]] = _combined(block, weights, credit, whole, anchors).flatten()
     if credit.rescale == "none" or not result.any():
         return result, dropped
     return result / (credit.clip if credit.rescale == "clip" else float(result.abs().max())), dropped
@@ -112,13 +129,21 @@ def _combined(
     weights: Float64[Tensor, " components"],
     credit: Credit,
     whole: Float64[Tensor, "samples components"] | None,
+    anchor: Float64[Tensor, "groups components"] | None,
 ) -> Float32[Tensor, "groups members"]:
     if credit.combine == "raw":
-        total = None if whole is None else (whole * weights).sum(-1)
-        return _clipped(_normalized((rewards * weights).sum(-1), credit.std, total), credit)
-    every = [None] * len(weights) if whole is None else whole.unbind(-1)
-    parts = [_normalized(c, credit.std, w) for c, w in zip(rewards.unbind(-1), every, strict=True)]
-    return _clipped((torch.stack(parts, dim=-1) * weights).sum(-1), credit)
+        total, held = (None if one is None else (one * weights).sum(-1) for one in (whole, anchor))
+        advantage = _normalized((rewards * weights).sum(-1), credit.std, total, held)
+    else:
+        every, anchors = ([None] * len(weights) if one is None else one.unbind(-1) for one in (whole, anchor))
+        each = zip(rewards.unbind(-1), every, anchors, strict=True)
+        parts = [_normalized(component, credit.std, total, held) for component, total, held in each]
+        advantage = (torch.stack(parts, dim=-1) * weights).sum(-1)
+    clipped = _clipped(advantage, credit)
+    if anchor is None or credit.unsafe_weight == 1:
+        return clipped
+    safe = ((rewards - anchor[:, None]) * weights > 0).flatten(1).any(dim=1)
+    return torch.where(safe[:, None], clipped, credit.unsafe_weight * clipped)
 
 
 def _clipped(advantage: Float64[Tensor, "groups members"], credit: Credit) -> Float32[Tensor, "groups members"]:
@@ -129,24 +154,33 @@ def _clipped(advantage: Float64[Tensor, "groups members"], credit: Credit) -> Fl
 
 
 def _normalized(
-    rewards: Float[Tensor, "groups members"], std: str, whole: Float64[Tensor, " samples"] | None = None
+    rewards: Float[Tensor, "groups members"],
+    std: str,
+    whole: Float64[Tensor, " samples"] | None = None,
+    anchor: Float[Tensor, " groups"] | None = None,
 ) -> Float64[Tensor, "groups members"]:
-    """(R - mean of its group) / (std + 1e-4); the std of the batch is that of `whole` where the groups are not all."""
-    check_choice("std", std, ("group", "batch"))
+    """(R - mean of its group, or anchor) / (std + 1e-4); the std of the batch is that of `whole` where that is given.
+
+    What is divided by a std is 0 where all that the std is of is equal: of a batch, the group and its anchor.
+    """
+    check_choice("std", std, STDS)
     if rewards.ndim != 2 or 0 in rewards.shape:
         raise ValueError(f"rewards are (P, G), a row per group and a column per member, not {tuple(rewards.shape)}")
-    if rewards.shape[1] == 1:
+    if rewards.shape[1] == 1 and anchor is None:
         raise UserError("a group of one sample has nothing to be compared with: take a group size of at least 2")
     if not bool(torch.isfinite(rewards).all()):
         group, member = (~torch.isfinite(rewards)).nonzero()[0].tolist()
         raise UserError(f"the reward of sample {member} of group {group} is {float(rewards[group, member])}")
     rewards = rewards.double()
-    centered = rewards - rewards.mean(dim=1, keepdim=True)
+    baseline = rewards.mean(dim=1, keepdim=True) if anchor is None else anchor.double()[:, None]
+    compared = rewards if anchor is None else torch.cat([rewards, baseline], dim=1)
     if std == "group":
-        scale = rewards.std(dim=1, keepdim=True, correction=0)
+        scale, compared = rewards.std(dim=1, keepdim=True, correction=0), rewards
+    elif std == "group-and-anchor":
+        scale = compared.std(dim=1, keepdim=True, correction=1)
     else:
         scale = (rewards if whole is None else whole).std(correction=0)
-    return torch.where(has_spread(rewards)[:, None], centered / (scale + EPSILON), 0.0)
+    return torch.where(has_spread(compared)[:, None], (rewards - baseline) / (scale + EPSILON), 0.0)
 
 
 def has_spread(rewards: Float[Tensor, "groups members"]) -> Bool[Tensor, " groups"]:

@@ -13,7 +13,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.learning.advantage import advantages_by_key
 from flashgrpo.learning.settings import Credit
 from flashgrpo.process import Outputs, Process, Record
-from flashgrpo.types import PromptGroup, RewardTable, Sample, to_device
+from flashgrpo.types import PromptGroup, RewardTable, to_device
 
 Phases = Callable[[str], AbstractContextManager[None]]
 """A clock: `with clock("rollout"): ...`"""
@@ -37,7 +37,8 @@ class Drawn:
     """One rollout batch of B samples in all, of which this rank has drawn those from number `first` on.
 
     `outputs` and `record` are this rank's, `rewards` are of all samples. What rewards look at is large and is not kept:
-    it is gone when every reward has seen it.
+    it is gone when every reward has seen it. `anchor` is the number of each sample's anchor among them, None where
+    groups have none.
     """
 
     update: int
@@ -45,6 +46,22 @@ class Drawn:
     outputs: Outputs
     record: Record
     rewards: RewardTable
+    anchor: Int64[Tensor, " samples"] | None = None
+
+    @property
+    def members(self) -> RewardTable:
+        """The rewards of the samples that were drawn to be learnt from."""
+        return self.rewards if self.anchor is None else self.rewards[~self._is_anchor]
+
+    @property
+    def anchors(self) -> RewardTable | None:
+        """The rewards of the groups' anchors; None where they have none."""
+        return None if self.anchor is None else self.rewards[self._is_anchor]
+
+    @property
+    def _is_anchor(self) -> Bool[Tensor, " samples"]:
+        assert self.anchor is not None
+        return self.anchor == torch.arange(len(self.anchor))
 
 
 @dataclass(frozen=True)
@@ -93,11 +110,19 @@ def draw_and_score(
     columns: Sequence[str] = (),
 ) -> Drawn:
     """Draw this rank's share of the groups' samples, and score them meanwhile."""
-    samples = [Sample(group, member) for group in groups for member in range(group.size)]
+    samples = [sample for group in groups for sample in group.samples]
     mine = world.slice(len(samples))
     with clock("rollout"):
         outputs, record = process.draw(samples[mine], seed, scores.add, uses, columns)
-    return Drawn(groups[0].update, mine.start, outputs, record, scores.table())
+    return Drawn(groups[0].update, mine.start, outputs, record, scores.table(), _anchors(groups))
+
+
+def _anchors(groups: Sequence[PromptGroup]) -> Int64[Tensor, " samples"] | None:
+    """Return the number of each sample's anchor, the last sample of its group; None where groups have none."""
+    if not groups[0].anchored:
+        return None
+    sizes = torch.tensor([len(group.samples) for group in groups])
+    return (sizes.cumsum(0) - 1).repeat_interleave(sizes)
 
 
 def compare(drawn: Drawn, channels: Sequence[str], credit: Credit, world: World) -> Compared:
@@ -109,7 +134,9 @@ def compare(drawn: Drawn, channels: Sequence[str], credit: Credit, world: World)
     everyone: list[Any] = world.gather(own.tolist())
     pairs = torch.cat([torch.tensor(of_rank, dtype=torch.int64).view(3, -1) for of_rank in everyone], dim=1)
     key, channel, sample = pairs
-    advantage, dropped = advantages_by_key(drawn.rewards, channels, credit, key, channel, sample)
+    anchor = None if drawn.anchor is None else drawn.anchor[sample]
+    assert anchor is None or not bool((sample == anchor).any()), "an anchor is held against, and is no term"
+    advantage, dropped = advantages_by_key(drawn.rewards, channels, credit, key, channel, sample, anchor)
     before = sum(len(of_rank[0]) for of_rank in everyone[: world.data_rank])
     mine = to_device(advantage[before : before + own.shape[1]][of_term], record.weight.device)
     return Compared(key, channel, sample, advantage, dropped, replace(record, advantage=mine))

@@ -10,90 +10,39 @@ and the published clip range is 1e-3. A, w and the old score are constants; the 
 Objectives are settings, too, so this file is free of torch: they calculate with the tensors that they are given.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from jaxtyping import Float32
 from pydantic import Field
 
-from flashgrpo.settings import FORBID_EXTRA, check_number, default_kind
-
-Rows = Float32[Any, " batch"]
-ClipRange = float | tuple[float, float]
-FAR = 80.0  # a log-ratio whose exp float32 still holds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Penalized:
-    """What every objective has: penalties that hold the policy near the base model, and near the average.
-
-    Args:
-        kl_coef: weight of the KL divergence to the base model; 0 computes none. Of re-noised scores it is the squared
-            distance of the velocities, mean((v - v_base)^2).
-        average_coef: the same to the averaged weights of `behaviour`.
-    """
-
-    kl_coef: float = 0.0
-    average_coef: float = 0.0
-    coupled: ClassVar[bool] = False
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
-    def __post_init__(self) -> None:
-        for name in ("kl_coef", "average_coef"):
-            check_number(name, getattr(self, name), 0)
-
-    @property
-    def columns(self) -> Sequence[str]:
-        """What a replay has to bring besides the score."""
-        return (*self._own_columns, *(("kl",) if self.kl_coef else ()), *(("kl_average",) if self.average_coef else ()))
-
-    @property
-    def _own_columns(self) -> Sequence[str]:
-        return ()
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a column is computed by the base model's weights."""
-        return self.kl_coef > 0
-
-    @property
-    def smallest_clip(self) -> float | None:
-        """How far from 1 a ratio is at least where it is clipped; None where no ratio is."""
-        return None
-
-    def penalized(self, losses: Rows, columns: Mapping[str, Rows]) -> Rows:
-        """Add the penalties to the loss of each of T terms, (T,)."""
-        for coefficient, name in ((self.kl_coef, "kl"), (self.average_coef, "kl_average")):
-            losses = losses + coefficient * columns[name] if coefficient else losses
-        return losses
+from flashgrpo.learning.penalized import ClipsRatios, Penalized
+from flashgrpo.learning.ratio import (
+    ClipRange,
+    Columns,
+    Rows,
+    check_rows,
+    log_softmax_by_key,
+    max_by_key,
+    moved,
+    policy_losses,
+    ratio_metrics,
+    sum_by_key,
+)
+from flashgrpo.settings import check_number, default_kind
 
 
 @dataclass(frozen=True)
-class Clipped(Penalized):
-    """The clipped surrogate.
+class Clipped(ClipsRatios):
+    """The clipped surrogate, `policy_losses`; see `ClipsRatios` for its range."""
 
-    Args:
-        clip_range: c of clip(ratio, 1 - c, 1 + c), or a pair (low, high).
-    """
-
-    clip_range: ClipRange = 1e-3
     kind: Literal["clipped"] = "clipped"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _bounds(self.clip_range)
-
-    @property
-    def smallest_clip(self) -> float | None:
-        """The smaller of both bounds."""
-        return min(self.clip_range) if isinstance(self.clip_range, tuple) else self.clip_range
-
-    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Mapping[str, Rows]) -> Rows:
+    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Columns) -> Rows:
         """Return the loss of each of T terms, (T,)."""
         return self.penalized(policy_losses(score, old, advantage, weight, self.clip_range), columns)
 
-    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Mapping[str, Rows]) -> dict[str, float]:
+    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Columns) -> dict[str, float]:
         """Return how far the policy has moved from the one that drew: `ratio_metrics` of T terms."""
         return {name: float(value) for name, value in ratio_metrics(score, old, self.clip_range).items()}
 
@@ -124,19 +73,19 @@ class KlMasked(Penalized):
     def _own_columns(self) -> Sequence[str]:
         return ("kl_old",)
 
-    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Mapping[str, Rows]) -> Rows:
+    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Columns) -> Rows:
         """Return the loss of each of T terms, (T,)."""
-        _check_rows(score=score, old=old, advantage=advantage, weight=weight, kl_old=columns["kl_old"])
+        check_rows(score=score, old=old, advantage=advantage, weight=weight, kl_old=columns["kl_old"])
         gain, log_ratio = (weight * advantage).detach(), score - old.detach()
         masked = self._masked(log_ratio, advantage, columns["kl_old"])
         ratio = log_ratio.masked_fill(masked, 0.0).exp()
         return self.penalized(-gain * ratio, columns)
 
-    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Mapping[str, Rows]) -> dict[str, float]:
+    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Columns) -> dict[str, float]:
         """Return how far the policy has moved, and the share of terms that are masked."""
         masked = self._masked(score - old, advantage, columns["kl_old"])
         shares = {"clip_fraction": 1.0 * masked.sum() / len(masked), "kl_old": columns["kl_old"].mean()}
-        return {name: float(value) for name, value in (_moved(score, old) | shares).items()}
+        return {name: float(value) for name, value in (moved(score, old) | shares).items()}
 
     def _masked(self, log_ratio: Rows, advantage: Rows, kl_old: Rows) -> Any:
         return (kl_old >= self.tau) & (log_ratio * advantage > 0).detach()
@@ -175,75 +124,102 @@ class Contrast(Penalized):
         """The errors of v+ and v- by their beta."""
         return (f"toward:{self.beta}", f"away:{self.beta}")
 
-    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Mapping[str, Rows]) -> Rows:
+    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Columns) -> Rows:
         """Return the loss of each of T terms, (T,)."""
         toward, away = (columns[name] for name in self._own_columns)
-        _check_rows(toward=toward, away=away, advantage=advantage, weight=weight)
+        check_rows(toward=toward, away=away, advantage=advantage, weight=weight)
         q = (advantage / (2 * self.scale) + 0.5).clamp(0, 1)
         counts = weight if self.pull_flat else weight * (advantage != 0)
         return self.penalized(counts * (self.scale / self.beta) * (q * toward + (1 - q) * away), columns)
 
-    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Mapping[str, Rows]) -> dict[str, float]:
+    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Columns) -> dict[str, float]:
         """Return the mean errors of v+ and v-, and of v."""
         toward, away = (columns[name].mean() for name in self._own_columns)
         return {"error": -float(score.mean()), "error_toward": float(toward), "error_away": float(away)}
 
 
-AnyObjective = Annotated[Clipped | KlMasked | Contrast, Field(discriminator="kind"), default_kind("clipped")]
+@dataclass(frozen=True)
+class Competing(ClipsRatios):
+    """KVPO (arXiv 2605.14278): the terms of a key share a probability of 1, and a ratio is that of a term's share.
 
+        log pi_g = log softmax_g( s_g / tau )    over the terms of a key          r_g = pi_g / pi_old_g
+        L = mean_g max( -w A r, -w A clip(r, 1 - low, 1 + high) ) + kl_coef KL(pi || pi_base)
 
-def policy_losses(log_prob: Rows, old_log_prob: Rows, advantage: Rows, weight: Rows, clip_range: ClipRange) -> Rows:
-    """Return the clipped loss of each of T terms, (T,); all inputs are (T,), `clip_range` is c or a pair (low, high).
+    For scores that are no log-probabilities: of KVPO minus the energy of a branch, by which one branch is more likely
+    than another, and none likely by itself. What draws one nearer pushes the others away: at ratio 1, for G terms of
+    weight 1,
 
-    Micro-batches that add up `policy_losses(...).sum() / T` give the gradient of the whole batch, whatever their sizes.
+        dL/ds_g = -(A_g - pi_g sum_j A_j) / (G tau)
 
-    With c = 0.2, w = 1: A = 1 and r = 1.5 give max(-1.5, -1.2) = -1.2, constant, since the sample has been made likely
-    enough; A = -1 and r = 1.5 give max(1.5, 1.2) = 1.5, and the gradient keeps making it less likely.
+    which is the gradient of `Clipped` over tau where advantages sum to 0. A share has no derivative where its ratio is
+    clipped; the score still has those of the other shares. The published code has tau 1, at which its shares hardly
+    differ, and a kl_coef of 10 for that scale.
+
+    With tau 1, s = (-0.1, -0.3, -0.2) as it was drawn and A = (1, -0.5, 0.25): pi = (0.367165, 0.300610, 0.332225) and
+    dL/ds = (-0.241542, 0.241819, -0.000277).
+
+    Args:
+        tau: the temperature; differences of scores that are far below it make all shares alike.
     """
-    _check_rows(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage, weight=weight)
-    low, high = _bounds(clip_range)
-    log_ratio, gain = log_prob - old_log_prob.detach(), (weight * advantage).detach()
-    clipped_anyway = (gain >= 0) & (log_ratio > FAR)  # where exp would be inf, and its derivative 0 * inf
-    ratio = log_ratio.masked_fill(clipped_anyway, FAR).exp()
-    return (-gain * ratio).maximum(-gain * ratio.clamp(low, high))
+
+    clip_range: ClipRange = (0.1, 0.2)
+    tau: float = 0.01
+    coupled: ClassVar[bool] = True
+    kind: Literal["competing"] = "competing"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("tau of Competing", self.tau, 1e-9)  # float32 holds no smaller difference of scores near 1
+
+    @property
+    def constants(self) -> Sequence[str]:
+        """All of them: scores by other weights."""
+        return self.columns
+
+    @property
+    def _penalties(self) -> Sequence[tuple[float, str]]:
+        both = ((self.kl_coef, "score_base"), (self.average_coef, "score_average"))
+        return [(coefficient, name) for coefficient, name in both if coefficient]
+
+    def log_shares(self, score: Rows, key: Any) -> Rows:
+        """Return log pi of each of T terms, (T,); `key` (T,) numbers the keys from 0."""
+        return log_softmax_by_key(score / self.tau, key)
+
+    def log_ratio(self, score: Rows, old: Rows, columns: Columns) -> Rows:
+        """Return the logarithm of the ratio of each term's share, (T,)."""
+        return self.log_shares(score, columns["key"]) - self.log_shares(old, columns["key"])
+
+    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Columns) -> Rows:
+        """Return the loss of each of T terms, (T,); that of a term has the whole penalty of its key."""
+        now, then = (self.log_shares(values, columns["key"]) for values in (score, old))
+        losses = policy_losses(now, then, advantage, weight, self.clip_range)
+        return self.penalized(losses, {**columns, "score": score})
+
+    def penalized(self, losses: Rows, columns: Columns) -> Rows:
+        """Add the penalties to the loss of each of T terms, (T,), each the divergence of the shares of its key."""
+        for coefficient, name in self._penalties:
+            losses = losses + coefficient * self._kl(columns["score"], columns[name], columns["key"])
+        return losses
+
+    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Columns) -> dict[str, float]:
+        """Return how far shares have moved, their KLs, the mean score, and the mean over keys of the largest share.
+
+        `largest_share` is 1/G where tau is too high to tell G terms apart, and 1 where one of them takes all.
+        """
+        key = columns["key"]
+        now, then = (self.log_shares(values, key) for values in (score, old))
+        found = dict(ratio_metrics(now, then, self.clip_range)) | {"score": score.mean()}
+        found["largest_share"] = max_by_key(now.exp(), key).mean()
+        names = {"score_base": "kl", "score_average": "kl_average"}
+        found |= {names[name]: self._kl(score, columns[name], key).mean() for _, name in self._penalties}
+        return {name: float(value) for name, value in found.items()}
+
+    def _kl(self, score: Rows, other: Rows, key: Any) -> Rows:
+        """Return KL(pi || pi of other scores) of each term's key, (T,)."""
+        now = self.log_shares(score, key)
+        return sum_by_key(now.exp() * (now - self.log_shares(other, key)), key)
 
 
-def ratio_metrics(log_prob: Rows, old_log_prob: Rows, clip_range: ClipRange) -> dict[str, Float32[Any, ""]]:
-    """Return how far the policy has moved from the one that drew, as 0-d tensors.
-
-    - `ratio_mean`: mean of r; 1 up to sampling noise while old and new policy are close.
-    - `ratio_max_dev`: largest |r - 1|. Before the first optimizer step it is 0, or else replay differs from rollout.
-    - `clip_fraction`: share of ratios outside the clip range, on either side.
-    - `approx_kl`: mean of (r - 1) - log r, which is never negative: an estimate of KL(old || new) from samples of old.
-
-    Metrics of a whole update: collect the log-probabilities of its micro-batches and call this once.
-    """
-    _check_rows(log_prob=log_prob, old_log_prob=old_log_prob)
-    low, high = _bounds(clip_range)
-    ratio = (log_prob - old_log_prob).detach().exp()
-    return _moved(log_prob, old_log_prob) | {"clip_fraction": ((ratio < low) | (ratio > high)).float().mean()}
-
-
-def _moved(score: Rows, old: Rows) -> dict[str, Float32[Any, ""]]:
-    """Return the metrics of `ratio_metrics` that know of no clip range."""
-    log_ratio = (score - old).detach()
-    ratio = log_ratio.exp()
-    return {
-        "ratio_mean": ratio.mean(),
-        "ratio_max_dev": (ratio - 1).abs().max(),
-        "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
-    }
-
-
-def _bounds(clip_range: ClipRange) -> tuple[float, float]:
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    for bound in (low, high):
-        check_number("clip_range", bound)
-    return 1 - low, 1 + high
-
-
-def _check_rows(**rows: Any) -> None:
-    """Every tensor is (T,) with one T > 0: (T, 1) beside (T,) would broadcast to (T, T) and average the wrong pairs."""
-    shapes = {name: tuple(row.shape) for name, row in rows.items()}
-    if len(set(shapes.values())) != 1 or len(first := next(iter(shapes.values()))) != 1 or first[0] == 0:
-        raise ValueError(f"the loss takes one value per term, all of shape (T,), got {shapes}")
+AnyObjective = Annotated[
+    Clipped | KlMasked | Contrast | Competing, Field(discriminator="kind"), default_kind("clipped")
+]

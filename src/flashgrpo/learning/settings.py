@@ -7,37 +7,55 @@ from pydantic import Field
 
 from flashgrpo.settings import FORBID_EXTRA, MANY, SMALLEST, Count, Part, Positive, check_number, default_kind
 
+STDS = ("group", "group-and-anchor", "batch")
+
 
 @dataclass(frozen=True)
 class Credit:
     """How the samples of a key (in the flow process: of a prompt group) are compared.
 
     Args:
-        baseline: what a sample's reward is held against: the mean of its key.
-        std: advantages are divided by the std of the "group", or of the whole "batch" (all samples of the update). With
-            "group" an easy prompt whose rewards differ by a hair weighs as much as any other.
+        baseline: what a sample's reward is held against: the "mean" of its key, or an "anchor", one sample more for
+            each prompt group, which is drawn without exploration (KVPO, 2605.14278). Whether all samples of a group
+            are worse than the model as it is only an anchor can tell.
+        std: advantages are divided by the std of the "group", of the "group-and-anchor" (there by one less than their
+            number, as published), or of the whole "batch" (all samples of the update). With "group" an easy prompt
+            whose rewards differ by a hair weighs as much as any other.
         combine: several rewards are "normalized" each and then weighted and added, so that their units do not matter,
             or weighted "raw" and normalized once.
         clip: advantages are clipped to +-clip.
         bend: how: "hard" cuts them, "soft" bends all of them, clip tanh(A / clip) (2604.23380).
         rescale: advantages are last divided by nothing, by `clip` (2509.25050), or by the "largest" of the update.
+        unsafe_weight: factor of the advantages of a key in which no sample beats the anchor in any reward (2605.14278,
+            whose code has 1/2): 1 learns from it like from any other which samples are the least bad, 0 leaves it out.
     """
 
-    baseline: Literal["mean"] = "mean"
-    std: Literal["group", "batch"] = "group"
+    baseline: Literal["mean", "anchor"] = "mean"
+    std: Literal["group", "group-and-anchor", "batch"] = "group"
     combine: Literal["normalized", "raw"] = "normalized"
     clip: float = 5.0
     bend: Literal["hard", "soft"] = "hard"
     rescale: Literal["none", "clip", "largest"] = "none"
+    unsafe_weight: float = 1.0
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
-        check_choice("baseline", self.baseline, ("mean",))
-        check_choice("std", self.std, ("group", "batch"))
+        check_choice("baseline", self.baseline, ("mean", "anchor"))
+        check_choice("std", self.std, STDS)
         check_choice("combine", self.combine, ("normalized", "raw"))
         check_choice("bend", self.bend, ("hard", "soft"))
         check_choice("rescale", self.rescale, ("none", "clip", "largest"))
         check_number("clip of advantages", self.clip)
+        check_number("unsafe_weight", self.unsafe_weight, 0, 1)
+        if not self.anchored and (self.std == "group-and-anchor" or self.unsafe_weight != 1):
+            raise ValueError(
+                "there is no anchor for std=group-and-anchor or unsafe_weight to look at; take credit.baseline=anchor"
+            )
+
+    @property
+    def anchored(self) -> bool:
+        """Whether each prompt group has an anchor."""
+        return self.baseline == "anchor"
 
 
 @dataclass(frozen=True)
@@ -201,8 +219,11 @@ class OptimConfig(Part):
             else None
         )
 
-    def check(self, samples: int, updates: int) -> None:
+    def check(self, samples: int, updates: int, whole_groups: int | None = None) -> None:
         """Refuse more optimizer steps than there are samples, an average that never moves, and more decay than weight.
+
+        Args:
+            whole_groups: the number of prompt groups, where their samples have to stay together.
 
         Raises:
             ValueError: an update has fewer samples than it is cut into parts, or a run fewer steps than `ema.every`; or
@@ -212,6 +233,11 @@ class OptimConfig(Part):
             raise ValueError(
                 f"optim.weight_decay: times optim.lr it is {taken:g}, the share of each weight that a step takes away; "
                 "lower it to at most 1"
+            )
+        if whole_groups is not None and self.minibatches > whole_groups:
+            raise ValueError(
+                f"optim.minibatches: {self.minibatches} optimizer steps cannot share {whole_groups} prompt groups "
+                "whose samples compete; lower it, or raise rollout.prompts"
             )
         if self.minibatches > samples:
             raise ValueError(f"optim.minibatches: {samples} samples cannot be cut into {self.minibatches} parts")

@@ -28,17 +28,29 @@ class Objective(Protocol):
         ...
 
     @property
+    def constants(self) -> Sequence[str]:
+        """Columns that no gradient goes through."""
+        ...
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a column is computed by the base model's weights."""
         ...
 
     @property
     def coupled(self) -> bool:
-        """Whether the loss of a term depends on the scores of others of its key, which `columns["key"]` then tells."""
+        """Whether the loss of a term depends on the scores of others of its key.
+
+        Then `columns["key"]` is the number of each term's key, from 0, and the terms of a key are there together.
+        """
         ...
 
     def losses(self, score: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, columns: Columns) -> Tensor:
         """The loss of each term, (T,), differentiable by the score and the columns."""
+        ...
+
+    def log_ratio(self, score: Tensor, old: Tensor, columns: Columns) -> Tensor:
+        """The logarithm of the ratio of each term to the policy that drew, (T,)."""
         ...
 
     def metrics(self, score: Tensor, old: Tensor, advantage: Tensor, columns: Columns) -> Mapping[str, float]:
@@ -56,7 +68,8 @@ def policy_update(
 ) -> dict[str, Any]:
     """`config.passes` times `config.minibatches` optimizer steps on one rollout; returns the metrics of all ranks.
 
-    The loss of an optimizer step is the mean of the objective over its terms, on all ranks.
+    The loss of an optimizer step is the mean of the objective over its terms, on all ranks. Replays of several addends
+    differ in their number of network calls from slot to slot, so ranks then meet at every slot.
 
     Args:
         record: the units of this rank's samples, with the advantages of their terms.
@@ -69,13 +82,14 @@ def policy_update(
     if by_slot is None:
         by_slot = not (world.uses_fsdp and world.size > 1)
     two_passes = objective.coupled or process.addends > 1
-    for batch in work.optimizer_steps(config):
-        rounds, scale = list(batch.rounds(by_slot)), world.loss_scale / batch.terms
+    replayed = [name for name in objective.columns if not (two_passes and name in objective.constants)]
+    for batch in work.optimizer_steps(config, whole_keys=objective.coupled):
+        rounds, scale = list(batch.rounds(by_slot or process.addends > 1)), world.loss_scale / batch.terms
         given = iter(_judged(process, objective, record, batch, rounds, world, metrics)) if two_passes else repeat(None)
         for slots, idle in rounds:
             for part in batch.micro_batches(record, slots):
                 _backward(process, objective, part, next(given), scale, metrics)
-            _idle(process, objective, slots, idle if world.uses_fsdp else 0)
+            _idle(process, replayed, slots, idle if world.uses_fsdp else 0)
             if by_slot:
                 metrics.add_gradient(slots[0], optimizer.collect() * (batch.terms / batch.terms_of(slots[0])))
         if not by_slot:
@@ -88,27 +102,29 @@ def _backward(
     process: Process,
     objective: Objective,
     part: Record,
-    given: Columns | None,
+    derivatives: Columns | None,
     scale: float,
     metrics: "UpdateMetrics",
 ) -> None:
     """Replay a micro-batch and add its gradient; never more than the graph of one addend is in memory.
 
     Args:
-        given: derivative of the loss by each score and column, from a first pass; None where there is one addend, whose
+        derivatives: of the loss by each score and column, from a first pass; None where there is one addend, whose
             graph the loss is computed on.
     """
-    for score, columns in process.replay(part, objective.columns):
-        if given is None:
-            assert part.advantage is not None, "samples are compared before they are learnt from"
-            old = score.detach() if part.old is None else part.old
-            losses = objective.losses(score, old, part.advantage, part.weight, columns)
-            metrics.add_batch(score, old, part.advantage, losses, columns)
-        else:
-            losses = given["score"] * score
-            for name, values in columns.items():
-                losses = losses + given[name] * values
+    if derivatives is None:
+        ((score, columns),) = process.replay(part, objective.columns)
+        assert part.advantage is not None, "samples are compared before they are learnt from"
+        old = score.detach() if part.old is None else part.old
+        losses = objective.losses(score, old, part.advantage, part.weight, columns)
+        metrics.add_batch(score, old, part.advantage, losses, columns)
         _spoilt_where_not_finite(losses.sum() * scale).backward()
+        return
+    for score, columns in process.replay(part, [name for name in derivatives if name != "score"]):
+        addend = sum(derivatives[name] * values for name, values in {"score": score, **columns}.items())
+        assert isinstance(addend, Tensor)
+        if addend.requires_grad:
+            _spoilt_where_not_finite(addend.sum() * scale).backward()
 
 
 def _spoilt_where_not_finite(loss: Tensor) -> Tensor:
@@ -116,11 +132,11 @@ def _spoilt_where_not_finite(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def _idle(process: Process, objective: Objective, slots: Sequence[int], calls: int) -> None:
+def _idle(process: Process, columns: Sequence[str], slots: Sequence[int], calls: int) -> None:
     for _ in range(calls):
-        idle = process.idle(slots[-1], objective.columns).sum() * 0
-        if idle.requires_grad:
-            idle.backward()
+        for addend in process.idle(slots[-1], columns):
+            if addend.requires_grad:
+                (addend.sum() * 0).backward()
 
 
 @torch.no_grad()
@@ -146,31 +162,40 @@ def _judged(
             old = found["score"] if part.old is None else part.old
             known = {"old": old, "advantage": part.advantage, "weight": part.weight, "key": part.key}
             parts.append({**found, **known})
-        _idle(process, objective, slots, idle if world.uses_fsdp else 0)
+        _idle(process, objective.columns, slots, idle if world.uses_fsdp else 0)
     own = {name: torch.cat([part[name] for part in parts]).cpu() for name in (parts[0] if parts else ())}
-    ranks, rank = [own], 0
-    if objective.coupled:
-        everyone = world.gather({name: values.tolist() for name, values in own.items()})
-        ranks = [{name: torch.tensor(values) for name, values in theirs.items()} for theirs in everyone]
-        rank = batch.rank
-    if not any(ranks):
+    terms, mine = _exchanged(own, world) if objective.coupled else (own, slice(None))
+    if not terms:
         return []
-    terms = {name: torch.cat([theirs[name] for theirs in ranks if theirs]) for name in next(filter(None, ranks))}
     losses, gradients = _differentiated(objective, terms)
-    first = sum(len(theirs["score"]) for theirs in ranks[:rank] if theirs)
-    mine = slice(first, first + len(own.get("score", ())))
-    columns = {name: terms[name][mine] for name in objective.columns}
-    score, old, advantage = (terms[name][mine] for name in ("score", "old", "advantage"))
-    metrics.add_batch(score, old, advantage, losses[mine], columns)
+    metrics.add_terms(terms, losses, mine)
     return _by_part({name: values[mine] for name, values in gradients.items()}, parts)
+
+
+def _exchanged(own: Columns, world: World) -> tuple[Columns, slice]:
+    """Return the columns of the terms of all ranks, with keys numbered from 0, and which rows are this rank's.
+
+    They are few numbers, so they are in float64: what is made of them hardly depends on who had which term.
+    """
+    ranks = world.gather({name: values.tolist() for name, values in own.items()})
+    names = next(filter(None, ranks), {})
+    types = {name: torch.int64 if name == "key" else torch.float64 for name in names}
+    terms = {
+        name: torch.cat([torch.tensor(theirs[name], dtype=types[name]) for theirs in ranks if theirs]) for name in names
+    }
+    if names:
+        terms["key"] = terms["key"].unique(return_inverse=True)[1]
+    first = sum(len(theirs["score"]) for theirs in ranks[: world.data_rank] if theirs)
+    return terms, slice(first, first + len(own.get("score", ())))
 
 
 def _differentiated(objective: Objective, terms: Columns) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses of terms, and the derivative of their sum by the score and by each column."""
-    leaves = {name: terms[name].clone().requires_grad_() for name in ("score", *objective.columns)}
+    graded = ("score", *(name for name in objective.columns if name not in objective.constants))
+    leaves = {name: terms[name].clone().requires_grad_() for name in graded}
     with torch.enable_grad():
         losses = objective.losses(
-            leaves["score"], terms["old"], terms["advantage"], terms["weight"], {**leaves, "key": terms["key"]}
+            leaves["score"], terms["old"], terms["advantage"], terms["weight"], {**terms, **leaves}
         )
         derivatives = torch.autograd.grad(
             _spoilt_where_not_finite(losses.sum()), list(leaves.values()), materialize_grads=True
@@ -191,7 +216,8 @@ def _by_part(gradients: Columns, parts: Sequence[Columns]) -> list[Columns]:
     """Cut derivatives into those of each part, on its device."""
     counts = [len(part["score"]) for part in parts]
     cut = {name: values.split(counts) for name, values in gradients.items()}
-    return [{name: to_device(cut[name][i], part["score"].device) for name in cut} for i, part in enumerate(parts)]
+    scores = [part["score"] for part in parts]
+    return [{name: to_device(cut[name][i].to(s.dtype), s.device) for name in cut} for i, s in enumerate(scores)]
 
 
 class UpdateMetrics:
@@ -199,6 +225,7 @@ class UpdateMetrics:
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
+        self._keys = 0
         self._rows: dict[str, list[Tensor]] = defaultdict(list)
         self._grad_norms: list[float] = []
         self._lr = 0.0
@@ -208,9 +235,17 @@ class UpdateMetrics:
         """Record a micro-batch, a value per term."""
         rows = {"score": score, "old": old, "advantage": advantage, "loss": losses, **columns}
         if not self._grad_norms:
-            rows |= {"first_score": score, "first_old": old}
+            rows |= {f"first_{name}": rows[name] for name in ("score", "old", "key") if name in rows}
         for name, values in rows.items():
             self._rows[name].append(values.detach())
+
+    def add_terms(self, terms: Columns, losses: Tensor, mine: slice) -> None:
+        """Record the terms of an optimizer step that are this rank's; keys of later steps get other numbers."""
+        columns = {name: terms[name][mine] for name in self._objective.columns}
+        if self._objective.coupled:
+            columns["key"] = terms["key"][mine] + self._keys
+            self._keys += int(terms["key"].max()) + 1
+        self.add_batch(terms["score"][mine], terms["old"][mine], terms["advantage"][mine], losses[mine], columns)
 
     def add_gradient(self, slot: int, norm: Tensor) -> None:
         """Record the norm of the mean gradient of the terms of a slot."""
@@ -224,10 +259,10 @@ class UpdateMetrics:
     def summary(self, world: World) -> dict[str, Any]:
         """The metrics of the update; means over the terms of all ranks and over its optimizer steps.
 
-        `drift` is the largest |exp(score - old) - 1| within the first optimizer step, where the policy has not changed
-        yet: where the weights that are trained have drawn, any deviation there is a difference between rollout and
-        replay. `grad_norm` is the mean of the steps that were taken; `skipped_steps` counts the others, where there are
-        any. `grad_norm_by_step` is the norm of the mean gradient of the terms of a slot.
+        `drift` is the largest |ratio - 1| within the first optimizer step, where the policy has not changed yet: where
+        the weights that are trained have drawn, any deviation there is a difference between rollout and replay.
+        `grad_norm` is the mean of the steps that were taken; `skipped_steps` counts the others, where there are any.
+        `grad_norm_by_step` is the norm of the mean gradient of the terms of a slot.
         """
         mine = {name: torch.cat(values) for name, values in self._rows.items()}
         flat = iter(torch.cat(list(mine.values())).tolist() if mine else ())  # one wait for the device
@@ -236,8 +271,10 @@ class UpdateMetrics:
         for theirs in world.gather(own):
             for name, values in theirs.items():
                 rows[name] += values
-        columns = {name: torch.tensor(rows[name]) for name in ("score", "old", "advantage", *self._objective.columns)}
-        first, first_old = torch.tensor(rows["first_score"]), torch.tensor(rows["first_old"])
+        columns = {name: torch.tensor(values) for name, values in rows.items()}
+        columns |= {name: columns[name].long() for name in ("key", "first_key") if name in columns}
+        first = {name.removeprefix("first_"): values for name, values in columns.items() if name.startswith("first_")}
+        moved = self._objective.log_ratio(first["score"], first["old"], first)
         taken = [norm for norm in self._grad_norms if math.isfinite(norm)]
         skipped = len(self._grad_norms) - len(taken)
         return {
@@ -245,7 +282,7 @@ class UpdateMetrics:
             "kl": _mean(rows["kl"]) if "kl" in rows else 0.0,
             **self._objective.metrics(columns["score"], columns["old"], columns["advantage"], columns),
             "lr": self._lr,
-            "drift": float(((first - first_old).exp() - 1).abs().max()),
+            "drift": float((moved.exp() - 1).abs().max()),
             "grad_norm": sum(taken) / len(taken) if taken else math.nan,
             "grad_norm_by_step": {str(k): float(sum(n)) / len(n) for k, n in sorted(self._slot_gradients.items())},
             **({"skipped_steps": skipped} if skipped else {}),

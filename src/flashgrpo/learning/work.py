@@ -47,17 +47,18 @@ class Work:
         number = torch.cat([torch.arange(length) for length in lengths.tolist()])
         return cls(process, world.data_rank, slots, owner, terms, number, keys)
 
-    def optimizer_steps(self, config: OptimConfig) -> Iterator["Work"]:
+    def optimizer_steps(self, config: OptimConfig, whole_keys: bool = False) -> Iterator["Work"]:
         """Cut the work into n optimizer steps; each takes every n-th key, with all units that are compared by it.
 
         Two steps of 48 groups of 8 samples are 24 groups of 8 each, of which every rank has some. Where there are fewer
-        keys than steps, a step takes some units of each.
+        keys than steps, a step takes some units of each; with `whole_keys`, there are as many steps as keys.
         """
         keys, place = self.key.unique(return_inverse=True)
-        dealt = place if len(keys) >= config.minibatches else torch.arange(len(place))
+        steps = min(config.minibatches, len(keys)) if whole_keys else config.minibatches
+        dealt = place if len(keys) >= steps else torch.arange(len(place))
         for _ in range(config.passes):
-            for step in range(config.minibatches):
-                yield self._part(dealt % config.minibatches == step)
+            for step in range(steps):
+                yield self._part(dealt % steps == step)
 
     def _part(self, chosen: Bool[Tensor, " units"]) -> "Work":
         columns = (self.slot, self.owner, self.term_counts, self.number, self.key)

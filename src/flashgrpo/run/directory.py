@@ -35,6 +35,7 @@ NOTED = (  # may change, too, and what changed is kept in changes.jsonl
     *(f"algorithm.objective.{name}" for name in ("clip_range", "tau", "beta", "scale", "kl_coef", "average_coef")),
     *(f"algorithm.behaviour.{name}" for name in ("slope", "start", "ceiling", "updates")),
     "algorithm.credit.clip",
+    "algorithm.credit.unsafe_weight",
 )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError
-from flashgrpo.learning.objective import policy_losses
+from flashgrpo.learning.ratio import policy_losses
 from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde, Ode
 from flashgrpo.processes.flow.table import StepTable
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, Rectified, StepLength, Uniform

@@ -222,9 +222,9 @@ class FlowProcess:
         """The expert that computes a slot."""
         return self.source.stage(slot)
 
-    def idle(self, slot: int, columns: Sequence[str]) -> Tensor:
+    def idle(self, slot: int, columns: Sequence[str]) -> list[Tensor]:
         """Take part in the collectives of a replay, without a gradient of one's own."""
-        return self.source.idle(slot, columns)
+        return [self.source.idle(slot, columns)]
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside this context the network is the base model."""

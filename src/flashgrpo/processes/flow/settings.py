@@ -228,6 +228,27 @@ def needs_old_velocity(columns: Sequence[str]) -> bool:
     return any(column == "kl_old" or column.startswith("toward:") for column in columns)
 
 
+def check_shared(coupled: bool, anchored: bool) -> None:
+    """Refuse what other processes have and this one has not, with a ValueError.
+
+    Args:
+        coupled: whether scores compete inside their group. They could: but each score of this process is a
+            log-probability, or stands for one, of its own, and with advantages that sum to 0 the gradient of a softmax
+            over a group is that of `Clipped` at ratio 1, for one forward more.
+        anchored: whether each group has a sample that is drawn without exploration.
+    """
+    if anchored:
+        raise ValueError(
+            "algorithm.credit.baseline: a flow model draws no anchor, a sample without exploration to hold its group "
+            "against; take algorithm.credit.baseline=mean"
+        )
+    if coupled:
+        raise ValueError(
+            "algorithm.objective: competing is for branches whose scores are no log-probabilities; those of a flow "
+            "model are, so take algorithm.objective.kind=clipped"
+        )
+
+
 def check_score(explore: Explore, score: ScoreKind, columns: Sequence[str], rollout: RolloutConfig) -> None:
     """Refuse choices of which the one cannot work with the other, with a ValueError.
 
