@@ -7,10 +7,10 @@ the system chose.
 import contextlib
 import json
 import multiprocessing
-import os
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +19,9 @@ import torch
 
 from flashgrpo.scoring.inputs import LatentVideos, VideoFiles
 from flashgrpo.serving import wire
+from flashgrpo.serving.commands import Options
 from flashgrpo.serving.http import Endpoint
-from flashgrpo.serving.messages import FORMAT
-from flashgrpo.serving.server import Options, bound, make_server
+from flashgrpo.serving.server import listen, serve_on
 from tests.videos import read_mp4
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -80,14 +80,10 @@ file_brightness.takes = VideoFiles()  # type: ignore[attr-defined]
 
 def be_server(port: int, said, name: str, version: str, token: str, options: dict) -> None:
     torch.set_num_threads(1)
-    os.environ.pop("FLASHGRPO_REWARD_TOKEN", None)
-    if token:
-        os.environ["FLASHGRPO_REWARD_TOKEN"] = token
     given = Options(port=port, **options)
-    listener = bound(given)
-    server = make_server(globals()[name], name, version, given)
-    said.send(listener.getsockname()[1])
-    server.run([listener])
+    with listen(given) as listener:
+        said.send(listener.getsockname()[1])
+        serve_on(listener, globals()[name], name, version, given, token)
 
 
 class Served:
@@ -102,12 +98,7 @@ class Served:
         here.close()
         there.close()
         self.url = f"http://127.0.0.1:{self.port}"
-        for _ in range(500):
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", trust_env=False, verify=False).status_code == 200:
-                    return
-            time.sleep(0.02)
-        raise AssertionError("the server does not listen")
+        assert httpx.get(f"{self.url}/health", trust_env=False, verify=False, timeout=60).status_code == 200
 
     def kill(self) -> None:
         self.process.kill()
@@ -119,6 +110,34 @@ class Served:
         assert self.process.exitcode is not None
 
 
+def videos(count: int, first: int = 0) -> torch.Tensor:
+    """Video i has brightness first + i, out of 255."""
+    return torch.arange(first, first + count).view(-1, 1, 1, 1, 1).expand(-1, 2, 3, 4, 4) / 255
+
+
+def tags(count: int) -> list[float]:
+    return [float(tag) for tag in range(count)]
+
+
+def close_to(values, wanted) -> bool:
+    return torch.allclose(torch.tensor(values), torch.tensor(wanted), atol=1e-3)
+
+
+def body(prompts: list[str], first: int = 0, id: str = "a") -> bytes:
+    return b"".join(wire.pack(id, "pixels", videos(len(prompts), first), prompts, {})[0])
+
+
+def request_headers(content: bytes) -> dict[str, str]:
+    return {"Content-Type": wire.MEDIA_TYPE, wire.DIGEST: f"{zlib.crc32(content):08x}"}
+
+
+def post(url: str, content, timeout: float = 60, **headers: str) -> httpx.Response:
+    """Ask a server; `content` is what a client sends, or bytes that come in chunks of unknown number."""
+    known = request_headers(content if isinstance(content, bytes) else b"")
+    with httpx.Client(verify=False, trust_env=False, timeout=timeout) as client:  # reads no certificates each time
+        return client.post(f"{url}/score", content=content, headers={**known, **headers})
+
+
 def unpack(body: bytes, limit: int = 2**30) -> wire.Request:
     """What a server makes of a request."""
     with wire.buffer() as file:
@@ -126,7 +145,7 @@ def unpack(body: bytes, limit: int = 2**30) -> wire.Request:
         return wire.unpack(file, limit)
 
 
-INFO = {"format": FORMAT, "name": "fake", "version": "1", "takes": {"kind": "pixels"}, "max_bytes": 2**30}
+INFO = {"format": wire.FORMAT, "name": "fake", "version": "1", "takes": {"kind": "pixels"}, "max_bytes": 2**30}
 
 
 class Fake:

@@ -44,7 +44,7 @@ CASES = [
     Case("reward env mine.rewards:f", "give what it needs in --requirements FILE"),
     Case("reward env HERE/gone.py:f", "the reward: HERE/gone.py cannot be read: No such file"),
     env("", "--requirements: HERE/gone.txt cannot be read: No such file", "--requirements HERE/gone.txt"),
-    env("", "--constraint: HERE cannot be read: Is a directory", "--constraint HERE"),
+    env("", "--requirements: HERE cannot be read: Is a directory", "--requirements HERE"),
     env(block("dependencies = 1"), "mine.py: dependencies must be a list"),
     env(block("dependencies = [1]"), "the block `# /// script` cannot be read"),
     env(block("dependencies = ['a b c']"), "the block `# /// script` cannot be read: Expected"),

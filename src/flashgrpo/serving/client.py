@@ -4,52 +4,38 @@ import asyncio
 import logging
 import time
 import uuid
-import zlib
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import httpx
-import torch
 from torch import Tensor
 
 from flashgrpo.errors import UserError, suggest
 from flashgrpo.scoring.inputs import Input
 from flashgrpo.serving import wire
-from flashgrpo.serving.http import Endpoint, Transient, all_of, persist, run
-from flashgrpo.serving.messages import Encoding, Info, unpack_answer
+from flashgrpo.serving.http import Endpoint, Transient, all_of, persist, run, warn
 
 LOG = logging.getLogger("flashgrpo")
 TOKEN = "FLASHGRPO_REWARD_TOKEN"
 OUTSTANDING = 4  # requests that a server has of one call: one that is computed, one that arrives, and two that wait
-REST = 5.0  # seconds during which a server that failed is asked only where no other is left
+REST = 5.0  # seconds during which a server that failed is not asked while there are others
 PATIENCE = 600.0  # seconds
 QUIET = 30.0  # seconds between two warnings of one client
 ADVICE = "is `flashgrpo reward serve` running there, and can this machine reach it?"
 
 Piece = tuple[Any, list[str], dict[str, list[Any]]]
 """Videos, prompts and columns of one request."""
-
-
-@dataclass
-class Call:
-    """What all pieces of one call share."""
-
-    clients: dict[Endpoint, httpx.AsyncClient]
-    slots: asyncio.Semaphore
-    packer: ThreadPoolExecutor
-    outstanding: Counter[Endpoint] = field(default_factory=Counter)
+Places = asyncio.Queue[tuple[Endpoint, httpx.AsyncClient]]
+"""A server, with connections to it, for each request that it may have at a time."""
 
 
 class Remote:
     """Scores videos on reward servers; a recipe has it as `call: "http://host:port"`, several separated by commas.
 
-    Videos go out in pieces. Each piece goes to the server with the fewest pieces outstanding, and where that fails to
-    another; a failure that may be over soon is repeated. A reward must not depend on which videos share a call.
+    Videos go out in pieces, each to the next server that has room. A failure that may be over soon is repeated, with
+    another server where there is one. A reward must not depend on which videos share a call.
 
     Args:
         urls: of servers of one reward in one version.
@@ -79,18 +65,16 @@ class Remote:
         patience: float | int | None = None,
         token_env: str | None = None,
     ) -> None:
-        if encoding not in get_args(Encoding):
-            raise UserError(f"encoding: {suggest(encoding, get_args(Encoding))}, not {encoding!r}")
+        if encoding not in get_args(wire.Encoding):
+            raise UserError(f"encoding: {suggest(encoding, get_args(wire.Encoding))}, not {encoding!r}")
         if batch < 1 or not timeout > 0 or (patience is not None and not patience >= 0) or not urls:
             raise UserError("a remote reward needs a URL, batch of 1 or more, timeout above 0, patience of 0 or more")
         self._encoding: Any = encoding
-        self._batch = batch
-        self._first_patience, self._patience = (0.0, PATIENCE) if patience is None else (float(patience),) * 2
+        self._batch, self._patience = batch, PATIENCE if patience is None else float(patience)
         self._servers = [Endpoint(url, token_env, TOKEN, float(timeout)) for url in dict.fromkeys(urls)]
-        self._rests_until: defaultdict[Endpoint, float] = defaultdict(float)  # of `time.monotonic`
         self._warned = -QUIET
         self.failures = 0
-        infos = run(all_of([self._info(server) for server in self._servers]))
+        infos = run(all_of([self._info(server, patience or 0.0) for server in self._servers]))
         self._reward = infos[0].reward
         for server, info in zip(self._servers, infos, strict=True):
             if (info.reward, info.takes) != (self._reward, infos[0].takes):
@@ -135,76 +119,72 @@ class Remote:
 
     async def _score(self, pieces: Sequence[Piece]) -> list[dict[str, list[float]]]:
         async with AsyncExitStack() as stack:
-            # Packing is one thread's work: it would only compete with itself for the memory.
-            packer = ThreadPoolExecutor(1, "packer", torch.set_num_threads, (torch.get_num_threads(),))
-            stack.enter_context(packer)
-            clients = {server: await stack.enter_async_context(server.client()) for server in self._servers}
-            call = Call(clients, asyncio.Semaphore(OUTSTANDING * len(clients)), packer)
-            return await all_of([self._piece(call, piece) for piece in pieces])
+            servers = [(server, await stack.enter_async_context(server.client())) for server in self._servers]
+            places: Places = asyncio.Queue()
+            for server in servers * OUTSTANDING:
+                places.put_nowait(server)
+            few = asyncio.Semaphore(places.qsize())  # so that few pieces are held in memory a second time
+            packing = asyncio.Lock()  # one at a time: packing would only compete with itself for the memory
+            return await all_of([self._piece(piece, places, few, packing) for piece in pieces])
 
-    async def _piece(self, call: Call, piece: Piece) -> dict[str, list[float]]:
-        async with call.slots:  # so that few pieces are held in memory a second time
-            id = uuid.uuid4().hex
-            body, checksum = await asyncio.get_running_loop().run_in_executor(call.packer, self._pack, id, piece)
-            size, count = sum(map(len, body)), len(piece[1])
+    async def _piece(
+        self, piece: Piece, places: Places, few: asyncio.Semaphore, packing: asyncio.Lock
+    ) -> dict[str, list[float]]:
+        videos, prompts, columns = piece
+        id = uuid.uuid4().hex
+        async with few:
+            async with packing:
+                body, headers = await asyncio.to_thread(self._pack, id, videos, prompts, columns)
+            size = sum(map(len, body))
             if size > self._max_bytes:
                 raise UserError(
-                    f"{count} videos make a request of {size / 2**20:.1f} MiB, and {self._reward} is "
+                    f"{len(prompts)} videos make a request of {size / 2**20:.1f} MiB, and {self._reward} is "
                     f"served with --max-mib {self._max_bytes / 2**20:g}; lower the reward's batch or raise that"
                 )
-            headers = {"Content-Type": wire.MEDIA_TYPE, wire.DIGEST: checksum}
-            return await persist(
-                lambda: self._attempt(call, id, body, headers, count), self._patience, ADVICE, self._warn
-            )
 
-    def _pack(self, id: str, piece: Piece) -> tuple[list[memoryview], str]:
-        """Return a request in parts, and its checksum."""
-        videos, prompts, columns = piece
+            async def attempt() -> dict[str, list[float]]:
+                answer, url = await self._ask(places, body, headers)
+                try:
+                    return wire.unpack_answer(answer, id, self._reward, len(prompts))
+                except ValueError as error:
+                    raise UserError(f"{url} gave no valid answer: {error}") from error
+
+            return await persist(attempt, self._patience, ADVICE, self._warn)
+
+    def _pack(
+        self, id: str, videos: Any, prompts: list[str], columns: dict[str, list[Any]]
+    ) -> tuple[list[memoryview], dict[str, str]]:
         inputs = [Path(file).read_bytes() for file in videos] if self.takes.kind == "files" else videos
-        body = wire.pack(id, self.takes.kind, inputs, prompts, columns, self._encoding)
-        checksum = 0
-        for part in body:
-            checksum = zlib.crc32(part, checksum)
-        return body, f"{checksum:08x}"
+        return wire.pack(id, self.takes.kind, inputs, prompts, columns, self._encoding)
 
-    async def _attempt(
-        self, call: Call, id: str, body: Sequence[memoryview], headers: dict[str, str], count: int
-    ) -> dict[str, list[float]]:
-        """Ask the servers in turn, the least busy first, until one answers."""
-        left = list(self._servers)
-        while True:
-            now = time.monotonic()
-            server = min(left, key=lambda server: (self._rests_until[server] > now, call.outstanding[server]))
-            call.outstanding[server] += 1
-            try:
-                answer = await server.ask(call.clients[server], "POST", "/score", body, headers)
-                self._rests_until[server] = 0.0
-                return unpack_answer(answer, id, self._reward, count)
-            except Transient as failure:
-                self.failures += 1
-                self._rests_until[server] = time.monotonic() + max(REST, failure.after or 0.0)
-                left.remove(server)
-                if not left:
-                    raise
-                self._warn(failure, None)
-            except UserError:
-                raise
-            except ValueError as error:
-                raise UserError(f"{server.url} gave no valid answer: {error}") from error
-            finally:
-                call.outstanding[server] -= 1
+    async def _ask(self, places: Places, body: list[memoryview], headers: dict[str, str]) -> tuple[bytes, str]:
+        """Ask the next server that has room once, and return its answer and URL."""
+        place = server, client = await places.get()
+        rest = 0.0
+        try:
+            return await server.ask(client, "POST", "/score", body, headers), server.url
+        except Transient as failure:
+            self.failures += 1
+            rest = max(REST, failure.after or 0.0) if len(self._servers) > 1 else 0.0
+            raise
+        finally:
+            asyncio.get_running_loop().call_later(rest, places.put_nowait, place)
 
-    async def _info(self, server: Endpoint) -> Info:
+    async def _info(self, server: Endpoint, patience: float) -> wire.Info:
         async with server.client() as client:
-            answer = await persist(lambda: server.ask(client, "GET", "/info"), self._first_patience, ADVICE, self._warn)
-        return Info.read(answer, server.url)
+            answer = await persist(lambda: server.ask(client, "GET", "/info"), patience, ADVICE, self._warn)
+        try:
+            return wire.read_json(wire.Info, answer, "/info")
+        except ValueError as error:
+            raise UserError(
+                f"{server.url} is no reward server of this release ({error}); install one on both sides"
+            ) from error
 
-    def _warn(self, failure: object, left: float | None) -> None:
+    def _warn(self, failure: object, left: float) -> None:
         """Tell of a failure, and not of each of the many that one server that is away brings."""
         if time.monotonic() - self._warned >= QUIET:
             self._warned = time.monotonic()
-            what = "asking another server" if left is None else f"trying again for up to {left:.0f} s"
-            LOG.warning("%s; %s", failure, what)
+            warn(failure, left)
 
 
 def remote(url: str, **settings: Any) -> Remote:

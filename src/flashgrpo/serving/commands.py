@@ -1,11 +1,47 @@
 """`flashgrpo reward`: commands of rewards that run beside the trainer."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flashgrpo.errors import UserError
 from flashgrpo.terminal import PATH
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a reward is served.
+
+    Args:
+        host: the address to listen on; anything but this machine's own lets others in.
+        port: 0 lets the system choose one, which is printed.
+        batch: videos that the reward is called with at most.
+        queue: requests that wait or are computed; while there are so many, others are told to come back.
+        max_mib: size of a request, as it is sent and as uint8. Times `queue` it bounds the memory of all that are held
+            as they came, and four times it that of the videos that the reward is called with.
+        token_env: variable with the token that clients have to know; by default FLASHGRPO_REWARD_TOKEN, if set.
+        arrival_seconds: within which the head of a request has to arrive, and then its body, at `server.SLOWEST`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+    batch: int = 16
+    queue: int = 16
+    max_mib: float = 1024.0
+    token_env: str | None = None
+    arrival_seconds: int = 15
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.queue < 1 or not 0 < self.max_mib < 2**30 or not 0 <= self.port < 2**16:
+            raise UserError("a server needs --batch and --queue of 1 or more, --max-mib above 0, and a valid --port")
+
+    @property
+    def limit(self) -> int:
+        """Bytes that a request may have."""
+        return int(self.max_mib * 2**20)
+
 
 reward_app = typer.Typer(help="Rewards that run beside the trainer.", no_args_is_help=True)
 RewardName = Annotated[
@@ -24,16 +60,15 @@ TokenEnv = Annotated[str | None, typer.Option(help="Variable with its clients' t
 def serve_reward(
     name: RewardName,
     args: RewardArguments = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8765,
-    batch: Batch = 16,
-    queue: Queue = 16,
-    max_mib: MaxMib = 1024.0,
+    host: Host = Options.host,
+    port: Port = Options.port,
+    batch: Batch = Options.batch,
+    queue: Queue = Options.queue,
+    max_mib: MaxMib = Options.max_mib,
     token_env: TokenEnv = None,
 ) -> None:
     """Serve a reward over HTTP, for recipes with `call: "http://HOST:PORT"`."""
     from flashgrpo.serving.server import serve
-    from flashgrpo.serving.service import Options
 
     serve(name, args or [], Options(host, port, batch, queue, max_mib, token_env))
 
@@ -43,20 +78,16 @@ def reward_environment(
     name: RewardName,
     args: RewardArguments = None,
     requirements: Annotated[Path | None, typer.Option(**PATH, help="Of the reward, in place of its own.")] = None,
-    constraint: Annotated[
-        Path | None, typer.Option(**PATH, help="A file of versions for everything, as pip's.")
-    ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the environment anew.")] = False,
-    host: Host = "127.0.0.1",
-    port: Port = 8765,
-    batch: Batch = 16,
-    queue: Queue = 16,
-    max_mib: MaxMib = 1024.0,
+    host: Host = Options.host,
+    port: Port = Options.port,
+    batch: Batch = Options.batch,
+    queue: Queue = Options.queue,
+    max_mib: MaxMib = Options.max_mib,
     token_env: TokenEnv = None,
 ) -> None:
     """Serve a reward in a virtual environment of its own, with the versions that it needs; made at the first call."""
     from flashgrpo.serving.environment import Environment, start
 
-    options = {"host": host, "port": port, "batch": batch, "queue": queue, "max-mib": max_mib}
-    options |= {} if token_env is None else {"token-env": token_env}
-    start(Environment.of(name, requirements, constraint), args or [], options, rebuild)
+    options = Options(host, port, batch, queue, max_mib, token_env)
+    start(Environment.of(name, requirements), args or [], options, rebuild)

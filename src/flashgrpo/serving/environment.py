@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -36,6 +36,7 @@ from packaging.version import Version
 from flashgrpo.errors import UserError, first_line, install_hint, printable
 from flashgrpo.files import PACKAGE, cache_folder, explain_os_errors, lock, remove, write_text
 from flashgrpo.scoring.names import full_name
+from flashgrpo.serving.commands import Options
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,7 +47,7 @@ LOG = logging.getLogger("flashgrpo")
 SHIPPED = PACKAGE / "rewards/requirements"
 # What importing the package, its command line and the server takes; diffusers, transformers and peft are not in it.
 NEEDS = ["torch", "numpy", "scipy", "safetensors", "jaxtyping", "pydantic", "pyyaml", "rich", "typer"]
-NEEDS += ["imageio", "imageio-ffmpeg", "fastapi", "uvicorn", "httpx", "tenacity"]
+NEEDS += ["imageio", "imageio-ffmpeg", "fastapi", "uvicorn", "httpx"]
 # pip's setting -> uv's variable; not an option, for it may hold a password, and a log is kept.
 SETTINGS = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "find-links": "UV_FIND_LINKS"}
 SETTINGS |= {"constraint": "UV_CONSTRAINT", "trusted-host": "UV_INSECURE_HOST", "proxy": "ALL_PROXY"}
@@ -61,21 +62,18 @@ class Environment:
         reward: what is served in it.
         folder: where it is; its name has a digest of all that it is made of.
         requirements: lines as pip reads them.
-        constraints: likewise, of versions of what is installed beside.
     """
 
     reward: str
     folder: Path
     requirements: tuple[str, ...]
-    constraints: tuple[str, ...] = ()
 
     @staticmethod
-    def of(reward: str, requirements: Path | None = None, constraint: Path | None = None) -> "Environment":
+    def of(reward: str, requirements: Path | None = None) -> "Environment":
         """Find the environment of a reward.
 
         Args:
             requirements: a file with what it needs, in place of what it says itself.
-            constraint: a file with versions of everything that it does not name itself.
 
         Raises:
             UserError: its requirements cannot be found or read.
@@ -83,12 +81,10 @@ class Environment:
         call = full_name(reward)
         own = _read(requirements, "--requirements").splitlines() if requirements else requirements_of(call)
         lines = (*own, *server_requirements(own))
-        given = _read(constraint, "--constraint").splitlines() if constraint else []
-        constraints = tuple(line for line in given if not _names([line]) & _names(own))
-        made_of = json.dumps([lines, constraints, sys.version, platform.machine(), sys.prefix, str(PACKAGE)])
+        made_of = json.dumps([lines, sys.version, platform.machine(), sys.prefix, str(PACKAGE)])
         digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
         stem = re.sub(r"\W+", "-", Path(call.rpartition(":")[0].removesuffix(".py").rpartition(".")[2]).name)
-        return Environment(reward, cache_folder() / "environments" / f"{stem}-{digest}", lines, constraints)
+        return Environment(reward, cache_folder() / "environments" / f"{stem}-{digest}", lines)
 
     @property
     def python(self) -> Path:
@@ -143,10 +139,10 @@ class Environment:
         (self.folder / "links" / PACKAGE.name).symlink_to(PACKAGE, target_is_directory=True)
         if _torch_line() in self.requirements:
             link_torch(place, self.folder / "links")
-        for name, lines in (("requirements", self.requirements), ("constraints", self.constraints)):
-            (self.folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            options += [f"--{name}", str(self.folder / f"{name}.txt")]
-        self._run([uv, "pip", "install", "--python", str(self.python), *options], log, settings)
+        wanted = self.folder / "requirements.txt"
+        wanted.write_text("".join(f"{line}\n" for line in self.requirements), encoding="utf-8")
+        install = [uv, "pip", "install", "--python", str(self.python), "--requirements", str(wanted), *options]
+        self._run(install, log, settings)
         self._run([str(self.python), "-I", "-c", "import flashgrpo.cli, flashgrpo.serving.server"], log, {})
         write_text(self.folder / "whole.txt", "")
 
@@ -211,16 +207,13 @@ def link_torch(place: Path, links: Path) -> None:
         names += [need.name for need in needs if any(bound.operator == "==" for bound in need.specifier)]
 
 
-def start(environment: Environment, args: Sequence[str], options: Mapping[str, Any], rebuild: bool = False) -> None:
-    """Become the reward's server, in its environment.
-
-    Args:
-        args: the reward's arguments, `key=value` each.
-        options: of `flashgrpo reward serve`.
-    """
+def start(environment: Environment, args: Sequence[str], options: Options, rebuild: bool = False) -> None:
+    """Become the reward's server, in its environment, with the reward's arguments, `key=value` each."""
     held = environment.hold(rebuild)
     os.set_inheritable(held.fileno(), True)
-    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    given = [f"--host={options.host}", f"--port={options.port}", f"--batch={options.batch}", f"--queue={options.queue}"]
+    given += [f"--max-mib={options.max_mib}"]
+    given += [] if options.token_env is None else [f"--token-env={options.token_env}"]
     serve = ["-I", "-m", "flashgrpo", "reward", "serve", *given, "--", environment.reward, *args]
     python = str(environment.python)
     os.execv(python, [python, *serve])

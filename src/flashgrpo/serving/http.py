@@ -9,18 +9,16 @@ import ipaddress
 import json
 import logging
 import os
+import random
 import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type, wait_random_exponential
-from tenacity.stop import stop_after_delay
 
 from flashgrpo.errors import UserError, printable
 
@@ -36,7 +34,6 @@ ADVICE = {
 }
 CHUNK = 256 * 2**10  # bytes of a body that are handed over at once: httpx copies what a send leaves over
 ANSWER_LIMIT = 16 * 2**20  # bytes
-DRAWN = wait_random_exponential(multiplier=0.25, max=15)  # seconds; random, so that many clients come back apart
 
 
 class Transient(Exception):
@@ -121,10 +118,9 @@ class Endpoint:
         except asyncio.TimeoutError as error:
             advice = "raise `timeout` if an answer may take longer"
             raise Transient(f"{self.url} had not answered after {self.timeout:g} s", advice=advice) from error
-        except httpx.ConnectError as error:
-            raise Transient(f"{self.url} cannot be reached ({_reason(error)})") from error
         except httpx.TransportError as error:
-            raise Transient(f"the connection to {self.url} broke ({_reason(error)})") from error
+            what = "cannot be reached" if isinstance(error, httpx.ConnectError) else "broke the connection"
+            raise Transient(f"{self.url} {what} ({printable(str(error)) or type(error).__name__})") from error
 
     async def _ask(
         self, client: httpx.AsyncClient, method: str, path: str, body: Sequence[Any], headers: Mapping[str, str]
@@ -142,7 +138,8 @@ class Endpoint:
             return bytes(answer)
         said = f"HTTP {status}: {self._said(answer)}".rstrip(": ")
         if status in TRANSIENT:
-            raise Transient(f"{self.url} cannot answer now ({said})", _after(response.headers))
+            after = re.fullmatch(r"\s*(\d{1,9})\s*", response.headers.get("Retry-After", ""), re.ASCII)
+            raise Transient(f"{self.url} cannot answer now ({said})", float(after[1]) if after else None)
         advice = ADVICE.get(status, "").format(token_env=self.token_env)
         raise UserError(f"{self.url} refuses the request ({said})" + (f"; {advice}" if advice else ""))
 
@@ -208,34 +205,21 @@ async def persist(
     Raises:
         UserError: patience has ended; the sentence has the last failure. What else `attempt` raises passes.
     """
-    started = time.monotonic()
-    failed: Transient
-
-    def left() -> float:
-        return max(0.0, started + patience - time.monotonic())
-
-    def wait(state: RetryCallState) -> float:
-        return min(left(), DRAWN(state) if failed.after is None else failed.after + min(DRAWN(state), 1.0))
-
-    async def once() -> T:
-        nonlocal failed
+    started, tries = time.monotonic(), 0
+    while True:
+        tries += 1
         try:
             return await attempt()
         except Transient as failure:
-            failed = failure
-            raise
-
-    again = AsyncRetrying(
-        retry=retry_if_exception_type(Transient),
-        wait=wait,
-        stop=stop_after_delay(patience),
-        before_sleep=lambda state: tell(failed, left()) if state.attempt_number == 1 else None,
-    )
-    try:
-        return await again(once)
-    except RetryError as error:
-        tries = f"{error.last_attempt.attempt_number} attempts in {time.monotonic() - started:.0f} s"
-        raise UserError(f"{failed}, at the last of {tries}; {failed.advice or advice}") from error
+            spent = time.monotonic() - started
+            if spent >= patience:
+                last = f"{failure}, at the last of {tries} attempts in {spent:.0f} s"
+                raise UserError(f"{last}; {failure.advice or advice}") from failure
+            if tries == 1:
+                tell(failure, patience - spent)
+            drawn = random.uniform(0, 0.25 * 2 ** min(tries, 6))  # so that many clients come back apart
+            pause = drawn if failure.after is None else failure.after + min(drawn, 1.0)
+            await asyncio.sleep(min(pause, patience - spent))
 
 
 async def all_of(tasks: list[Coroutine[Any, Any, T]]) -> list[T]:
@@ -263,21 +247,6 @@ async def _chunks(body: Sequence[memoryview | bytes]) -> AsyncIterator[bytes]:
     for part in body:
         for start in range(0, len(part), CHUNK):
             yield bytes(part[start : start + CHUNK])
-
-
-def _after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of a `Retry-After`, which is a number or a date."""
-    value = headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d{1,9}", value):
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def _reason(error: httpx.TransportError) -> str:
-    return printable(str(error)) or type(error).__name__
 
 
 @lru_cache(maxsize=1)

@@ -1,32 +1,187 @@
-"""A reward behind HTTP: `flashgrpo reward serve NAME`. The other end is `client.py`."""
+"""A reward behind HTTP: `flashgrpo reward serve NAME`. The other end is `client.py`.
+
+    GET  /health   whether it lives, for anybody
+    GET  /info     name, version, what it takes, format
+    POST /score    a request of `wire.py` -> an answer of it
+
+Requests are data in one format; nothing in them is unpickled, imported or run. They wait as they came, and only the one
+whose turn it is gets decoded, so memory is bounded by what is sent and by one request decoded.
+"""
 
 import asyncio
-import contextlib
 import hashlib
+import hmac
 import json
 import logging
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import h11  # `service` says what is missing
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import torch
 
 from flashgrpo.config.recipe import merge_choices, parse_override
-from flashgrpo.errors import UserError, system_reason
-from flashgrpo.scoring.loading import bind, declared, load_reward, takes_of
+from flashgrpo.errors import UserError, install_hint, printable, system_reason
+from flashgrpo.jsontext import to_json
+from flashgrpo.scoring.loading import bind, checked_values, declared, load_reward, takes_of
 from flashgrpo.scoring.names import full_name
+from flashgrpo.serving import wire
 from flashgrpo.serving.client import TOKEN
+from flashgrpo.serving.commands import Options
 from flashgrpo.serving.http import is_loopback, token_of
-from flashgrpo.serving.messages import FORMAT, Info
-from flashgrpo.serving.service import Options, Service
+from flashgrpo.types import Reward
+
+try:
+    import h11
+    import uvicorn
+    from fastapi import Depends, FastAPI, HTTPException, Request, Response
+    from starlette.requests import ClientDisconnect
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as missing:
+    raise UserError(f"a reward server needs FastAPI and uvicorn: {install_hint('server')}") from missing
 
 LOG = logging.getLogger("flashgrpo")
+SLOWEST = 128 * 2**10  # bytes a second that a request has to arrive with
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SOON = {"Retry-After": "1"}  # second
+
+
+class Service:
+    """Scores requests one by one, in the order in which they came, in a thread; an empty token is asked of nobody."""
+
+    def __init__(self, reward: Reward, info: wire.Info, options: Options, token: str = "") -> None:
+        self._reward, self._info, self._options, self._token = reward, info, options, token
+        self._scoring = ThreadPoolExecutor(1, "scoring")
+        self._held = 0  # requests that wait or are computed
+        self._bytes = 0  # of these, and of those that arrive
+
+    def application(self) -> FastAPI:
+        """Return what answers at the three addresses."""
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        known = [Depends(self._check_token)]
+
+        @app.get("/health")
+        async def health() -> dict[str, str]:
+            return {"status": "ok"}
+
+        @app.get("/info", dependencies=known)
+        async def info() -> wire.Info:
+            return self._info
+
+        @app.exception_handler(ClientDisconnect)
+        async def forget(request: Request, error: Exception) -> Response:
+            return Response(status_code=499)  # nobody reads it
+
+        app.post("/score", dependencies=known)(self._score)
+        return app
+
+    def close(self, wait: bool = False) -> None:
+        """Tell those that wait to go elsewhere; let what is computed end, and `wait` for it or not."""
+        self._scoring.shutdown(wait=wait, cancel_futures=True)
+
+    async def _check_token(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if self._token and not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+            raise HTTPException(401, "the token is missing or wrong")
+
+    async def _score(self, request: Request) -> Response:
+        length = request.headers.get("content-length", "")
+        if request.headers.get("content-type") != wire.MEDIA_TYPE:
+            raise HTTPException(415, f"the content type of a request is {wire.MEDIA_TYPE}")
+        if not length.isdecimal():
+            raise HTTPException(411, "a request says how many bytes it has")
+        if len(length) > 15 or int(length) > self._options.limit:
+            raise HTTPException(413, f"a request may have {self._options.max_mib:g} MiB here")
+        if self._held >= self._options.queue:
+            raise HTTPException(503, f"{self._held} requests wait already", SOON)
+        body = await self._arrived(request, int(length))
+        self._held += 1
+        try:
+            answer = self._scoring.submit(self._answer, body)
+            answer.add_done_callback(lambda _: body.close())
+            return Response(await _unless_gone(request, asyncio.wrap_future(answer)), media_type="application/json")
+        except (RuntimeError, asyncio.CancelledError) as error:  # after `close`
+            body.close()
+            raise HTTPException(503, "the server is ending", {"Retry-After": "5"}) from error
+        finally:
+            self._held -= 1
+            self._bytes -= int(length)
+
+    async def _arrived(self, request: Request, length: int) -> FileIO:
+        """Return a body once all of it is there; one that is slow holds no place, and memory for what it has sent."""
+        checksum = 0
+        try:
+            body = wire.buffer()
+        except OSError as error:  # too many files are open
+            raise HTTPException(503, f"the server has no room: {system_reason(error)}", SOON) from error
+
+        async def receive() -> None:
+            nonlocal checksum
+            async for chunk in request.stream():
+                if self._bytes + len(chunk) > self._options.queue * self._options.limit:
+                    raise HTTPException(503, "the requests that wait take all the memory they may", SOON)
+                self._bytes += body.write(chunk)
+                checksum = zlib.crc32(chunk, checksum)
+
+        try:
+            await asyncio.wait_for(receive(), self._options.arrival_seconds + length / SLOWEST)
+            if request.headers.get(wire.DIGEST) != f"{checksum:08x}":
+                raise HTTPException(400, "the request was damaged on its way: its CRC-32 is another")
+        except BaseException as error:
+            self._bytes -= body.tell()
+            body.close()
+            if isinstance(error, asyncio.TimeoutError):
+                raise HTTPException(408, "the request arrived too slowly") from error
+            raise
+        return body
+
+    @torch.no_grad()
+    def _answer(self, body: FileIO) -> bytes:
+        try:
+            request = wire.unpack(body, self._options.limit)
+            told = {"id": request.about.id, "reward": self._info.reward, "components": self._components(request)}
+            return to_json(told).encode()
+        except ValueError as error:
+            raise HTTPException(422, printable(str(error))) from error
+        except HTTPException:
+            raise
+        except Exception as error:  # no room for what is decoded, say; the next request may fit
+            LOG.error("a request failed", exc_info=error)
+            raise HTTPException(500, f"the server failed: {printable(str(error))}") from error
+
+    def _components(self, request: wire.Request) -> dict[str, list[float]]:
+        about, name, kind = request.about, self._info.name, self._info.takes.kind
+        if about.kind != kind:
+            raise ValueError(f"{name} takes {kind}, not {about.kind}")
+        parts = []
+        for start in range(0, request.count, self._options.batch):
+            rows = slice(start, start + self._options.batch)
+            columns = {key: values[rows] for key, values in about.columns.items()}
+            with request.inputs(rows) as inputs:
+                parts.append(self._called(inputs, about.prompts[rows], columns))
+        if any(set(part) != set(parts[0]) for part in parts):
+            raise HTTPException(500, f"{name} failed: it returns other components for some videos than for others")
+        return {key: [value for part in parts for value in part[key]] for key in parts[0]}
+
+    def _called(self, inputs: Any, prompts: list[str], columns: dict[str, list[Any]]) -> dict[str, list[float]]:
+        """Call the reward; even one that wants to exit ends no server."""
+        name = self._info.name
+        try:
+            values: Any = self._reward(inputs, prompts, **columns)
+        except ValueError as error:
+            raise ValueError(f"{name} refused its input: {printable(str(error))}") from error
+        except BaseException as error:
+            LOG.error("the reward failed", exc_info=error)
+            raise HTTPException(500, printable(f"{name} failed: {type(error).__name__}: {error}")) from error
+        try:
+            return checked_values(values, len(prompts))
+        except ValueError as error:
+            raise HTTPException(500, printable(f"{name} failed: {error}")) from error
 
 
 class Connection(H11Protocol):
@@ -54,73 +209,71 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """Says when it serves; at its end, tells those that wait to go elsewhere, and waits for what is computed."""
 
-    announcement = ""
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self.service = service
-
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until SIGTERM or SIGINT, and return."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them anew once it has ended well
-                signal.signal(number, lambda *_: None)
-        super().run(sockets)
-        self.service.join(seconds=5)
+    service: Service
+    announcement: str
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.announcement:  # from now on signals end it well
-            print(self.announcement, flush=True)
+        print(self.announcement, flush=True)  # from now on signals end it well
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.close()
         await super().shutdown(sockets)
 
 
-def make_server(reward: Any, name: str, version: str, options: Options) -> Server:
-    """Make a server of a reward, to be run with a bound socket.
+def listen(options: Options) -> socket.socket:
+    """Listen on the address; clients that come before the reward is loaded wait for it.
 
     Raises:
-        UserError: there is no token where `options` says that there is one.
+        UserError: the address is taken, or not this machine's.
     """
-    bounds = declared(reward, "score_range")
-    about: dict[str, Any] = {"name": name, "version": version, "takes": takes_of(reward)}
-    info = Info(**about, score_range=bounds and tuple(bounds), format=FORMAT, max_bytes=options.limit)
-    service = Service(reward, info, options, token_of(options.token_env, TOKEN))
-    quiet: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False}
-    quiet |= {"http": Connection, "timeout_keep_alive": options.arrival_seconds, "ws": "none", "lifespan": "off"}
-    return Server(uvicorn.Config(service.application(), **quiet), service)
+    try:
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        listener = socket.create_server((options.host, options.port), family=family)
+    except (OSError, ValueError, TypeError) as error:  # the latter two of names that cannot be looked up
+        said = f"cannot listen on {options.host}:{options.port}: {system_reason(error).partition(' (while')[0]}"
+        raise UserError(f"{said}; choose another --port or --host") from error
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for an ACK
+    return listener
+
+
+def serve_on(listener: socket.socket, reward: Reward, name: str, version: str, options: Options, token: str) -> None:
+    """Serve a reward until SIGTERM or SIGINT; what is computed then is answered still."""
+    bounds, takes = declared(reward, "score_range"), takes_of(reward)
+    bounds = bounds and tuple(bounds)
+    info = wire.Info(name=name, version=version, takes=takes, score_range=bounds, max_bytes=options.limit)
+    service = Service(reward, info, options, token)
+    settings: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False, "lifespan": "off"}
+    settings |= {"http": Connection, "timeout_keep_alive": options.arrival_seconds, "ws": "none"}
+    server = Server(uvicorn.Config(service.application(), **settings))
+    host, port = listener.getsockname()[:2]
+    server.announcement = f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}"
+    server.service = service
+    for number in SIGNALS:  # uvicorn raises them anew once it has ended well
+        signal.signal(number, lambda *_: None)
+    server.run([listener])
+    for number in SIGNALS:  # another one ends the wait for a reward that hangs
+        signal.signal(number, signal.SIG_DFL)
+    service.close(wait=True)  # a thread that frees tensors while the interpreter ends aborts the process
 
 
 def serve(name: str, args: Sequence[str], options: Options) -> None:
-    """Load a reward and serve it until SIGTERM or SIGINT; what is computed then is answered still.
-
-    Args:
-        name: `clip:clip_score` for `flashgrpo.rewards.clip:clip_score`, any `package.module:function`, or
-            `path/to/file.py:function`; a class in place of a function too.
-        args: the reward's arguments, `key=value` each.
+    """Load a reward, by its name in a recipe or `motion:amount`, with arguments `key=value`, and serve it.
 
     Raises:
-        UserError: no such reward or argument, or an address that cannot be listened on.
+        UserError: no such reward, argument or token, or an address that cannot be listened on.
     """
     if name.startswith(("http://", "https://")):
         raise UserError(f"{name} is a server already; serve a reward by its name")
-    token = token_of(options.token_env, TOKEN)
-    call = full_name(name)
+    token, call = token_of(options.token_env, TOKEN), full_name(name)
     settings: dict[str, Any] = {}
     for arg in args:
         settings = merge_choices(settings, parse_override(arg))
-    with bound(options) as listener:  # before the reward is loaded, which may take minutes
+    with listen(options) as listener:  # before the reward is loaded, which may take minutes
         reward = bind(load_reward(call, name), settings, name)
-        server = make_server(reward, call, version_of(call, settings), options)
         if not is_loopback(options.host) and not token:
             LOG.warning("anybody who reaches %s can use this server; set %s to a token", options.host, TOKEN)
-        with _explained(options):  # two may bind one port before the first of them listens
-            listener.listen()
-        host, port = listener.getsockname()[:2]
-        server.announcement = f"serving {call} at http://{f'[{host}]' if ':' in host else host}:{port}"
-        server.run([listener])
+        serve_on(listener, reward, call, version_of(call, settings), options, token)
 
 
 def version_of(call: str, settings: Mapping[str, Any]) -> str:
@@ -133,27 +286,15 @@ def version_of(call: str, settings: Mapping[str, Any]) -> str:
     return f"{release}+{hashlib.sha256(source + b'|' + settled).hexdigest()[:12]}"
 
 
-def bound(options: Options) -> socket.socket:
-    """Bind a socket to the address; it does not listen yet: clients see that there is no server so far.
+async def _unless_gone(request: Request, answer: "asyncio.Future[bytes]") -> bytes:
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
-    Raises:
-        UserError: the address is taken, or not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    # Asyncio sends at once (TCP_NODELAY) only where the protocol is named; else each answer waits 40 ms for an ACK.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    with contextlib.ExitStack() as failing, _explained(options):
-        failing.callback(listener.close)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((options.host, options.port))
-        failing.pop_all()
-    return listener
-
-
-@contextlib.contextmanager
-def _explained(options: Options) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, TypeError) as error:  # the latter two of names that cannot be looked up
-        where = f"cannot listen on {options.host}:{options.port}"
-        raise UserError(f"{where}: {system_reason(error)}; choose another --port or --host") from error
+    leaving = asyncio.ensure_future(gone())
+    await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    if not answer.done():
+        answer.cancel()
+        raise ClientDisconnect
+    return answer.result()

@@ -1,11 +1,13 @@
-"""The wire between a trainer and a reward server: videos, prompts and columns one way, numbers the other.
+"""What a trainer and a reward server say to each other: videos, prompts and columns one way, numbers the other.
 
-A request is a safetensors file of two tensors, so nothing in it is unpickled:
+A request is a safetensors file, so nothing in it is unpickled. Its tensors are
 
-    request   JSON in UTF-8, one uint8 a byte: the fields of `messages.About`
-    videos    pixels (B, F, 3, H, W), uint8 or float32; latents (B, C, F, H, W), float32; or the bytes of B mp4 files
+    request   JSON in UTF-8, one uint8 a byte: the fields of `About`
+    videos    pixels (B, F, 3, H, W), uint8 or float32; or latents (B, C, F, H, W), float32
+    0 to B-1  in place of `videos`: the bytes of B mp4 files, uint8
 
-The HTTP header `DIGEST` has its CRC-32. What is not exactly so is refused.
+The HTTP header `DIGEST` has its CRC-32. Answers are JSON, which pydantic reads strictly: what is passed on has these
+types, and no text holds half a character. What is not exactly so is refused.
 """
 
 import contextlib
@@ -14,27 +16,80 @@ import math
 import os
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
 from flashgrpo.errors import printable
-from flashgrpo.serving.messages import ENCODINGS, About, Encoding, Kind, read_json
+from flashgrpo.scoring.inputs import Input
+from flashgrpo.scoring.loading import checked_values
 from flashgrpo.serving.mp4 import is_mp4, read_mp4, to_mp4
 
+FORMAT: Literal[3] = 3
 MEDIA_TYPE = "application/x-safetensors"  # not one that a web page may post without being allowed to
 DIGEST = "X-CRC32"
 ABOUT_LIMIT = 4 * 2**20  # bytes of prompts and columns: parsed, they may take thirty times as much
-LAYOUT_LIMIT = 4096  # bytes of the file's own header: two tensors need 200
+LAYOUT_LIMIT = 2**20  # bytes of the file's own header: a tensor needs 75
 
-DTYPES = {torch.uint8: "U8", torch.float32: "F32"}
+Kind = Literal["pixels", "latents", "files"]
+Encoding = Literal["uint8", "float32", "mp4"]
+Shown = Annotated[str, Field(max_length=300), AfterValidator(printable)]
+DTYPES = {"pixels": (torch.uint8, torch.float32), "latents": (torch.float32,), "files": ()}
+M = TypeVar("M", bound=BaseModel)
+
+
+class About(BaseModel):
+    """What a request says of its B videos; `shape` (F, 3, H, W) is that of one whose pixels are sent as mp4."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    id: str = Field(pattern=r"^[0-9a-z-]{1,64}$")
+    kind: Kind
+    prompts: list[str] = Field(min_length=1)
+    columns: dict[str, list[Any]]
+    shape: list[PositiveInt] | None = None
+
+
+class Answer(BaseModel):
+    """The numbers of request `id`, from the reward "NAME VERSION"; the one component without a name is called ""."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: str
+    reward: str
+    components: dict[str, Any]
+
+
+class Info(BaseModel):
+    """What a server says of itself at /info.
+
+    Args:
+        takes: what its reward looks at.
+        score_range: lowest and highest number of the reward, where it says so.
+        max_bytes: that a request may have, as it is sent and as uint8.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[3] = FORMAT
+    name: Shown
+    version: Shown
+    takes: Annotated[Input, Field(discriminator="kind")]
+    score_range: tuple[float | None, float | None] | None = None
+    max_bytes: int = Field(gt=0)
+
+    @property
+    def reward(self) -> str:
+        """Name and version, which tell rewards apart."""
+        return f"{self.name} {self.version}"
 
 
 @dataclass(frozen=True)
@@ -42,17 +97,12 @@ class Request:
     """B videos to score, still encoded: `videos` is a tensor of them, or the bytes of mp4 files."""
 
     about: About
-    videos: Tensor
+    videos: Tensor | list[memoryview]
 
     @property
     def count(self) -> int:
         """The number of videos, B."""
         return len(self.about.prompts)
-
-    def files(self) -> list[memoryview]:
-        """Return the mp4 files, B views."""
-        payload, sizes = self.videos.numpy().data, self.about.sizes
-        return [payload[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
     @contextlib.contextmanager
     def inputs(self, rows: slice) -> Iterator[Any]:
@@ -61,20 +111,20 @@ class Request:
         Raises:
             ValueError: files that do not decode to what the request says, or values that are not finite.
         """
-        if self.about.kind == "files":
-            with tempfile.TemporaryDirectory(prefix="flashgrpo-reward-") as folder:
-                paths = [Path(folder) / f"{number:04d}.mp4" for number in range(self.count)][rows]
-                for path, file in zip(paths, self.files()[rows], strict=True):
-                    path.write_bytes(file)
-                yield [str(path) for path in paths]
-        elif self.about.encoding == "mp4":
-            files = self.files()[rows]
-            videos = torch.empty(len(files), *self.about.shape)
-            for video, file in zip(videos, files, strict=True):
+        some = self.videos[rows]
+        if isinstance(some, Tensor):
+            yield _as_floats(some)
+        elif self.about.kind == "pixels":
+            videos = torch.empty(len(some), *self.about.shape or ())
+            for video, file in zip(videos, some, strict=True):
                 read_mp4(file, video)
             yield videos
         else:
-            yield _as_floats(self.videos[rows])
+            with tempfile.TemporaryDirectory(prefix="flashgrpo-reward-") as folder:
+                paths = [Path(folder) / f"{number:04d}.mp4" for number in range(len(some))]
+                for path, file in zip(paths, some, strict=True):
+                    path.write_bytes(file)
+                yield [str(path) for path in paths]
 
 
 def pack(
@@ -84,27 +134,27 @@ def pack(
     prompts: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
     encoding: Encoding = "uint8",
-) -> list[memoryview]:
-    """Pack a request, in parts that follow each other; float32 values are not copied.
+) -> tuple[list[memoryview], dict[str, str]]:
+    """Pack a request.
 
     Args:
         inputs: (B, F, 3, H, W) in [0, 1], latents (B, C, F, H, W), or the bytes of B mp4 files.
         encoding: of pixels; latents always go as float32, files as they are.
 
+    Returns:
+        Its body, in parts that follow each other, of which float32 values are not copied; and its HTTP headers.
+
     Raises:
         ValueError: values that are not finite, a column that JSON cannot hold, or half a character.
     """
-    videos, files, shape = _encoded(kind, inputs, encoding)
-    about = {
-        "id": id,
-        "kind": kind,
-        "encoding": "mp4" if files else "uint8" if videos.dtype == torch.uint8 else "float32",
-        "prompts": list(prompts),
-        "columns": {name: list(column) for name, column in columns.items()},
-        "shape": shape,
-        "sizes": [len(file) for file in files],
-    }
-    return _laid_out({"videos": videos, "request": torch.frombuffer(_dump(about), dtype=torch.uint8)})
+    tensors, shape = _encoded(kind, inputs, encoding)
+    columns = {name: list(column) for name, column in columns.items()}
+    about = {"id": id, "kind": kind, "prompts": list(prompts), "columns": columns, "shape": shape}
+    body = _laid_out({**tensors, "request": torch.frombuffer(_dump(about), dtype=torch.uint8)})
+    checksum = 0
+    for part in body:
+        checksum = zlib.crc32(part, checksum)
+    return body, {"Content-Type": MEDIA_TYPE, DIGEST: f"{checksum:08x}"}
 
 
 def buffer() -> FileIO:
@@ -122,42 +172,73 @@ def unpack(body: FileIO, limit: int) -> Request:
         ValueError: one sentence on whatever is not as it has to be.
     """
     if int.from_bytes(os.pread(body.fileno(), 8, 0), "little") > LAYOUT_LIMIT:
-        raise ValueError("this is no request: it is no safetensors file of two tensors")
+        raise ValueError("this is no request: it is no safetensors file of few tensors")
     try:
         tensors = safetensors.torch.load_file(f"/proc/self/fd/{body.fileno()}")
     except (safetensors.SafetensorError, ValueError, LookupError, RuntimeError, TypeError, OSError) as error:
         raise ValueError(f"this is no request: {printable(str(error))}") from error
-    if set(tensors) != {"request", "videos"} or tensors["request"].dtype != torch.uint8:
-        raise ValueError("a request has the tensors request, as uint8, and videos")
-    if tensors["request"].numel() > ABOUT_LIMIT:
+    text = tensors.pop("request", torch.empty(0))
+    if text.dtype != torch.uint8:
+        raise ValueError("a request has a tensor request, as uint8")
+    if text.numel() > ABOUT_LIMIT:
         raise ValueError(f"prompts and columns take more than {ABOUT_LIMIT} bytes")
-    request = Request(read_json(About, tensors["request"].numpy().tobytes(), "the request"), tensors["videos"])
-    _check(request, limit)
-    return request
+    about = read_json(About, text.numpy().tobytes(), "the request")
+    if any(len(column) != len(about.prompts) for column in about.columns.values()):
+        raise ValueError(f"every column must have {len(about.prompts)} values, one for each prompt")
+    return Request(about, _videos(about, tensors, limit))
 
 
-def _check(request: Request, limit: int) -> None:
-    """Hold the parts of a request against each other."""
-    about, videos, count = request.about, request.videos, request.count
-    if about.encoding not in ENCODINGS[about.kind]:
-        raise ValueError(f"{about.kind} are not sent as {about.encoding}")
-    if any(len(column) != count for column in about.columns.values()):
-        raise ValueError(f"every column must have {count} values, one for each prompt")
-    if about.encoding != "mp4":
-        wanted = torch.uint8 if about.encoding == "uint8" else torch.float32
-        if videos.dtype != wanted or videos.ndim != 5 or len(videos) != count or not videos.numel():
-            raise ValueError(f"{count} {about.kind} must be one {about.encoding} tensor of five dimensions")
-    elif (
-        videos.dtype != torch.uint8 or videos.ndim != 1 or sum(about.sizes) != len(videos) or len(about.sizes) != count
-    ):
-        raise ValueError(f"sizes must be those of {count} files, and add up to their bytes")
-    elif not all(is_mp4(file) for file in request.files()):
-        raise ValueError("a file is no mp4")
-    shape = about.shape if about.encoding == "mp4" else list(videos.shape[1:])
-    if about.kind == "pixels" and (len(shape) != 4 or shape[1] != 3):
+def unpack_answer(body: bytes, id: str, reward: str, count: int) -> dict[str, list[float]]:
+    """Return the components of the answer to request `id`, `count` numbers each, NaN for null.
+
+    Raises:
+        ValueError: one sentence on whatever is not as it has to be.
+    """
+    answer = read_json(Answer, body, "the answer")
+    if answer.id != id:
+        raise ValueError("the answer is to another request")
+    if answer.reward != reward:
+        raise ValueError(f"the answer is of another reward than {reward}")
+    if any(name != printable(name, 100) for name in answer.components):
+        raise ValueError("the answer has a component whose name is no short line of text")
+    return checked_values(answer.components, count)
+
+
+def read_json(model: type[M], text: bytes, what: str) -> M:
+    """Read strict JSON.
+
+    Raises:
+        ValueError: it is something else; one sentence names the field.
+    """
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(printable(f"{what}{', ' * bool(place)}{place}: {first['msg']}")) from error
+
+
+def _videos(about: About, tensors: Mapping[str, Tensor], limit: int) -> Tensor | list[memoryview]:
+    """Return the videos of a request, held against what it says of them."""
+    count, kind, names = len(about.prompts), about.kind, set(tensors)
+    videos: Tensor | list[memoryview]
+    if names == {"videos"} and tensors["videos"].dtype in DTYPES[kind] and tensors["videos"].ndim == 5:
+        videos = tensors["videos"]
+        shape = list(videos.shape[1:])
+    elif names == {str(row) for row in range(count)} and kind != "latents":
+        videos = [tensors[str(row)].numpy().data.cast("B") for row in range(count)]
+        shape = about.shape or []
+        if not all(is_mp4(file) for file in videos):
+            raise ValueError("a file is no mp4")
+    else:
+        raise ValueError(f"{count} {kind} must be a tensor videos of five dimensions, or mp4 files called 0, 1, ...")
+    if len(videos) != count or 0 in shape:
+        raise ValueError(f"{len(videos)} videos of shape {shape} came for {count} prompts")
+    if kind == "pixels" and (len(shape) != 4 or shape[1] != 3):
         raise ValueError(f"{shape} is no shape of a video, frames x 3 x height x width")
-    if about.kind == "pixels" and count * math.prod(shape) > limit:
+    if kind == "pixels" and count * math.prod(shape) > limit:
         raise ValueError(f"the videos would decode to more than {limit} bytes")
+    return videos
 
 
 def _laid_out(tensors: Mapping[str, Tensor]) -> list[memoryview]:
@@ -165,7 +246,8 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> list[memoryview]:
     layout, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        layout[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype = "U8" if tensor.dtype == torch.uint8 else "F32"
+        layout[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(layout).encode()
     text += b" " * (-len(text) % 8)  # so that floats are aligned
     payloads = (tensor.numpy().data.cast("B") for tensor in tensors.values())
@@ -180,20 +262,22 @@ def _as_floats(videos: Tensor) -> Tensor:
     return videos
 
 
-def _encoded(kind: Kind, inputs: Tensor | Sequence[bytes], encoding: Encoding) -> tuple[Tensor, list[bytes], list[int]]:
-    """Return what is sent; and of files, their bytes, and where they are of pixels the shape of one video."""
-    shape: list[int] = []
+def _encoded(
+    kind: Kind, inputs: Tensor | Sequence[bytes], encoding: Encoding
+) -> tuple[dict[str, Tensor], list[int] | None]:
+    """Return the tensors of the videos; and where these are mp4 files of pixels, the shape of one video."""
+    shape = None
     if isinstance(inputs, Tensor):
         videos = _as_floats(inputs.detach().to("cpu", torch.float32).contiguous())
         if kind == "latents" or encoding == "float32":
-            return videos, [], []
+            return {"videos": videos}, None
         if encoding == "uint8":
             rounded = torch.empty(videos.shape, dtype=torch.uint8)
             for row, video in zip(rounded, videos, strict=True):  # one by one, they stay in the processor's cache
                 row.copy_(video.mul(255).round_().clamp_(0, 255))
-            return rounded, [], []
+            return {"videos": rounded}, None
         shape, inputs = list(videos.shape[1:]), [to_mp4(video) for video in videos]
-    return torch.frombuffer(bytearray().join(inputs), dtype=torch.uint8), list(inputs), shape
+    return {str(row): torch.frombuffer(bytearray(file), dtype=torch.uint8) for row, file in enumerate(inputs)}, shape
 
 
 def _dump(about: Mapping[str, Any]) -> bytearray:
