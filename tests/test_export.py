@@ -97,7 +97,8 @@ def test_the_program_of_the_card_runs(lora, format, monkeypatch):
         ("/data/a.py:mine", "a.py:mine"),
         ("datasets:/data/clips", "datasets:clips"),
         ("datasets:user/clips:train", "datasets:user/clips:train"),
-        ("http://10.0.0.1:80,/data/a.py:mine", "a reward server, a.py:mine"),
+        ("http://10.0.0.1:80", "a reward server"),
+        ("weights, old", "weights, old"),
     ],
 )
 def test_a_card_names_no_folder_of_the_machine(path, told):

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from flashgrpo.config import RunConfig
+from flashgrpo.config.reading import write_yaml
 from flashgrpo.formats import Numbers, called
 from flashgrpo.models.settings import Lora
 from flashgrpo.run.progress import describe
@@ -26,19 +25,19 @@ def model_card(
     """
     train = config.model.train
     what = f"LoRA, rank {train.rank}, alpha {train.alpha}" if isinstance(train, Lora) else "every weight"
-    rewards = [f"{name} ({public(reward.call)})" for name, reward in config.rewards.items() if not reward.watched]
+    rewards = [f"{code(name)} ({_calls(reward.call)})" for name, reward in config.rewards.items() if not reward.watched]
     facts = {
-        "Base": public(config.model.path),
+        "Base": code(public(config.model.path)),
         "Trained": f"{what}; {update} updates of {config.rollout.prompts} x {config.rollout.group_size} videos",
         "Videos": f"{config.model.width} x {config.model.height}, {config.model.num_frames} frames",
-        "Prompts": public(config.prompts.train),
+        "Prompts": code(public(config.prompts.train)),
         "Reward": ", ".join(rewards),
         "Guidance": f"{config.rollout.guidance_scale:g} in training, {config.rollout.num_steps} steps",
         "Seed": str(config.seed),
     }
-    algorithm = yaml.safe_dump(config.model_dump(mode="json")["algorithm"], sort_keys=False, allow_unicode=True)
+    algorithm = write_yaml(config.model_dump(mode="json")["algorithm"])
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(config, format, image), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{write_yaml(_metadata(config, format, image))}---",
         "# Aligned with Flash-GRPO",
         _result(evaluated),
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
@@ -50,11 +49,25 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def code(text: str) -> str:
+    """Return a text as one line of Markdown that shows it letter by letter: a backtick or a line break is escaped."""
+    plain = text.isprintable() and "`" not in text and text == text.strip()
+    return f"`{text}`" if plain else "`" + repr(text).replace("`", "\\x60") + "`"
+
+
+def literal(text: str) -> str:
+    """Return a text as Python has it, in double quotes where nothing in it has to be escaped."""
+    return f'"{text}"' if text.isprintable() and not {*'\\"'} & {*text} else repr(text)
+
+
+def _calls(call: str) -> str:
+    """Return what a reward calls, one or several with commas, without the folders of this machine."""
+    return ", ".join(code(public(one.strip())) for one in call.split(","))
+
+
 def public(text: str) -> str:
-    """Return a path, or several with commas, without the folders of this machine; what ships or lies on a hub stays."""
-    if "," in text:
-        return ", ".join(map(public, text.split(",")))
-    kind, colon, name = text.partition(":") if text.startswith("datasets:") else ("", "", text.strip())
+    """Return a path without the folders of this machine; what ships or lies on a hub stays."""
+    kind, colon, name = text.partition(":") if text.startswith("datasets:") else ("", "", text)
     if name.startswith(("http://", "https://")):
         return "a reward server"
     return f"{kind}{colon}{Path(name).name if Path(name).is_absolute() else name}"
@@ -94,7 +107,7 @@ def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
     """Write a program that runs in the folder of the export."""
     base, frames = public(config.model.path), config.model.num_frames
     shipped, local = base.startswith("flashgrpo:"), Path(config.model.path).is_absolute()
-    where = f'resolve_path("{base}")' if shipped else f'"{base}"'
+    where = f"resolve_path({literal(base)})" if shipped else literal(base)
     note = "  # the folder of the base model" if local else ""
     second = ["", ", load_into_transformer_2=True"]
     loads = [
