@@ -14,6 +14,7 @@ import torch
 
 from flashgrpo.errors import UserError
 from flashgrpo.scoring.inputs import LatentVideos, VideoFiles
+from flashgrpo.serving import client
 from flashgrpo.serving.client import Remote, remote
 from flashgrpo.serving.http import is_loopback, run
 from flashgrpo.video import write_mp4
@@ -219,6 +220,13 @@ def test_what_may_be_over_soon_is_repeated(fake, broken, seconds):
     assert (server.requests, reward.failures) == (3, 2)
 
 
+def test_servers_that_want_endless_patience_get_ours(fake, monkeypatch):
+    monkeypatch.setattr(client, "REST", 0.2)
+    busy = say(503, "", "Retry-After: 999999999")
+    with pytest.raises(UserError, match="cannot answer now"):
+        Remote([fake(busy).url, fake(busy).url], batch=1, patience=0.5)(videos(20), ["p"] * 20)
+
+
 def test_components_have_to_be_the_same_in_all_pieces(fake):
     def act(connection, received, number) -> None:
         reply(components={f"c{number % 2}": [0.5]})(connection, received, number)
@@ -291,8 +299,8 @@ def test_proxies_are_for_the_world_outside(server, fake, monkeypatch):
 
     async def outside() -> bytes:
         there = endpoint("http://reward.invalid:8765")
-        async with there.client() as client:
-            return await there.ask(client, "GET", "/x")
+        async with there.client() as connections:
+            return await there.ask(connections, "GET", "/x")
 
     assert run(outside()) == b"by proxy"
     assert all(map(is_loopback, ("127.8.8.8", "localhost", "::1")))

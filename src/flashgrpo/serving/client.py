@@ -20,7 +20,7 @@ from flashgrpo.serving.http import Endpoint, Transient, all_of, persist, run, wa
 LOG = logging.getLogger("flashgrpo")
 TOKEN = "FLASHGRPO_REWARD_TOKEN"
 OUTSTANDING = 4  # requests that a server has of one call: one that is computed, one that arrives, and two that wait
-REST = 5.0  # seconds during which a server that failed is not asked while there are others
+REST = 5.0  # seconds that a place of a server that failed stays empty where there are others, at most
 PATIENCE = 600.0  # seconds
 QUIET = 30.0  # seconds between two warnings of one client
 ADVICE = "is `flashgrpo reward serve` running there, and can this machine reach it?"
@@ -165,7 +165,8 @@ class Remote:
             return await server.ask(client, "POST", "/score", body, headers), server.url
         except Transient as failure:
             self.failures += 1
-            rest = max(REST, failure.after or 0.0) if len(self._servers) > 1 else 0.0
+            if len(self._servers) > 1:
+                rest = REST if failure.after is None else min(failure.after, REST)
             raise
         finally:
             asyncio.get_running_loop().call_later(rest, places.put_nowait, place)

@@ -17,7 +17,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -178,7 +178,7 @@ def unpack(body: FileIO, limit: int) -> Request:
     except (safetensors.SafetensorError, ValueError, LookupError, RuntimeError, TypeError, OSError) as error:
         raise ValueError(f"this is no request: {printable(str(error))}") from error
     text = tensors.pop("request", torch.empty(0))
-    if text.dtype != torch.uint8:
+    if not _are_bytes([text]):
         raise ValueError("a request has a tensor request, as uint8")
     if text.numel() > ABOUT_LIMIT:
         raise ValueError(f"prompts and columns take more than {ABOUT_LIMIT} bytes")
@@ -225,8 +225,8 @@ def _videos(about: About, tensors: Mapping[str, Tensor], limit: int) -> Tensor |
     if names == {"videos"} and tensors["videos"].dtype in DTYPES[kind] and tensors["videos"].ndim == 5:
         videos = tensors["videos"]
         shape = list(videos.shape[1:])
-    elif names == {str(row) for row in range(count)} and kind != "latents":
-        videos = [tensors[str(row)].numpy().data.cast("B") for row in range(count)]
+    elif names == {str(row) for row in range(count)} and kind != "latents" and _are_bytes(tensors.values()):
+        videos = [tensors[str(row)].numpy().data for row in range(count)]
         shape = about.shape or []
         if not all(is_mp4(file) for file in videos):
             raise ValueError("a file is no mp4")
@@ -239,6 +239,10 @@ def _videos(about: About, tensors: Mapping[str, Tensor], limit: int) -> Tensor |
     if kind == "pixels" and count * math.prod(shape) > limit:
         raise ValueError(f"the videos would decode to more than {limit} bytes")
     return videos
+
+
+def _are_bytes(tensors: Iterable[Tensor]) -> bool:
+    return all(tensor.dtype == torch.uint8 and tensor.ndim == 1 for tensor in tensors)
 
 
 def _laid_out(tensors: Mapping[str, Tensor]) -> list[memoryview]:
