@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from flashgrpo.distributed.sharding import place
 from flashgrpo.distributed.world import World, full_tensor, local, process_group
 from flashgrpo.doctor.estimate import LiveBytes
 from flashgrpo.errors import UserError
-from flashgrpo.learning.experience import Drawn, compare
+from flashgrpo.learning.experience import compare, draw_and_score
 from flashgrpo.learning.objective import Competing
 from flashgrpo.learning.optim import Optimizer
 from flashgrpo.learning.settings import Credit, OptimConfig
@@ -277,7 +278,7 @@ def save_and_resume(folder: str, shard: int) -> list[dict]:
 
 
 def learn_from_branches(folder: str, parallel: dict, updates: int, dies: bool) -> dict:
-    """Learn from branches that compete, saving each update; ranks share groups of four.
+    """Learn from branches that compete, saving each update; ranks share groups of three and an anchor.
 
     Args:
         dies: by SIGKILL on the last rank in the last update, between its two passes.
@@ -318,15 +319,27 @@ def dies_with_a_gradient(replay):
     return replay_or_die
 
 
+class Redness:
+    """The rewards of branches, told to all ranks: the more red, the better."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.own = world, {}
+
+    def add(self, rows: torch.Tensor, outputs: torch.Tensor) -> None:
+        self.own |= dict(zip(rows.tolist(), outputs[:, :1].tolist(), strict=True))
+
+    def table(self) -> RewardTable:
+        told = self.world.gather([self.own[row] for row in sorted(self.own)])
+        values = torch.tensor([value for rank in told for value in rank]).double()
+        return RewardTable(("red",), values, torch.ones(1, dtype=torch.float64))
+
+
 def compared_branches(process: Stream, update: int, world: World) -> Record:
-    """Draw this rank's part of three groups of four, and compare them: the more red, the better."""
-    groups = [PromptGroup(update, number, Prompt(text, {}), 4) for number, text in enumerate(("wall", "door", "rose"))]
-    samples = [Sample(group, member) for group in groups for member in range(4)]
-    mine = world.slice(len(samples))
-    outputs, record = process.draw(samples[mine], 0, lambda rows, drawn: None, 2)
-    values = torch.tensor([value for rank in world.gather(outputs[:, :1].tolist()) for value in rank]).double()
-    rewards = RewardTable(("red",), values, torch.ones(1, dtype=torch.float64))
-    return compare(Drawn(update, mine.start, outputs, record, rewards), process.channels, Credit(), world).record
+    """Draw this rank's part of three groups of three branches and an anchor, and compare them with it."""
+    texts, credit = ("wall", "door", "rose"), Credit(baseline="anchor", std="group-and-anchor")
+    groups = [PromptGroup(update, number, Prompt(text, {}), 3, anchored=True) for number, text in enumerate(texts)]
+    drawn = draw_and_score(process, Redness(world), groups, 0, world, lambda phase: nullcontext(), 2)
+    return compare(drawn, process.channels, credit, world).record
 
 
 def score_for_others(total: int, micro_batch: int, parallel: dict) -> list[dict]:

@@ -22,7 +22,9 @@ def alone(nursery, tmp_path_factory):
     ("size", "parallel"), [(2, {}), (3, {}), (2, {"shard": 2}), (3, {"shard": 3}), (4, {"shard": 2})]
 )
 def test_any_number_of_ranks_learns_the_same(nursery, tmp_path, alone, size, parallel):
-    """With 2 and 4 ranks a group lies on two of them, whose slots differ in their number of calls."""
+    """With 2 and 4 ranks a group lies on two of them, whose slots differ in their number of calls; with 4 one of them
+    has an anchor and no term of its group.
+    """
     found = result(branches(nursery, tmp_path, size, **parallel))
     for name, weight in found["weights"].items():
         torch.testing.assert_close(torch.tensor(weight), torch.tensor(alone["weights"][name]), rtol=1e-4, atol=1e-5)
