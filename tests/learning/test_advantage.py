@@ -39,6 +39,17 @@ def test_batch_std_by_hand():
     close(group_advantages(torch.tensor([[0.0, 2.0], [7.0, 13.0]]), std="batch"), [[-1 / s, 1 / s], [-3 / s, 3 / s]])
 
 
+def test_without_a_std_the_differences_stay_as_they_are():
+    """1 2 6 around 3; 0 0 30 around 10, clipped at 5; ragged or not, and each reward of several by its weight alone."""
+    close(
+        group_advantages(torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 30.0]]), "none"),
+        [[-2.0, -1.0, 3.0], [-5.0, -5.0, 5.0]],
+    )
+    two = torch.tensor([[[1.0, 10.0], [3.0, 20.0]]])
+    for combine in ("normalized", "raw"):
+        close(combine_advantages(two, torch.tensor([1.0, 0.1]), "none", combine=combine), [[-1.5, 1.5]])
+
+
 def test_clip_by_hand():
     """One winner among 100: A = 0.99 / sqrt(0.0099) = 9.95, clipped to 5."""
     rewards = torch.zeros(1, 100)

@@ -72,7 +72,11 @@ def test_raw_rewards_are_added_first():
 
 
 @settings(max_examples=30, deadline=None)
-@given(std=st.sampled_from(["group", "group-and-anchor", "batch"]), seed=st.integers(0, 1000), size=st.integers(2, 6))
+@given(
+    std=st.sampled_from(["group", "group-and-anchor", "batch", "none"]),
+    seed=st.integers(0, 1000),
+    size=st.integers(2, 6),
+)
 def test_keys_of_any_size_have_the_advantages_of_combine_advantages(std, seed, size):
     source = torch.Generator().manual_seed(seed)
     values = torch.randn(3 * (size + 1), 2, generator=source, dtype=torch.float64)
@@ -93,7 +97,7 @@ def test_keys_of_any_size_have_the_advantages_of_combine_advantages(std, seed, s
         assert torch.equal(again[key != 1], found[key != 1])
 
 
-@pytest.mark.parametrize("std", ["group", "group-and-anchor", "batch"])
+@pytest.mark.parametrize("std", ["group", "group-and-anchor", "batch", "none"])
 def test_a_group_as_good_as_its_anchor_gives_zero(std):
     rewards = torch.tensor([[0.7, 0.7, 0.7], [0.0, 1.0, 2.0]])
     found = group_advantages(rewards, std, anchor=torch.tensor([0.7, 5.0]))

@@ -315,7 +315,7 @@ def test_i2_at_ratio_one_the_gradient_is_that_of_the_weighted_scores(case, uses)
     assert_close(gradient, dict(zip(parameters, expected, strict=True)), relative=1e-4)
 
 
-@pytest.mark.parametrize("std", ["group", "batch"])
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
 @pytest.mark.parametrize("combine", ["normalized", "raw"])
 def test_i3_advantages_of_a_key_sum_to_zero(case, std, combine):
     noise = torch.randn(2, len(SAMPLES), generator=torch.Generator().manual_seed(0))
@@ -329,7 +329,7 @@ def test_i3_advantages_of_a_key_sum_to_zero(case, std, combine):
         assert bool(result.advantage[own].any()) == (int(own.sum()) > 1)
 
 
-@pytest.mark.parametrize("std", ["group", "batch"])
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
 def test_i3_flat_groups_and_groups_of_one_give_zero(case, std):
     """The first group is flat, the second has one sample."""
     which = [0, 1, 2, 3, 6]
@@ -355,7 +355,7 @@ def with_anchors(case: Case, values: Tensor, std: str) -> tuple[Process, Drawn, 
     return process, drawn, compare(drawn, process.channels, Credit(baseline="anchor", std=std), WORLD)
 
 
-@pytest.mark.parametrize("std", ["group", "group-and-anchor", "batch"])
+@pytest.mark.parametrize("std", ["group", "group-and-anchor", "batch", "none"])
 def test_i3_groups_that_are_all_like_their_anchor_give_zero(case, std):
     _, _, result = with_anchors(case, torch.full((SIZE + 1,), 0.3), std)
     assert not result.advantage.any()

@@ -9,7 +9,7 @@ from pydantic import Field, GetJsonSchemaHandler
 from flashgrpo.config.recipe import merge_choices, without_gone
 from flashgrpo.errors import UserError, suggest
 from flashgrpo.learning.objective import AnyObjective, ClipRange
-from flashgrpo.learning.settings import AnyBehaviour, Credit
+from flashgrpo.learning.settings import AnyBehaviour, Credit, Std
 from flashgrpo.presets import PRESETS
 from flashgrpo.processes.flow.settings import Explore, Noise, Ratio, ScoreKind, Steps, Weighting
 from flashgrpo.settings import Part
@@ -35,7 +35,7 @@ GROUPING: Mapping[str, tuple[str, str]] = {
 class ShortGrouping(Part):
     """How the samples of a prompt group are compared, by its short names."""
 
-    std: Literal["group", "group-and-anchor", "batch"] = "group"
+    std: Std = "group"
     """Short for credit.std."""
     combine: Literal["normalized", "raw"] = "normalized"
     """Short for credit.combine."""

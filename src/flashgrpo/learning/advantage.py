@@ -6,7 +6,7 @@ The std is over the group (GRPO, arXiv 2402.03300) or over all samples of the up
 and Flash-GRPO, and what Flash-GRPO's runs used). It is the population's: divided by the number of samples, not by one
 less, as numpy computes it in that code. Rows are groups, not prompts: a text drawn twice is two rows. None is dropped.
 With an anchor, a sample of each group that was drawn without exploration, its reward takes the place of the mean (KVPO,
-arXiv 2605.14278), and the std may be that of group and anchor, divided by one less.
+arXiv 2605.14278), and the std may be that of group and anchor, divided by one less. Or there is none (Dr. GRPO).
 
 >>> group_advantages(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))               # std over the group: 1 and 0
 tensor([[-0.9999,  0.9999],
@@ -17,18 +17,17 @@ tensor([[-0.6030,  0.6030],
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from flashgrpo.errors import UserError
-from flashgrpo.learning.settings import STDS, Credit, check_choice
+from flashgrpo.learning.settings import Credit, Std, check_choice
 from flashgrpo.settings import check_number
 from flashgrpo.types import RewardTable, representable
 
-Std = Literal["group", "group-and-anchor", "batch"]
 EPSILON = 1e-4  # added to the std, as in the published code
 ROUNDING = 1e-6  # of the largest reward of a group: below it a spread is float32 rounding, not a preference
 
@@ -161,9 +160,9 @@ def _normalized(
 ) -> Float64[Tensor, "groups members"]:
     """(R - mean of its group, or anchor) / (std + 1e-4); the std of the batch is that of `whole` where that is given.
 
-    What is divided by a std is 0 where all that the std is of is equal: of a batch, the group and its anchor.
+    It is 0 where the group has no spread: with its anchor, unless it is divided by the std of its members alone.
     """
-    check_choice("std", std, STDS)
+    check_choice("std", std, get_args(Std))
     if rewards.ndim != 2 or 0 in rewards.shape:
         raise ValueError(f"rewards are (P, G), a row per group and a column per member, not {tuple(rewards.shape)}")
     if rewards.shape[1] == 1 and anchor is None:
@@ -174,13 +173,14 @@ def _normalized(
     rewards = rewards.double()
     baseline = rewards.mean(dim=1, keepdim=True) if anchor is None else anchor.double()[:, None]
     compared = rewards if anchor is None else torch.cat([rewards, baseline], dim=1)
+    difference = rewards - baseline
     if std == "group":
-        scale, compared = rewards.std(dim=1, keepdim=True, correction=0), rewards
+        compared, difference = rewards, difference / (rewards.std(dim=1, keepdim=True, correction=0) + EPSILON)
     elif std == "group-and-anchor":
-        scale = compared.std(dim=1, keepdim=True, correction=1)
-    else:
-        scale = (rewards if whole is None else whole).std(correction=0)
-    return torch.where(has_spread(compared)[:, None], (rewards - baseline) / (scale + EPSILON), 0.0)
+        difference = difference / (compared.std(dim=1, keepdim=True, correction=1) + EPSILON)
+    elif std == "batch":
+        difference = difference / ((rewards if whole is None else whole).std(correction=0) + EPSILON)
+    return torch.where(has_spread(compared)[:, None], difference, 0.0)
 
 
 def has_spread(rewards: Float[Tensor, "groups members"]) -> Bool[Tensor, " groups"]:

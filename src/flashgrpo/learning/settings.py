@@ -1,13 +1,13 @@
 """Settings of credit, of who draws, and of the optimizer step."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from flashgrpo.settings import FORBID_EXTRA, MANY, SMALLEST, Count, Part, Positive, check_number, default_kind
 
-STDS = ("group", "group-and-anchor", "batch")
+Std = Literal["group", "group-and-anchor", "batch", "none"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Credit:
             each prompt group, which is drawn without exploration (KVPO, 2605.14278). Whether all samples of a group
             are worse than the model as it is only an anchor can tell.
         std: advantages are divided by the std of the "group", of the "group-and-anchor" (there by one less than their
-            number, as published), or of the whole "batch" (all samples of the update). With "group" an easy prompt
-            whose rewards differ by a hair weighs as much as any other.
+            number, as published), of the whole "batch" (all samples of the update), or by nothing, "none" (Dr. GRPO,
+            2503.20783). With "group" an easy prompt whose rewards differ by a hair weighs as much as any other; with
+            "none" the scale of the rewards is that of the gradient, up to `clip`.
         combine: several rewards are "normalized" each and then weighted and added, so that their units do not matter,
             or weighted "raw" and normalized once.
         clip: advantages are clipped to +-clip.
@@ -31,7 +32,7 @@ class Credit:
     """
 
     baseline: Literal["mean", "anchor"] = "mean"
-    std: Literal["group", "group-and-anchor", "batch"] = "group"
+    std: Std = "group"
     combine: Literal["normalized", "raw"] = "normalized"
     clip: float = 5.0
     bend: Literal["hard", "soft"] = "hard"
@@ -41,7 +42,7 @@ class Credit:
 
     def __post_init__(self) -> None:
         check_choice("baseline", self.baseline, ("mean", "anchor"))
-        check_choice("std", self.std, STDS)
+        check_choice("std", self.std, get_args(Std))
         check_choice("combine", self.combine, ("normalized", "raw"))
         check_choice("bend", self.bend, ("hard", "soft"))
         check_choice("rescale", self.rescale, ("none", "clip", "largest"))
