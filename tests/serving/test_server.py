@@ -218,6 +218,20 @@ def test_a_server_that_is_told_to_end_answers_what_it_computes(gate):
     assert served.process.exitcode == 0
 
 
+def test_another_signal_ends_a_server_whose_reward_hangs(gate):
+    served = Served()
+    with pytest.raises(httpx.ReadTimeout):  # its client goes
+        post(served.url, body([gate.prompt]), timeout=3)
+    gate.wait()
+    served.process.terminate()
+    served.process.join(1)
+    assert served.process.is_alive()
+    for _ in range(20):
+        served.process.terminate()
+        served.process.join(1)
+    assert served.process.exitcode == -signal.SIGTERM
+
+
 def test_the_command_serves_a_file_and_ends_well(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -130,24 +130,24 @@ class Remote:
     async def _piece(
         self, piece: Piece, places: Places, few: asyncio.Semaphore, packing: asyncio.Lock
     ) -> dict[str, list[float]]:
-        videos, prompts, columns = piece
-        id = uuid.uuid4().hex
+        id, count = uuid.uuid4().hex, len(piece[1])
         async with few:
             async with packing:
-                body, headers = await asyncio.to_thread(self._pack, id, videos, prompts, columns)
+                body, headers = await asyncio.to_thread(self._pack, id, *piece)
             size = sum(map(len, body))
             if size > self._max_bytes:
                 raise UserError(
-                    f"{len(prompts)} videos make a request of {size / 2**20:.1f} MiB, and {self._reward} is "
+                    f"{count} videos make a request of {size / 2**20:.1f} MiB, and {self._reward} is "
                     f"served with --max-mib {self._max_bytes / 2**20:g}; lower the reward's batch or raise that"
                 )
 
             async def attempt() -> dict[str, list[float]]:
-                answer, url = await self._ask(places, body, headers)
+                async with self._place(places) as (server, client):
+                    answer = await server.ask(client, "POST", "/score", body, headers)
                 try:
-                    return wire.unpack_answer(answer, id, self._reward, len(prompts))
+                    return wire.unpack_answer(answer, id, self._reward, count)
                 except ValueError as error:
-                    raise UserError(f"{url} gave no valid answer: {error}") from error
+                    raise UserError(f"{server.url} gave no valid answer: {error}") from error
 
             return await persist(attempt, self._patience, ADVICE, self._warn)
 
@@ -157,12 +157,12 @@ class Remote:
         inputs = [Path(file).read_bytes() for file in videos] if self.takes.kind == "files" else videos
         return wire.pack(id, self.takes.kind, inputs, prompts, columns, self._encoding)
 
-    async def _ask(self, places: Places, body: list[memoryview], headers: dict[str, str]) -> tuple[bytes, str]:
-        """Ask the next server that has room once, and return its answer and URL."""
-        place = server, client = await places.get()
-        rest = 0.0
+    @asynccontextmanager
+    async def _place(self, places: Places) -> AsyncIterator[tuple[Endpoint, httpx.AsyncClient]]:
+        """Take the next place at a server, and put it back; after a rest where that failed and there are others."""
+        place, rest = await places.get(), 0.0
         try:
-            return await server.ask(client, "POST", "/score", body, headers), server.url
+            yield place
         except Transient as failure:
             self.failures += 1
             if len(self._servers) > 1:
