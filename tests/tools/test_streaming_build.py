@@ -1,7 +1,6 @@
 """The recipe of the bundled streaming model: what a frame attends to, what counts, and that a build continues."""
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,15 +34,15 @@ def world(scripts: list[Script]) -> data.World:
 def test_what_counts_is_what_the_caption_is_about() -> None:
     """Captions are right with a share of 0; a video with a switch at block 3 is learnt before it or from it on."""
     one, two = train_combinations()[:2]
-    recipe = replace(data.QUICK, batch=16, wrong_caption_share=0.0)
-    (batch,) = data.batches(world([Script(one, two, 3)]), recipe, True, 0, 1, 0)
-    before = torch.tensor([1.0] * 3 + [0.0] * (BLOCKS - 3))
-    told = batch.text[:, 0, 0]
-    assert set(told.tolist()) == {0.0, 1.0}
-    for caption_number, weight in zip(told.tolist(), batch.weight, strict=True):
-        assert torch.equal(weight, before if caption_number == 0 else 1 - before)
+    lesson = data.Lesson("a", 1, 1, lr=0.0, level_share=1.0, wrong_caption_share=0.0, switches=True, emphasis=3.0)
+    scripts = world([Script(two, one, BLOCKS), Script(one, two, 3)])
+    (batch,) = data.batches(scripts, lesson, 16, 0, 0)
+    before, after = [1.0] * 3 + [0.0] * 5, [0.0] * 3 + [3.0] + [1.0] * 4
+    told = batch.text[:, 0, 0].tolist()
+    assert set(told) == {0.0, 1.0}
+    assert [row.tolist() for row in batch.weight] == [before if number == 0 else after for number in told]
     assert set(batch.sigma.unique().tolist()) <= {torch.tensor(level).item() for level in data.LEVELS}
-    again = next(iter(data.batches(world([Script(one, two, 3)]), recipe, True, 0, 1, 0)))
+    (again,) = data.batches(scripts, lesson, 16, 0, 0)
     assert torch.equal(batch.eps, again.eps)
 
 

@@ -2,14 +2,11 @@
 
 It begins with the bundled pipeline of short clips (``tools.tiny.build``), whose text encoder and autoencoder it keeps.
 The transformer learns, on long videos with captions that may change, to draw a block of three latent frames from the
-frames before it. Two stages:
+frames before it, by rectified flow with a block-causal mask. A row is a video twice: clean, then with each block noised
+to a level of its own, most often one of the four that it will be drawn at. A noisy block attends to itself and to its
+window of clean frames, which are what a cache holds. A second stage is about the blocks at which captions change.
 
-1. *flow*: rectified flow with a block-causal mask. A row is a video twice, first clean, then each block noised to a
-   level of its own; a noisy block attends to itself and to its window of clean frames. This is what a cache holds.
-2. *few steps*: at the four levels that it will be drawn at, the model regresses to where the first stage's weights end
-   when they solve the flow from there in several steps.
-
-Captions are wrong in part (``Recipe.wrong_caption_share``), so videos follow their prompts imperfectly, and no block
+Captions are wrong in part (``Lesson.wrong_caption_share``), so videos follow their prompts imperfectly, and no block
 is ever trained on what the model itself drew, so errors add up along a video: alignment has something to do.
 
 All of it is a function of the seed, on one machine. What is done is kept in ``--work`` every minute: the same command
@@ -21,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +26,9 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
 from flashgrpo.files import read_object, write_json
-from flashgrpo.models.causal.network import CausalNetwork, Written, context_of
+from flashgrpo.models.causal.network import CausalNetwork
 from flashgrpo.processes.streaming.window import Window
-from tools.streaming.data import QUICK, Batch, Recipe, World, batches, encode_world, per_frame, write_kept
+from tools.streaming.data import QUICK, Batch, Lesson, Recipe, World, batches, encode_world, per_frame, write_kept
 from tools.streaming.world import BLOCK, LATENT_FRAMES
 from tools.tiny.build import WEIGHTS as CLIPS
 from tools.tiny.build import Progress, save, warm_cosine
@@ -68,31 +64,13 @@ def block_causal_mask() -> Tensor:
     return mask
 
 
-CLEAN, NOISY = slice(0, LATENT_FRAMES), slice(LATENT_FRAMES, None)
-
-
 def velocity(network: CausalNetwork, batch: Batch, mask: Tensor) -> Tensor:
     """The velocity of each block's noisy version, from the clean frames before it; both are computed together."""
     frames = torch.arange(LATENT_FRAMES).repeat(2)
     sigma = per_frame(batch.sigma)
     levels = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
     both = network.masked(torch.cat([batch.x0, batch.noisy], dim=2), levels, frames, mask, batch.text)
-    return both[:, :, NOISY]
-
-
-@torch.no_grad()
-def solved(network: CausalNetwork, batch: Batch, steps: int, mask: Tensor) -> Tensor:
-    """Where the flow leads from each block's noisy version, by Euler steps of equal size in sigma; (B, C, F, H, W)."""
-    frames = torch.arange(LATENT_FRAMES)
-    written: Written = {}
-    x, sigma = batch.noisy, batch.sigma
-    network.masked(batch.x0, torch.zeros(len(x), LATENT_FRAMES), frames, mask[CLEAN, CLEAN], batch.text, None, written)
-    for step in range(steps, 0, -1):
-        lower = batch.sigma * ((step - 1) / steps)
-        v = network.masked(x, per_frame(sigma), frames, mask[NOISY], batch.text, context_of(written))
-        x = x + per_frame(lower - sigma)[:, None, :, None, None] * v
-        sigma = lower
-    return x
+    return both[:, :, LATENT_FRAMES:]
 
 
 def error(v: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -104,20 +82,20 @@ def error(v: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 class Stage:
     """A stage's weights, average and optimizer, which are kept in a file and found there again."""
 
-    def __init__(self, transformer: nn.Module, lr: float, steps: int, file: Path) -> None:
-        self.transformer, self.steps, self.file = transformer, steps, file
+    def __init__(self, transformer: nn.Module, lesson: Lesson, work: Path) -> None:
+        self.transformer, self.steps, self.file = transformer, lesson.steps, work / f"{lesson.name}.pt"
         self.average = copy.deepcopy(transformer.state_dict())
-        self.optimizer = Muon(transformer.parameters(), lr=lr, adam_lr=lr / 10)
-        self.schedule = warm_cosine(self.optimizer, steps)
+        self.optimizer = Muon(transformer.parameters(), lr=lesson.lr, adam_lr=lesson.lr / 10)
+        self.schedule = warm_cosine(self.optimizer, lesson.horizon)
         self.step = 0
         self.kept = time.perf_counter()
-        if file.exists():
-            kept = torch.load(file, weights_only=True)
+        if self.file.exists():
+            kept = torch.load(self.file, weights_only=True)
             self.step, self.average = kept["step"], kept["average"]
             transformer.load_state_dict(kept["weights"])
             self.optimizer.load_kept(kept["optimizer"])
             self.schedule.load_state_dict(kept["schedule"])
-            print(f"{file.name}: {self.step} of {steps} steps are done")
+            print(f"{lesson.name}: {self.step} of {lesson.steps} steps are done", flush=True)
 
     def learn(self, loss: Tensor, decay: float) -> None:
         """Take one step, and keep everything when a minute has passed or the stage is done."""
@@ -151,26 +129,16 @@ class Stage:
 
 
 def train(transformer: WanTransformer3DModel, world: World, recipe: Recipe, work: Path, seed: int) -> None:
-    """Both stages."""
+    """Take one lesson after the other, each from the averaged weights of the one before."""
     network, mask = CausalNetwork(transformer), block_causal_mask()
-    stage = Stage(transformer, recipe.flow_lr, recipe.flow_steps, work / "flow.pt")
-    progress = Progress("flow", recipe.flow_steps, stage.step)
-    for batch in batches(world, recipe, False, stage.step, recipe.flow_steps, seed):
-        loss = error(velocity(network, batch, mask), batch.eps - batch.x0, batch.weight)
-        stage.learn(loss, recipe.ema_decay)
-        progress(loss)
-    stage.finish()
-
-    teacher = CausalNetwork(transformer_for_streams(transformer).requires_grad_(False))
-    stage = Stage(transformer, recipe.few_lr, recipe.few_steps, work / "few.pt")
-    progress = Progress("few steps", recipe.few_steps, stage.step)
-    for batch in batches(world, recipe, True, stage.step, recipe.few_steps, seed):
-        end = solved(teacher, batch, recipe.teacher_steps, mask)
-        target = (batch.noisy - end) / per_frame(batch.sigma)[:, None, :, None, None]
-        loss = error(velocity(network, batch, mask), target, batch.weight)
-        stage.learn(loss, recipe.ema_decay)
-        progress(loss)
-    stage.finish()
+    for lesson in recipe.lessons:
+        stage = Stage(transformer, lesson, work)
+        progress = Progress(lesson.name, lesson.steps, stage.step)
+        for batch in batches(world, lesson, recipe.batch, stage.step, seed):
+            loss = error(velocity(network, batch, mask), batch.eps - batch.x0, batch.weight)
+            stage.learn(loss, recipe.ema_decay)
+            progress(loss)
+        stage.finish()
 
 
 def build(out: Path = WEIGHTS, work: Path = WORK, seed: int = 0, recipe: Recipe | None = None) -> Any:
@@ -178,7 +146,7 @@ def build(out: Path = WEIGHTS, work: Path = WORK, seed: int = 0, recipe: Recipe 
     recipe = recipe or Recipe()
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
-    begun = {"seed": seed, **asdict(recipe)}
+    begun = {"seed": seed, "recipe": repr(recipe)}
     if (file := work / "recipe.json").exists() and read_object(file) != begun:
         raise SystemExit(f"{work} holds what another seed or recipe has begun; give another --work, or delete it")
     write_json(file, begun)

@@ -21,26 +21,49 @@ LEVELS = shifted_levels()
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Sizes, steps and learning rates.
+class Lesson:
+    """A stage of the training.
 
-    A batch is ``batch`` rows. A level is one of the four with probability ``level_share``, else any.
+    The learning rate falls as a half cosine of ``horizon`` steps, of which the first ``steps`` are taken. A level is
+    one of the four with probability ``level_share``, else any. An attribute's word is redrawn with probability
+    ``wrong_caption_share``. With ``switches`` all rows are of videos that switch; the block at the switch counts
+    ``emphasis`` times.
     """
+
+    name: str
+    steps: int
+    horizon: int
+    lr: float
+    level_share: float
+    wrong_caption_share: float
+    switches: bool = False
+    emphasis: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and stages. A share ``switched`` of the videos has a switch; a batch is ``batch`` rows."""
 
     videos: int = 216
     switched: float = 0.5
-    flow_steps: int = 420
-    few_steps: int = 80
     batch: int = 8
-    flow_lr: float = 1e-2
-    few_lr: float = 3e-3
-    level_share: float = 0.5
-    teacher_steps: int = 4
     ema_decay: float = 0.99
-    wrong_caption_share: float = 0.3
+    lessons: tuple[Lesson, ...] = (
+        Lesson("flow", 252, 420, lr=1e-2, level_share=0.5, wrong_caption_share=0.3),
+        Lesson("switches", 70, 120, lr=5e-3, level_share=0.7, wrong_caption_share=0.1, switches=True, emphasis=3.0),
+        Lesson("both", 170, 170, lr=1e-2, level_share=0.7, wrong_caption_share=0.1, emphasis=3.0),
+    )
 
 
-QUICK = Recipe(videos=4, flow_steps=2, few_steps=2, batch=2, teacher_steps=1, ema_decay=0.5)
+QUICK = Recipe(
+    videos=4,
+    batch=2,
+    ema_decay=0.5,
+    lessons=(
+        Lesson("flow", 2, 3, lr=1e-2, level_share=0.5, wrong_caption_share=0.3),
+        Lesson("switches", 2, 2, lr=5e-3, level_share=1.0, wrong_caption_share=0.0, switches=True, emphasis=3.0),
+    ),
+)
 """Barely trained: for testing the recipe itself."""
 
 
@@ -106,25 +129,26 @@ def per_frame(of_blocks: Tensor) -> Tensor:
     return of_blocks.repeat_interleave(BLOCK, dim=1)
 
 
-def batches(world: World, recipe: Recipe, levels_only: bool, begin: int, end: int, seed: int) -> Iterator[Batch]:
-    """Draw the batches of steps ``begin`` to ``end``, each from its own name."""
+def batches(world: World, lesson: Lesson, size: int, begin: int, seed: int) -> Iterator[Batch]:
+    """Draw the batches of a lesson's steps from ``begin`` on, each from its own name."""
     combinations = train_combinations()
-    confusion = caption_confusion(combinations, recipe.wrong_caption_share)
+    confusion = caption_confusion(combinations, lesson.wrong_caption_share)
     levels = torch.tensor(LEVELS)
-    size = recipe.batch
-    for step in range(begin, end):
-        draw = generator(seed, "few" if levels_only else "flow", step)
-        rows = torch.randint(len(world.scripts), (size,), generator=draw)
+    numbers = [n for n, script in enumerate(world.scripts) if script.switch < BLOCKS or not lesson.switches]
+    for step in range(begin, lesson.steps):
+        draw = generator(seed, lesson.name, step)
+        rows = torch.tensor(numbers)[torch.randint(len(numbers), (size,), generator=draw)]
         scripts = [world.scripts[row] for row in rows]
-        second = [torch.rand((), generator=draw) < 0.5 and script.switch < BLOCKS for script in scripts]
+        second = [torch.rand((), generator=draw).item() < 0.5 and script.switch < BLOCKS for script in scripts]
         shown = [combinations.index(s.second if b else s.first) for s, b in zip(scripts, second, strict=True)]
         told = torch.multinomial(confusion[shown], 1, generator=draw)[:, 0]
-        after = torch.arange(BLOCKS)[None] >= torch.tensor([s.switch for s in scripts])[:, None]
-        weight = (after == torch.tensor(second)[:, None]).float()
+        block, switch = torch.arange(BLOCKS)[None], torch.tensor([s.switch for s in scripts])[:, None]
+        weight = ((block >= switch) == torch.tensor(second)[:, None]).float()
+        weight = torch.where(block == switch, weight * lesson.emphasis, weight)
         u = torch.rand(size, BLOCKS, generator=draw)
         anywhere = 5 * u / (1 + 4 * u)
         at_levels = levels[torch.randint(len(levels), (size, BLOCKS), generator=draw)]
-        chosen = torch.rand(size, BLOCKS, generator=draw) < (1.0 if levels_only else recipe.level_share)
+        chosen = torch.rand(size, BLOCKS, generator=draw) < lesson.level_share
         x0 = world.latents[rows]
         eps = torch.randn(x0.shape, generator=draw)
         yield Batch(x0, eps, torch.where(chosen, at_levels, anywhere), world.texts[told], weight)

@@ -138,8 +138,7 @@ class CausalWan:
     def decode(self, latents: Latents, state: DecoderState | None = None) -> tuple[Videos, DecoderState]:
         """Decode the next latent frames to the next frames (B, F, 3, H, W) in [0, 1]; see `StreamDecoder`."""
         vae: Any = self._wan.part("vae")
-        mean, std = self._wan._latent_statistics
-        video, state = self._decoder.decode((latents * std + mean).to(vae.dtype), state)
+        video, state = self._decoder.decode(self._wan.denormalized(latents).to(vae.dtype), state)
         return (video.float() / 2 + 0.5).permute(0, 2, 1, 3, 4).contiguous(), state
 
     def reference(self) -> AbstractContextManager[None]:

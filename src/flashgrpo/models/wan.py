@@ -161,8 +161,12 @@ class WanModel(PipelineModel):
 
     def decode_latents(self, vae: Any, latents: Latents) -> Tensor:
         """Undo the latents' normalisation and decode."""
+        return vae.decode(self.denormalized(latents).to(vae.dtype), return_dict=False)[0]
+
+    def denormalized(self, latents: Latents) -> Latents:
+        """Return latents in the autoencoder's own scale."""
         mean, std = self._latent_statistics
-        return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+        return latents * std + mean
 
     def latents_for(self, frames: int) -> int:
         """Count the latent frames: the first stands for one frame, each further one for four."""

@@ -28,14 +28,13 @@ class Call:
         positions: (F,) of the frames in the video.
         context: past frames to attend to.
         written: layer -> its keys and values, filled in where it is given.
-        mask: (L, L'), true where a token (row) may attend to a token (column), those of the context first; all may
-            where it is None.
+        mask: (L, L), true where a token (row) may attend to a token (column); all may where it is None.
     """
 
     positions: Tensor
     context: Context | None = None
     written: Written | None = None
-    mask: Bool[Tensor, "queries keys"] | None = None
+    mask: Bool[Tensor, "tokens tokens"] | None = None
 
 
 class CallRope(nn.Module):
@@ -159,23 +158,20 @@ class CausalNetwork:
         x: Latents,
         sigma: Float[Tensor, "batch frames"],
         positions: Tensor,
-        mask: Bool[Tensor, "frames keys"],
+        mask: Bool[Tensor, "frames frames"],
         text: Tensor,
-        context: Context | None = None,
-        written: Written | None = None,
     ) -> Latents:
         """Compute the velocity of many frames in one pass, each at a noise level of its own; differentiable.
 
         What training wants: with a block-causal mask this is what `velocity` gives block by block.
 
         Args:
-            mask: true where a frame (row) attends to a frame (column), those of the context first.
-            written: is given each layer's keys and values.
+            mask: true where a frame (row) attends to a frame (column).
         """
         patch_height, patch_width = self.network.config.patch_size[1:]
         per_frame = (x.shape[3] // patch_height) * (x.shape[4] // patch_width)
         tokens = mask.repeat_interleave(per_frame, 0).repeat_interleave(per_frame, 1)
-        return self._called(Call(positions, context, written, tokens), x, sigma.repeat_interleave(per_frame, 1), text)
+        return self._called(Call(positions, mask=tokens), x, sigma.repeat_interleave(per_frame, 1), text)
 
     def _called(self, call: Call, x: Latents, sigma: Tensor, text: Tensor) -> Latents:
         self._rope.call = call
