@@ -8,7 +8,7 @@ import torch
 
 from flashgrpo.distributed.world import single_process
 from flashgrpo.learning.experience import compare, draw_and_score
-from flashgrpo.learning.objective import Clipped
+from flashgrpo.learning.objective import Clipped, Competing
 from flashgrpo.learning.optim import Optimizer
 from flashgrpo.learning.settings import Credit, OptimConfig
 from flashgrpo.learning.update import policy_update
@@ -17,6 +17,7 @@ from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.types import Prompt, PromptGroup, RewardTable
 from tests.fakes import Colour, Program
+from tests.streams import Stream
 
 WORLD = single_process()
 TARGETS = {"red": 0, "green": 1, "blue": 2}
@@ -99,3 +100,39 @@ def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
     one_update(other, resumed, 2, config, objective)
     for name, weight in optimizer.weights().items():
         assert torch.equal(resumed.weights()[name], weight)
+
+
+class Redness:
+    """Scores how red a sample is, or how little."""
+
+    def __init__(self, sign, count):
+        self.sign, self.values = sign, torch.zeros(count, 1, dtype=torch.float64)
+
+    def add(self, rows, outputs):
+        self.values[rows] = self.sign * outputs[:, :1].double().cpu()
+
+    def table(self):
+        return RewardTable(("red",), self.values, torch.ones(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("credit", [Credit(), Credit(baseline="anchor", std="group-and-anchor", clip=2.5)])
+def test_branches_that_compete_teach_what_is_drawn_without_them(sign, credit):
+    """The model as it is, in a clean context, follows the branches that were better, whichever way that is."""
+    config, objective = OptimConfig(lr=0.01), Competing(tau=0.05, kl_coef=0.01)
+    process = Stream(credit.anchored, micro_batch=8, prompts=len(PROMPTS), group_size=SIZE)
+    optimizer = Optimizer(trained_parameters(process.network), config, WORLD)
+    reds = []
+    for update in range(15):
+        groups = [PromptGroup(update, n, prompt, SIZE, credit.anchored) for n, prompt in enumerate(PROMPTS)]
+        scores = Redness(sign, sum(len(group.samples) for group in groups))
+        drawn = draw_and_score(process, scores, groups, 0, WORLD, lambda phase: nullcontext(), 1)
+        metrics = policy_update(
+            process, objective, optimizer, compare(drawn, process.channels, credit, WORLD).record, config, WORLD
+        )
+        assert metrics["drift"] == 0
+        clean = process.sample(PROMPTS * 4, [("clean", n) for n in range(4 * len(PROMPTS))], lambda rows, outputs: None)
+        reds.append(float(clean[:, 0].mean()))
+    assert sign * (reds[-1] - reds[0]) > 0.2
+    assert 1 / SIZE < metrics["largest_share"] < 0.9
+    assert metrics["kl"] > 0
