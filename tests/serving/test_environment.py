@@ -21,6 +21,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.scoring.names import full_name
 from flashgrpo.serving import environment as module
 from flashgrpo.serving.client import remote
+from flashgrpo.serving.commands import Options
 from flashgrpo.serving.environment import (
     SHIPPED,
     Environment,
@@ -29,6 +30,7 @@ from flashgrpo.serving.environment import (
     requirements_of,
     script_requirements,
     server_requirements,
+    start,
 )
 
 CHECKOUT = Path(__file__).parents[2]
@@ -224,6 +226,24 @@ def test_an_environment_is_made_once_and_whole(plain):
     assert len(steps) > count
 
 
+def test_options_reach_the_server_an_empty_name_of_a_variable_too(plain, monkeypatch):
+    """What is empty is refused there, and never taken for none, which serves without a token."""
+    made, _, folder = plain
+    told = []
+    monkeypatch.setattr(os, "execv", lambda *command: told.append(command))
+    with open(folder / "lock", "w") as file:
+        monkeypatch.setattr(Environment, "hold", lambda self, rebuild: file)
+        for token_env in ("", None):
+            start(made, ["a=1"], Options("0.0.0.0", 1, 2, 3, 4.5, token_env))
+        assert os.get_inheritable(file.fileno())
+    options = "--host=0.0.0.0 --port=1 --batch=2 --queue=3 --max-mib=4.5"
+    rest = f"-- {folder}/mine.py:reward a=1"
+    assert [" ".join(words).partition("reward serve ")[2] for _, words in told] == [
+        f"{options} --token-env= {rest}",
+        f"{options} {rest}",
+    ]
+
+
 def test_a_file_system_without_locks_costs_a_warning(plain, monkeypatch, caplog):
     def refuse(*_) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -240,11 +260,11 @@ def test_a_file_system_without_locks_costs_a_warning(plain, monkeypatch, caplog)
 def test_two_starts_at_once_make_one(plain):
     made, steps, _ = plain
     held = []
-    starts = [threading.Thread(target=lambda: held.append(made.hold())) for _ in range(2)]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join()
+    threads = [threading.Thread(target=lambda: held.append(made.hold())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert steps.count("install") == 1
     with pytest.raises(UserError, match=r"--rebuild: .* is in use; stop the server"):
         made.hold(rebuild=True)
