@@ -73,6 +73,11 @@ class Record:
         """Units."""
         return len(self.slot)
 
+    @property
+    def one_key_each(self) -> bool:
+        """Whether the terms of each unit have one key; those that compete have to, since optimizer steps take units."""
+        return torch.stack([self.unit, self.key]).unique(dim=1).shape[1] == len(self)
+
     def __getitem__(self, units: Int64[Tensor, " some"]) -> "Record":
         """The same of some units, in the order of `units`, with all of their terms."""
         place = torch.full((len(self.slot),), len(units))

@@ -13,7 +13,7 @@ from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.update import policy_update
 from flashgrpo.process import Columns, Record
 from flashgrpo.types import Prompt, PromptGroup, Sample
-from tests.fakes import Colour, InTwo, Painted
+from tests.fakes import Colour, InTwo, Painted, Program
 from tests.learning.toy import CPU, FirstOfTwo, SecondOfTwo
 from tests.streams import Branches, Stream
 
@@ -231,3 +231,16 @@ def test_a_loss_that_is_no_number_reaches_all_parts():
     spoilt = replace(record, old=torch.where(record.key == 0, torch.nan, record.old))
     (found,), _ = updated(process, spoilt, Competing())
     assert not any(gradient.isfinite().any() for gradient in found)
+
+
+def test_a_unit_whose_terms_have_several_keys_cannot_compete():
+    process = Program(micro_batch=2)
+    groups = [PromptGroup(0, g, Prompt("a red wall", {}), 3) for g in range(2)]
+    _, record = process.draw([Sample(g, m) for g in groups for m in range(3)], 0, lambda rows, outputs: None, 2)
+    record = replace(record, advantage=torch.ones(len(record.old)))
+    assert record.one_key_each
+    updated(process, record, Competing())
+    mixed = replace(record, key=torch.arange(len(record.key)))
+    assert not mixed.one_key_each
+    with pytest.raises(AssertionError, match="part the terms of a key"):
+        updated(process, mixed, Competing())

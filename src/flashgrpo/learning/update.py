@@ -81,6 +81,7 @@ def policy_update(
     by_slot = config.grad_norm_by_step
     if by_slot is None:
         by_slot = not (world.uses_fsdp and world.size > 1)
+    assert not objective.coupled or record.one_key_each, "a unit would part the terms of a key"
     two_passes = objective.coupled or process.addends > 1
     replayed = [name for name in objective.columns if not (two_passes and name in objective.constants)]
     for batch in work.optimizer_steps(config, whole_keys=objective.coupled):
