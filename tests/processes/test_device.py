@@ -44,7 +44,14 @@ def ask() -> Iterator[Callable[..., dict[str, Any]]]:
         process.stdin.close()
 
 
-PROCESSES = ["flow: mix-grpo, normalized ratio", "colour", "program", "addends with a penalty"]
+PROCESSES = [
+    "flow: mix-grpo, normalized ratio",
+    "flow: awm",
+    "flow: diffusion-nft",
+    "colour",
+    "program",
+    "addends with a penalty",
+]
 """Of the conformance suite, one of each kind."""
 
 

@@ -34,7 +34,7 @@ NOTED = (  # may change, too, and what changed is kept in changes.jsonl
     *(f"optim.{name}" for name in ("lr", "max_grad_norm", "eps", "weight_decay", "max_bad_steps", "max_bad_groups")),
     *(f"algorithm.objective.{name}" for name in ("clip_range", "tau", "beta", "scale", "kl_coef", "average_coef")),
     *(f"algorithm.behaviour.{name}" for name in ("slope", "start", "ceiling", "updates")),
-    "algorithm.credit.clip",
+    *(f"algorithm.credit.{name}" for name in ("clip", "unsafe_weight")),
     "algorithm.credit.unsafe_weight",
 )
 
