@@ -1,10 +1,12 @@
 """The command line. No logic lives here: each command reads its arguments, calls one function, shows the result."""
 
+import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, NoReturn, get_args
 
 import typer
 from rich.console import Console
@@ -260,11 +262,23 @@ def main() -> None:
             check_arguments(sys.argv[1:])
             app()
         except UserError as error:
-            if not error.told:
-                print(f"flashgrpo: {clean(str(error))}", file=sys.stderr)
-            sys.exit(2)
+            _refuse(clean(str(error)), error.told)
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"flashgrpo: {clean(str(error.filename))}: {system_reason(error)}", file=sys.stderr)
-            sys.exit(2)
+            _refuse(f"{clean(str(error.filename))}: {system_reason(error)}")
+
+
+def _refuse(sentence: str, told: bool = False) -> NoReturn:
+    """End with a sentence and code 2.
+
+    torchrun adds some thirty lines of its own, which nothing here can keep it from; its last ones show, for each rank,
+    the sentence that lies in the file that it names.
+    """
+    if not told:
+        print(f"flashgrpo: {sentence}", file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            said = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": said}), "utf-8")
+    sys.exit(2)

@@ -27,6 +27,7 @@ def test_bad_input_is_one_sentence_under_torchrun(make_run, tmp_path):
     done = subprocess.run([*TORCHRUN, "train", str(recipe)], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr.count("flashgrpo: model.path: there is no folder /nowhere") == 1
+    assert "model.path: there is no folder /nowhere" in done.stderr[-600:], "where torchrun's own lines end"
 
 
 def test_the_slurm_example_calls_torchrun(tmp_path):
