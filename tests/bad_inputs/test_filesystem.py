@@ -23,7 +23,8 @@ from tests.filesystem import Disk, Fault, bad_write, failing, limited, no_space,
 SHORT = ("updates=10", "evaluation.every=5", "evaluation.videos=1", "evaluation.num_steps=2", "tracking.preflight=skip")
 SIZE = ("rollout.num_steps=3", "model.height=32", "model.width=32", "model.num_frames=1")
 JPEG = "rewards={jpeg: {call: 'flashgrpo.rewards.jpeg:compressibility'}, agreement: null, persistence: null}"
-AVERAGED = ("algorithm=diffusion-nft", "algorithm.score={draw: grid, times: 1}")  # re-noised, drawn by an average
+SCORE = "algorithm.score={draw: grid, times: 1, window: [0.01, 1.0]}"
+AVERAGED = ("algorithm=awm", SCORE, "optim.lr=3e-2")  # re-noised, with an average beside the weights
 RUNS = {"flow": (*SHORT, *SIZE, JPEG), "re-noised": (*SHORT, *SIZE, JPEG, *AVERAGED)}
 
 
