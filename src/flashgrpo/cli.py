@@ -280,5 +280,5 @@ def _refuse(sentence: str, told: bool = False) -> NoReturn:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
             said = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(file).write_text(json.dumps({"message": said}), "utf-8")
+            Path(file).write_text(to_json({"message": said}), "utf-8")
     sys.exit(2)
