@@ -63,7 +63,7 @@ AWM = Algorithm(
 )
 V_GRPO = Algorithm(Deterministic(), Renoised(shared=True), Credit(clip=3.0, bend="soft"), Clipped(clip_range=0.2))
 DIFFUSION_NFT = Algorithm(
-    Deterministic(), Renoised(times=None, draw="shuffled"), objective=Contrast(kl_coef=1e-4), behaviour=Averaged()
+    Deterministic(), Renoised(times=None, draw="shuffled"), _OVER_BATCH, Contrast(kl_coef=1e-4), Averaged()
 )
 
 # Flash-GRPO without one or both of its two ideas

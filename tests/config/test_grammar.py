@@ -114,6 +114,16 @@ def test_a_setting_given_twice_is_refused(stored, tmp_path, algorithm, names):
         ("algorithm.noise.etaa=1", "unknown key algorithm.noise.etaa; did you mean 'eta'?"),
         ("algorithm.credit.sdt=group", "unknown key algorithm.credit.sdt; did you mean 'std'?"),
         ("algorithm.grouping.sdt=group", "unknown key algorithm.grouping.sdt; did you mean 'std'?"),
+        (
+            "algorithm={preset: awm, noise: {eta: 0.5}}",
+            "algorithm.noise is a setting of another kind of algorithm.explore; choose algorithm.explore.kind=stoch",
+        ),
+        (
+            "algorithm={preset: flow-dppo, clip_range: 0.1}",
+            "choose algorithm.objective.kind=clipped or competing for it",
+        ),
+        ("algorithm={preset: flow-dppo, score: {times: 2}}", "choose algorithm.score.kind=renoised for it"),
+        ("algorithm.behaviour={kind: frozen, slope: 0.1}", "choose algorithm.behaviour.kind=averaged for it"),
         ("algorithm.grouping=group", "algorithm.grouping is a mapping of std, combine, shared_noise, not 'group'"),
         ("algorithm.grouping=null", "algorithm.grouping is a mapping of std, combine, shared_noise, not None"),
         (

@@ -103,6 +103,17 @@ def test_each_phase_takes_what_is_counted(make_run, phase, algorithm):
     assert live.peak + before == pytest.approx(sum(counted.values()) - counted["weights"], rel=0.15)
 
 
+@pytest.mark.parametrize(("train", "copies"), [("{kind: full}", 1), ("{kind: lora, rank: 2, targets: [to_q]}", 0)])
+def test_the_base_that_full_training_is_held_near_is_counted(make_run, train, copies):
+    """Adapters are switched off for it; of full weights there is a copy."""
+    plain, held = (
+        estimate(make_run("algorithm=v-grpo", f"algorithm.kl_coef={coefficient}", f"model.train={train}"))
+        for coefficient in (0, 0.1)
+    )
+    more = held.phases["update"]["learning"] - plain.phases["update"]["learning"]
+    assert more == copies * 4 * held.parameters["trained"]
+
+
 def test_processes_rewards_and_servers_are_counted(make_run):
     """The fewest processes that a recipe can have, a reward rank that gets pieces, requests on their way."""
     video = 4 * 3 * 5 * 32 * 32

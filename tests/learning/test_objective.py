@@ -188,6 +188,17 @@ def test_the_mask_lets_corrective_terms_pass_at_any_distance(ratio, advantage, c
     assert metrics["ratio_max_dev"] == pytest.approx(abs(ratio - 1), abs=1e-6)
 
 
+@pytest.mark.parametrize("advantage", [0.0, 2.0])
+def test_a_ratio_beyond_float32_is_a_constant(advantage):
+    """Of a term of a flat group, too: 0 times inf would be NaN, and cost the optimizer step."""
+    for objective in (Clipped(clip_range=0.2), KlMasked(tau=0.02), KlMasked(tau=1e9)):
+        score = one(120.0).requires_grad_()
+        loss = objective.losses(score, one(0.0), one(advantage), one(1.0), {"kl_old": one(1.0)}).sum()
+        assert loss.isfinite()
+        (derivative,) = torch.autograd.grad(loss, score)
+        assert derivative.item() == 0
+
+
 def test_penalties_come_on_top_of_any_objective():
     columns = {"kl": one(0.3), "kl_average": one(0.2), "kl_old": one(0.0), "toward:1.0": one(1.0), "away:1.0": one(1.0)}
     rows = one(0.0), one(0.0), one(2.0), one(1.0)

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flashgrpo.config.algorithm import short_name
-from flashgrpo.config.schema import alternatives, known_below
+from flashgrpo.config.schema import alternatives, kinds_with, known_below
 from flashgrpo.errors import suggest
 
 Tree = Mapping[Any, Any]
@@ -79,6 +79,9 @@ def _mistakes(tree: Tree, validate: Callable[[Tree], Any], schema: Tree) -> list
 def _sentence(mistake: Mapping[str, Any], keys: list[str], schema: Tree) -> str:
     place, given, kind = short_name(".".join(keys)), mistake["input"], mistake["type"]
     if kind in UNKNOWN:
+        if kinds := kinds_with(keys, schema):
+            above = short_name(".".join(keys[:-1]))
+            return f"{place} is a setting of another kind of {above}; choose {above}.kind={' or '.join(kinds)} for it"
         return f"unknown key {place}; {suggest(keys[-1], known_below(keys[:-1], schema))}"
     if mistake["loc"][-1:] == ("[key]",):
         place = f"a name in {short_name('.'.join(keys[:-1]))}"

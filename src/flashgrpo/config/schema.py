@@ -31,6 +31,12 @@ def known_below(keys: Sequence[str], schema: Node) -> list[str]:
     return list(dict.fromkeys(name for node in nodes_at(keys, schema) for name in node.get("properties", {})))
 
 
+def kinds_with(keys: Sequence[str], schema: Node) -> list[str]:
+    """Return the kinds of what is above a key that have it."""
+    properties = [node.get("properties", {}) for node in nodes_at(keys[:-1], schema)]
+    return [below["kind"]["const"] for below in properties if keys[-1] in below and "const" in below.get("kind", {})]
+
+
 def typed_text(keys: Sequence[str], typed: str, schema: Node) -> bool:
     """Whether an override means the text that was typed; `null` means nothing wherever a setting may be nothing."""
     types = {node.get("type") for node in nodes_at(keys, schema)}

@@ -22,6 +22,7 @@ from flashgrpo.learning.ratio import (
     Columns,
     Rows,
     check_rows,
+    finite_ratio,
     log_softmax_by_key,
     max_by_key,
     moved,
@@ -59,7 +60,8 @@ class KlMasked(Penalized):
     With tau 0.02, A = 1 and r = 1.5: at D = 0.01 the loss is -1.5, at D = 0.02 it is a constant; with A = -1 it is 1.5.
 
     Args:
-        tau: the divergence from which terms are masked; a mean over the latent dims, as log-probabilities are.
+        tau: the divergence from which terms are masked; a mean over the latent dims, as log-probabilities are. Of
+            re-noised scores D is the squared distance of the velocities, mean((v - v_old)^2), which is another scale.
     """
 
     tau: float = 1e-5
@@ -78,7 +80,7 @@ class KlMasked(Penalized):
         check_rows(score=score, old=old, advantage=advantage, weight=weight, kl_old=columns["kl_old"])
         gain, log_ratio = (weight * advantage).detach(), score - old.detach()
         masked = self._masked(log_ratio, advantage, columns["kl_old"])
-        ratio = log_ratio.masked_fill(masked, 0.0).exp()
+        ratio = finite_ratio(log_ratio.masked_fill(masked, 0.0), gain)
         return self.penalized(-gain * ratio, columns)
 
     def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Columns) -> dict[str, float]:

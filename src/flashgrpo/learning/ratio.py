@@ -24,10 +24,17 @@ def policy_losses(log_prob: Rows, old_log_prob: Rows, advantage: Rows, weight: R
     """
     check_rows(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage, weight=weight)
     low, high = _bounds(clip_range)
-    log_ratio, gain = log_prob - old_log_prob.detach(), (weight * advantage).detach()
-    clipped_anyway = (gain >= 0) & (log_ratio > FAR)  # where exp would be inf, and its derivative 0 * inf
-    ratio = log_ratio.masked_fill(clipped_anyway, FAR).exp()
+    gain = (weight * advantage).detach()
+    ratio = finite_ratio(log_prob - old_log_prob.detach(), gain)
     return (-gain * ratio).maximum(-gain * ratio.clamp(low, high))
+
+
+def finite_ratio(log_ratio: Rows, gain: Rows) -> Rows:
+    """Return the ratio of each of T terms, (T,): a constant beyond e^80, but where the term is to be less likely.
+
+    There exp would be inf and a product with a gain of 0 NaN, of a term that is as likely as anybody can want.
+    """
+    return log_ratio.masked_fill((gain >= 0) & (log_ratio > FAR), FAR).exp()
 
 
 def ratio_metrics(log_prob: Rows, old_log_prob: Rows, clip_range: ClipRange) -> dict[str, Float[Any, ""]]:

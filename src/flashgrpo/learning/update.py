@@ -281,6 +281,7 @@ class UpdateMetrics:
         return {
             "loss": _mean(rows["loss"]),
             "kl": _mean(rows["kl"]) if "kl" in rows else 0.0,
+            **({"kl_average": _mean(rows["kl_average"])} if "kl_average" in rows else {}),
             **self._objective.metrics(columns["score"], columns["old"], columns["advantage"], columns),
             "lr": self._lr,
             "drift": float((moved.exp() - 1).abs().max()),

@@ -80,7 +80,8 @@ class Renoised:
         window: part of the grid, in fractions of its steps as in `explore.steps`; (0, 1) is all of it, from pure noise.
         shared: the members of a group share levels and noise (V-GRPO).
         weight: the error that is minimised, and how levels weigh in it.
-        guidance_scale: classifier-free guidance in the update; 1 turns it off, whatever the rollout has.
+        guidance_scale: classifier-free guidance in the update; 1 turns it off, whatever the rollout has. It is one for
+            both of two experts.
     """
 
     times: int | None = 6
@@ -156,7 +157,8 @@ class RolloutConfig(Part):
     num_steps: int = Field(default=20, ge=2, le=MOST_STEPS)
     """Denoising steps, N."""
     guidance_scale: float = Field(default=4.5, ge=1, le=1_000)
-    """Classifier-free guidance in rollout and update; 1 turns it off."""
+    """Classifier-free guidance in the rollout, and in the update of recorded steps (re-noised samples have
+    `score.guidance_scale`); evaluation takes it where it has none of its own. 1 turns it off."""
     guidance_scale_2: float | None = Field(default=None, ge=1, le=1_000)
     """Where the second of two experts computes (Wan 2.2 A14B); as the first when not given."""
     solver: Solver = Euler()
@@ -214,7 +216,7 @@ class RolloutConfig(Part):
     def check_retain(self, held_between: bool, offload: bool, uses: int) -> None:
         """Refuse to keep graphs where an update has to replay the trained steps, with a ValueError."""
         reasons = {
-            "a rollout that serves several optimizer steps is replayed for the later ones": uses > 1,
+            "a rollout that serves several optimizer steps, or that other weights drew, is replayed": uses > 1,
             "processes that hold a network between them replay together": held_between,
             "with model.offload the network leaves the device before the update": offload,
         }
