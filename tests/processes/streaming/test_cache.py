@@ -65,3 +65,9 @@ def test_a_row_for_each_branch():
     stacked = Context.stack([whole.context((0, 4)), whole.context((0, 5))])
     assert stacked.keys[0][:, :, 0, 0].tolist() == [[0, 1, 40, 41], [0, 1, 50, 51]]
     assert stacked.nbytes == 2 * whole.context((0, 4)).nbytes
+
+
+def test_a_prefix_of_one_row_goes_before_blocks_of_many():
+    branches = cache(1).append(block(3, rows=3))
+    assert branches.context((0, 3)).keys[0][:, :, 0, 0].tolist() == [[0, 1, 30, 31]] * 3
+    assert branches.context((0, 1)).keys[0].shape[0] == 1

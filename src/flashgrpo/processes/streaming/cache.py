@@ -47,7 +47,7 @@ class KVCache:
     """The finished blocks of a video, or of a batch of videos, in order. It never changes: each method gives another.
 
     So a fork costs nothing. Branches begin with the same cache and append blocks of their own, and the prefix's tensors
-    are those of all.
+    are those of all. A prefix of one row goes before blocks of many.
     """
 
     blocks: tuple[CachedBlock, ...] = ()
@@ -88,9 +88,15 @@ class KVCache:
         if not frames:
             return None
         pieces = _pieces(self.blocks, frames)
+        rows = max(len(context.keys[0]) for context, _ in pieces)
         keys = zip(*([layer[:, tokens] for layer in context.keys] for context, tokens in pieces), strict=True)
         values = zip(*([layer[:, tokens] for layer in context.values] for context, tokens in pieces), strict=True)
-        return Context(*(tuple(torch.cat(layer, dim=1) for layer in layers) for layers in (keys, values)))
+        return Context(tuple(_joined(layer, rows) for layer in keys), tuple(_joined(layer, rows) for layer in values))
+
+
+def _joined(pieces: Sequence[Tensor], rows: int) -> Tensor:
+    """Join along the tokens; what has one row has it for all."""
+    return torch.cat([piece.expand(rows, -1, -1, -1) for piece in pieces], dim=1)
 
 
 def _pieces(blocks: Sequence[CachedBlock], frames: Sequence[int]) -> list[tuple[Context, slice]]:
