@@ -34,7 +34,7 @@ def world(scripts: list[Script]) -> data.World:
 def test_what_counts_is_what_the_caption_is_about() -> None:
     """Captions are right with a share of 0; a video with a switch at block 3 is learnt before it or from it on."""
     one, two = train_combinations()[:2]
-    lesson = data.Lesson("a", 1, 1, lr=0.0, level_share=1.0, wrong_caption_share=0.0, switches=True, emphasis=3.0)
+    lesson = data.Lesson("a", 1, lr=0.0, level_share=1.0, wrong_caption_share=0.0, switches=True, emphasis=3.0)
     scripts = world([Script(two, one, BLOCKS), Script(one, two, 3)])
     (batch,) = data.batches(scripts, lesson, 16, 0, 0)
     before, after = [1.0] * 3 + [0.0] * 5, [0.0] * 3 + [3.0] + [1.0] * 4

@@ -69,7 +69,7 @@ def velocity(network: CausalNetwork, batch: Batch, mask: Tensor) -> Tensor:
     frames = torch.arange(LATENT_FRAMES).repeat(2)
     sigma = per_frame(batch.sigma)
     levels = torch.cat([torch.zeros_like(sigma), sigma], dim=1)
-    both = network.masked(torch.cat([batch.x0, batch.noisy], dim=2), levels, frames, mask, batch.text)
+    both = network.masked(torch.cat([batch.clean, batch.noisy], dim=2), levels, frames, mask, batch.text)
     return both[:, :, LATENT_FRAMES:]
 
 
@@ -86,7 +86,7 @@ class Stage:
         self.transformer, self.steps, self.file = transformer, lesson.steps, work / f"{lesson.name}.pt"
         self.average = copy.deepcopy(transformer.state_dict())
         self.optimizer = Muon(transformer.parameters(), lr=lesson.lr, adam_lr=lesson.lr / 10)
-        self.schedule = warm_cosine(self.optimizer, lesson.horizon)
+        self.schedule = warm_cosine(self.optimizer, lesson.steps)
         self.step = 0
         self.kept = time.perf_counter()
         if self.file.exists():
