@@ -92,7 +92,7 @@ class Method:
 
 METHODS = {
     "flash-grpo": Method("flash-grpo", "6e-3", CPS, (*CPS, *SHORT_WALK)),
-    "flow-grpo": Method("flow-grpo", "6e-3", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
+    "flow-grpo": Method("flow-grpo", "1e-2", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
     "flow-grpo-fast": Method("flow-grpo-fast", "6e-3", CPS, (*CPS, *SHORT_WALK)),
     "mix-grpo": Method("mix-grpo", "6e-3", CPS, (*CPS, *SHORT_WALK)),
     "dance-grpo": Method("dance-grpo", "6e-3", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
