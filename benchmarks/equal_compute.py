@@ -183,7 +183,7 @@ def run(stage: str, name: str, jobs: int) -> None:
     )
 
 
-def seconds(names: Sequence[str], updates: int = 5) -> None:
+def seconds(names: Sequence[str], updates: int = 3) -> None:
     """Measure the seconds of an update of every way in turn, with nothing beside it, and keep the medians."""
     configs = {
         f"{name} {way}": config
