@@ -48,7 +48,7 @@ class Assembly:
     def __init__(self, config: RunConfig, world: World, say: Say | None = None, watch: Watch = unwatched) -> None:
         self.config = config
         self.world = world
-        self._watch = partial(watch, "rollout")
+        self._watch, self._watch_replay = partial(watch, "rollout"), partial(watch, "replay")
         self.prompts = read_prompts(config.prompts.train, "prompts.train")
         self.heldout = read_prompts(config.prompts.heldout, "prompts.heldout")
         self.rewards = Rewards(config.rewards, config.model.fps)
@@ -127,7 +127,9 @@ class Assembly:
         """Make the optimizer steps of one update; returns its metrics."""
         optimizer = optimizer or self.optimizer
         with explain_shortage("optim.micro_batch, or set model.gradient_checkpointing"):
-            metrics = policy_update(self.process, self.objective, optimizer, record, self.config.optim, self.world)
+            metrics = policy_update(
+                self.process, self.objective, optimizer, record, self.config.optim, self.world, self._watch_replay
+            )
         if self.behaviour.draws and optimizer is self.optimizer:
             del metrics["drift"]  # other weights have drawn, so a first ratio that is not 1 is none
         return metrics

@@ -20,8 +20,8 @@ def test_elsewhere_than_at_a_terminal_a_phase_is_told_once_a_minute(monkeypatch)
         reporter.watch("evaluation", done, 8)
     reporter.watch("rollout", 0, 4)
     assert out.getvalue().splitlines() == [
-        "evaluation: sample 3 of 8, about 100 s left",
-        "evaluation: sample 6 of 8, about 40 s left",
+        "evaluation: 3 of 8, about 100 s left",
+        "evaluation: 6 of 8, about 40 s left",
     ]
 
 
@@ -49,11 +49,16 @@ def test_quiet_shows_nothing_of_it(quiet):
     assert bool(out.getvalue()) == (not quiet)
 
 
-def test_rollout_and_evaluation_count_their_samples(make_run):
+@pytest.mark.parametrize(("passes", "replays"), [(1, [0, 2, 4]), (2, [0, 2, 4, 6, 8])])
+def test_rollout_replay_and_evaluation_count(make_run, passes, replays):
     told: list[tuple[str, int, int]] = []
-    parts = Assembly(make_run("rollout.micro_batch=2"), single_process(), watch=lambda *given: told.append(given))
-    parts.draw_and_score(parts.prompt_groups(0), Clock())
+    run = make_run("rollout.micro_batch=2", "optim.micro_batch=2", f"optim.passes={passes}")
+    parts = Assembly(run, single_process(), watch=lambda *given: told.append(given))
+    drawn = parts.draw_and_score(parts.prompt_groups(0), Clock())
     assert told == [("rollout", done, 4) for done in (0, 2, 4)]
+    told.clear()
+    parts.learn(parts.compare(drawn).record)
+    assert told == [("replay", done, replays[-1]) for done in replays]
     told.clear()
     parts.evaluator()
     assert [told[0], told[-1]] == [("evaluation", 0, 2), ("evaluation", 2, 2)]

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice, repeat
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,6 +65,7 @@ def policy_update(
     record: Record,
     config: OptimConfig,
     world: World,
+    watch: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """`config.passes` times `config.minibatches` optimizer steps on one rollout; returns the metrics of all ranks.
 
@@ -73,6 +74,7 @@ def policy_update(
 
     Args:
         record: the units of this rank's samples, with the advantages of their terms.
+        watch: told how many of this rank's replays are done, of how many.
 
     Raises:
         UserError: too many optimizer steps in a row were not finite.
@@ -84,12 +86,14 @@ def policy_update(
     assert not objective.coupled or record.one_key_each, "a unit would part the terms of a key"
     two_passes = objective.coupled or process.addends > 1
     replayed = [name for name in objective.columns if not (two_passes and name in objective.constants)]
+    watch(done := 0, of := len(record) * config.passes)
     for batch in work.optimizer_steps(config, whole_keys=objective.coupled):
         rounds, scale = list(batch.rounds(by_slot or process.addends > 1)), world.loss_scale / batch.terms
         given = iter(_judged(process, objective, record, batch, rounds, world, metrics)) if two_passes else repeat(None)
         for slots, idle in rounds:
             for part in batch.micro_batches(record, slots):
                 _backward(process, objective, part, next(given), scale, metrics)
+                watch(done := done + len(part), of)
             _idle(process, replayed, slots, idle if world.uses_fsdp else 0)
             if by_slot:
                 metrics.add_gradient(slots[0], optimizer.collect() * (batch.terms / batch.terms_of(slots[0])))

@@ -42,7 +42,7 @@ class Reporter:
             self._task = self._progress().add_task("", label="update", total=total, completed=done)
 
     def watch(self, phase: str, done: int, of: int) -> None:
-        """Show that `done` of the `of` samples of a phase are done: at a terminal at once, elsewhere once a minute."""
+        """Show that `done` of `of` samples or replays are done: at a terminal at once, elsewhere once a minute."""
         now = time.monotonic()
         if self._shows_live():
             live = self._progress()
@@ -56,7 +56,7 @@ class Reporter:
             self._phase_begun = now
         elif now - self._told >= RARELY:
             left = (now - self._phase_begun) * (of - done) / done
-            self.say(f"{phase}: sample {done} of {of}, about {left:.0f} s left")
+            self.say(f"{phase}: {done} of {of}, about {left:.0f} s left")
 
     def _end_phase(self) -> None:
         if self._live and self._phase is not None:
