@@ -72,7 +72,7 @@ class Assembly:
         self.evaluator = make_evaluator(config, self.process, self.heldout, self.rewards, world, self.trained_on, watch)
 
     def prompt_groups(self, update: int) -> list[PromptGroup]:
-        """The prompt groups of an update."""
+        """Return the prompt groups of an update."""
         settings, anchored = self.config.rollout, self.config.algorithm.credit.anchored
         return prompt_groups(self.prompts, self.config.seed, update, settings.prompts, settings.group_size, anchored)
 
@@ -96,7 +96,7 @@ class Assembly:
         return weights_replaced(self.process.network, self.behaviour.weights)
 
     def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
-        """The trained rewards of samples that are about to be drawn, of all ranks."""
+        """Return the trained rewards of samples that are about to be drawn, of all ranks."""
         batch, deferred = self.config.rollout.decode_micro_batch, self.config.model.offload
         watch = self._watch if clock is not untimed else lambda done, of: None  # what is scored again is not drawn
         return Scoring(self.rewards, self.process.media, self.world, prompts, False, batch, (), deferred, clock, watch)
@@ -200,7 +200,7 @@ def make_evaluator(
     trained_on: int,
     watch: Watch = unwatched,
 ) -> Evaluator:
-    """The evaluation of a run's held-out prompts, of which so many are training prompts."""
+    """Return the evaluation of a run's held-out prompts, of which so many are training prompts."""
     batch, deferred = config.rollout.decode_micro_batch, config.model.offload
     return Evaluator(process, config.evaluation, prompts, rewards, world, batch, deferred, trained_on, watch)
 

@@ -89,7 +89,7 @@ def install_hint(extra: str) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold a text: no half of a surrogate pair, which bytes of a command line may become."""
+    """Return whether UTF-8 can hold a text: no half of a surrogate pair, which bytes of a command line may become."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

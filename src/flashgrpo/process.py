@@ -203,7 +203,7 @@ class Process(Protocol):
         ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """What the network is conditioned on, a row for each prompt."""
+        """Return what the network is conditioned on, a row for each prompt."""
         ...
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
@@ -217,7 +217,7 @@ class Process(Protocol):
         ...
 
     def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
-        """What rewards and the report look at; with `frames` at least that many of each video's first."""
+        """Return what rewards and the report look at; with `frames` at least that many of each video's first."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
@@ -229,7 +229,7 @@ class Process(Protocol):
         ...
 
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
-        """What the doctor has to know of this process alone, of samples that `draw` has drawn."""
+        """Return what the doctor has to know of this process alone, of samples that `draw` has drawn."""
         ...
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:

@@ -36,7 +36,7 @@ class Session:
     @classmethod
     @contextmanager
     def opened(cls, config: RunConfig, reporter: Reporter | None = None) -> Iterator["Session"]:
-        """The run of a recipe among the processes that this one belongs to, resumed or new."""
+        """Yield the run of a recipe among the processes that this one belongs to, resumed or new."""
         config = config.with_absolute_paths()
         with process_group(config.parallel, config.model.compute_dtype) as world:
             reporter = reporter or Reporter(quiet=not config.tracking.progress)
@@ -181,7 +181,7 @@ class Session:
         return max(self.world.all_gather_json(self._interrupt.number))
 
     def updates(self) -> Iterator[int]:
-        """The updates that are left, until nothing gets better or somebody interrupts."""
+        """Yield the updates that are left, until nothing gets better or somebody interrupts."""
         trace = self.directory.path / "profile" / f"rank-{self.world.rank}.json.gz"
         with traced(self.config.tracking.profile, trace) as update_ended:
             self.clock.lap()

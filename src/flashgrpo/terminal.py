@@ -30,7 +30,7 @@ def use_utf8() -> None:
 
 
 def prints() -> bool:
-    """Whether this process of a launcher's is the one that prints results."""
+    """Return whether this process of a launcher's is the one that prints results."""
     return launcher_number("RANK", 0) == 0
 
 

@@ -97,11 +97,11 @@ class Condition:
         return Condition({name: index_rows(tensor, rows) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> "Condition":
-        """The same on another device, without waiting for it."""
+        """Return the same on another device, without waiting for it."""
         return Condition({name: to_device(tensor, device) for name, tensor in self.tensors.items()})
 
     def replaced(self, row: "Condition") -> "Condition":
-        """The same with the tensors of `row`, which has one row, in every row."""
+        """Return the same with the tensors of `row`, which has one row, in every row."""
         new = {name: tensor.expand_as(self.tensors[name]) for name, tensor in row.tensors.items()}
         return Condition({**self.tensors, **new})
 

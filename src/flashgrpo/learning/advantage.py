@@ -57,7 +57,7 @@ def combine_advantages(
     combine: Literal["normalized", "raw"] = "normalized",
     anchor: Float[Tensor, "groups components"] | None = None,
 ) -> Float32[Tensor, "groups members"]:
-    """Advantages (P, G) of several rewards (P, G, R), weighted by (R,); clipped once, at the end.
+    """Return advantages (P, G) of several rewards (P, G, R), weighted by (R,); clipped once, at the end.
 
     "normalized": `sum_r weight_r (R_r - mean) / (std_r + 1e-4)`. "raw": `group_advantages(sum_r weight_r R_r)`.
     `anchor` holds the rewards of each group's anchor, which take the place of the means.
@@ -184,7 +184,7 @@ def _normalized(
 
 
 def has_spread(rewards: Float[Tensor, "groups members"]) -> Bool[Tensor, " groups"]:
-    """Whether the rewards of a group differ by more than float32 rounding; not those of which one is NaN."""
+    """Return whether the rewards of a group differ by more than float32 rounding; not those of which one is NaN."""
     return rewards.amax(dim=1) - rewards.amin(dim=1) > ROUNDING * rewards.abs().amax(dim=1)
 
 

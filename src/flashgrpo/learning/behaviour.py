@@ -35,5 +35,5 @@ class Behaviour:
             local(weight).lerp_(local(self._parameters[name].detach()), 1 - kept)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The very tensors in use, for a checkpoint; reading into them restores a state."""
+        """Return the very tensors in use, for a checkpoint; reading into them restores a state."""
         return {"behaviour": self.weights} if self.weights else {}

@@ -28,7 +28,7 @@ class Scores(Protocol):
         ...
 
     def table(self) -> RewardTable:
-        """The rewards of all ranks' samples, in their order."""
+        """Return the rewards of all ranks' samples, in their order."""
         ...
 
 

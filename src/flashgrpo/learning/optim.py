@@ -42,7 +42,7 @@ class GradientSum(ABC):
         return gradient_norm(parts)
 
     def take(self) -> list[Tensor]:
-        """What was collected, in the order of the parameters; the next step starts from nothing."""
+        """Return what was collected, in the order of the parameters; the next step starts from nothing."""
         assert self._gradients is not None, "collect() comes before step()"
         gradients, self._gradients = self._gradients, None
         return gradients
@@ -153,5 +153,5 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def gradient_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all tensors together, of sharded ones over all shards."""
+    """Return the norm of all tensors together, of sharded ones over all shards."""
     return full_tensor(nn.utils.get_total_norm(tensors))

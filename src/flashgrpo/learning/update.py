@@ -46,15 +46,15 @@ class Objective(Protocol):
         ...
 
     def losses(self, score: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, columns: Columns) -> Tensor:
-        """The loss of each term, (T,), differentiable by the score and the columns."""
+        """Return the loss of each term, (T,), differentiable by the score and the columns."""
         ...
 
     def log_ratio(self, score: Tensor, old: Tensor, columns: Columns) -> Tensor:
-        """The logarithm of the ratio of each term to the policy that drew, (T,)."""
+        """Return the logarithm of the ratio of each term to the policy that drew, (T,)."""
         ...
 
     def metrics(self, score: Tensor, old: Tensor, advantage: Tensor, columns: Columns) -> Mapping[str, float]:
-        """What the terms of an update say of it."""
+        """Return what the terms of an update say of it."""
         ...
 
 
@@ -262,7 +262,7 @@ class UpdateMetrics:
         self._grad_norms.append(grad_norm)
 
     def summary(self, world: World) -> dict[str, Any]:
-        """The metrics of the update; means over the terms of all ranks and over its optimizer steps.
+        """Return the metrics of the update; means over the terms of all ranks and over its optimizer steps.
 
         `drift` is the largest |ratio - 1| within the first optimizer step, where the policy has not changed yet: where
         the weights that are trained have drawn, any deviation there is a difference between rollout and replay.

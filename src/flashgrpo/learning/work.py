@@ -79,7 +79,7 @@ class Work:
         return {str(slot): count for slot, count in enumerate(self.slot.bincount().tolist()) if count}
 
     def micro_batches(self, record: Record, slots: Sequence[int]) -> Iterator[Record]:
-        """What this rank replays of some slots, in turn."""
+        """Yield what this rank replays of some slots, in turn."""
         for slot in slots:
             own = self.number[(self.slot == slot) & (self.owner == self.rank)]
             yield from self.process.micro_batches(record[own])

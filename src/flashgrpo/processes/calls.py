@@ -22,5 +22,5 @@ def fixed_batches(count: int, size: int) -> Iterator[tuple[Int64[Tensor, " size"
 
 
 def number_of_calls(count: int, size: int) -> int:
-    """How many batches those are."""
+    """Return how many batches those are."""
     return -(-count // size)

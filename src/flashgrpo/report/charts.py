@@ -54,7 +54,7 @@ MOST_POINTS = 240  # longer runs are drawn as means over bins of equal length
 
 
 def binned(*series: Values) -> list[Values]:
-    """Each series at no more than MOST_POINTS points; nan is left out of the means."""
+    """Return each series at no more than MOST_POINTS points; nan is left out of the means."""
     size = -(-len(series[0]) // MOST_POINTS)
     if size <= 1:
         return list(series)
@@ -92,7 +92,7 @@ def reward_curves(metrics: Sequence[Row], evaluations: Sequence[Row], best: int 
 
 @matplotlib.rc_context(STYLE)
 def difference_curve(evaluations: Sequence[Row]) -> str:
-    """The paired difference between tuned and base model on held-out prompts, with its 95 % interval."""
+    """Draw the paired difference between tuned and base model on held-out prompts, with its 95 % interval."""
     figure, axes = canvas(height=280)
     when, difference = column(evaluations, "update"), column(evaluations, "difference")
     if not np.isfinite(difference).any():
@@ -128,7 +128,7 @@ def component_curve(metrics: Sequence[Row], evaluations: Sequence[Row], name: st
 
 @matplotlib.rc_context(STYLE)
 def prompt_changes(changes: Sequence[float], size: tuple[int, int]) -> str:
-    """The change of every held-out prompt, sorted: how many fell, and how far, beside how many rose."""
+    """Draw the change of every held-out prompt, sorted: how many fell, and how far, beside how many rose."""
     values = np.sort(np.array([change for change in changes if math.isfinite(change)]))
     if not len(values):
         return ""
@@ -144,7 +144,7 @@ def prompt_changes(changes: Sequence[float], size: tuple[int, int]) -> str:
 
 @matplotlib.rc_context(STYLE)
 def metric_curve(metrics: Sequence[Row], key: str) -> str:
-    """One metric of training by update, from zero where it is never negative."""
+    """Draw one metric of training by update, from zero where it is never negative."""
     x, y = binned(column(metrics, "update"), column(metrics, key))
     if not np.nan_to_num(y).any():  # nothing, or zero throughout: the page says so in words
         return ""
@@ -196,7 +196,7 @@ def timing_bars(metrics: Sequence[Row], phases: Mapping[str, Values]) -> str:
 
 
 def canvas(width: int = 380, height: int = 220) -> tuple[Figure, Axes]:
-    """One empty pair of axes; at 72 dots an inch a unit of the SVG is a point, so sizes read like CSS pixels."""
+    """Draw one empty pair of axes; at 72 dots an inch a unit of the SVG is a point, so sizes read like CSS pixels."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
     axes = figure.subplots()
     axes.margins(x=0.03)

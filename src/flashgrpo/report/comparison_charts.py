@@ -97,7 +97,7 @@ def cost_bars(axes: Axes, comparison: Row, palette: Palette) -> bool:
 
 
 def gradient_by_step(axes: Axes, comparison: Row, palette: Palette) -> bool:
-    """The mean gradient norm of each denoising step, relative to the mean over the steps of its algorithm.
+    """Draw the mean gradient norm of each denoising step, relative to the mean over the steps of its algorithm.
 
     An algorithm whose steps weigh alike is a level line at 1, whatever the size of its gradients.
     """

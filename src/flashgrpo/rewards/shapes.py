@@ -237,7 +237,7 @@ def agreement_of(seen: Measurement, prompts: Sequence[str], columns: dict[str, S
 
 
 def persistence(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str]) -> Tensor:
-    """One object of stable area in every frame, (B,) in [0, 1]. ``prompts`` and ``columns`` are not looked at.
+    """Score one object of stable area in every frame, (B,) in [0, 1]. ``prompts`` and ``columns`` are not looked at.
 
     The mean over frames of visibility times ``exp(-ln(area / median area)^2 / (2 0.25^2))``.
     """
@@ -248,7 +248,7 @@ def persistence(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str]
 
 
 def background(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str]) -> Tensor:
-    """A background uniform in space and time, (B,) in [0, 1]. ``prompts`` and ``columns`` are not looked at.
+    """Score a background uniform in space and time, (B,) in [0, 1]. ``prompts`` and ``columns`` are not looked at.
 
     ``exp(-e / 0.05)`` with e the mean absolute difference from the clip's one background colour, away from the object.
     """

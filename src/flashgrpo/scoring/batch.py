@@ -57,7 +57,7 @@ class Batch:
                     self._folder.cleanup()
 
     def scored_by(self, name: str, reward: Reward, takes: Input) -> Any:
-        """What the reward returns for this batch.
+        """Return what the reward returns for this batch.
 
         Raises:
             UserError: it refused its input, or changed it.

@@ -101,7 +101,7 @@ class Evaluator:
 def evaluation_record(
     update: int, tuned: Evaluation, base: Mapping[str, Any] | None, samples_per_prompt: int
 ) -> dict[str, Any]:
-    """A line of evaluations.jsonl: the means, and the paired difference to the base model's line (`base`).
+    """Return a line of evaluations.jsonl: the means, and the paired difference to the base model's line (`base`).
 
     Intervals are over prompts, since a prompt's samples are no independent evidence for other prompts, and None where
     there are fewer than two. `weights` are those that drew: of the base model, or the moving average of `optim.ema`.
@@ -151,12 +151,12 @@ def evaluation_record(
 
 
 def tuned_lines(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The evaluations of the tuned model, which leave out the base model's."""
+    """Return the evaluations of the tuned model, which leave out the base model's."""
     return [line for line in evaluations if line["update"]]
 
 
 def selected(evaluations: Sequence[Mapping[str, Any]]) -> int | None:
-    """The update that was selected as the best of several, None where none beat the base or there is but one.
+    """Return the update that was selected as the best of several, None where none beat the base or there is but one.
 
     The largest of several noisy numbers is too large: without any effect, the interval of the best of 20 evaluations
     leaves out 0 in far more than 5 % of runs. So that update is scored once more on other noise (confirmation.json).
@@ -202,7 +202,7 @@ def _complete_prompts(samples: Sequence[Mapping[str, Any]], each: int) -> list[i
 
 
 def largest_changes(samples: Sequence[Mapping[str, Any]], each: int = EXTREMES) -> list[int]:
-    """Rows of the samples whose reward fell most and rose most against the base, the largest fall first."""
+    """Return rows of the samples whose reward fell most and rose most against the base, the largest fall first."""
     rows = _complete_prompts(samples, 1)
     order = sorted(rows, key=lambda row: samples[row]["reward"] - samples[row]["base_reward"])
     return order if len(order) <= 2 * each else [*order[:each], *order[-each:]]

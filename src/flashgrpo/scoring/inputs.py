@@ -43,7 +43,7 @@ class Pixels:
                 raise ValueError("fps takes the place of stride: give one of the two")
 
     def frames(self, count: int, fps: float) -> Any:
-        """The numbers of the frames taken of `count` frames at `fps` frames a second.
+        """Return the numbers of the frames taken of `count` frames at `fps` frames a second.
 
         `Pixels(fps=2).frames(17, 8)` is [0, 4, 8, 12, 16].
         """

@@ -92,12 +92,12 @@ def check_columns(found: Any, args: Mapping[str, Any], columns: Mapping[str, Any
 
 
 def makes_reward(found: Any) -> bool:
-    """Whether it is called to make the reward, rather than to score."""
+    """Return whether it is called to make the reward, rather than to score."""
     return inspect.isclass(found.func if isinstance(found, partial) else found)
 
 
 def bind(found: Any, args: Mapping[str, Any], key: str) -> Reward:
-    """The reward itself: an instance, which has loaded what it needs, or a function with its arguments fixed.
+    """Return the reward itself: an instance, which has loaded what it needs, or a function with its arguments fixed.
 
     Raises:
         UserError: arguments that it does not take, or something that it needs is not there.
@@ -152,7 +152,7 @@ def declared(reward: Any, name: str, default: Any = None) -> Any:
 
 
 def takes_of(reward: Any) -> Input:
-    """What the reward looks at; all frames where it does not say."""
+    """Return what the reward looks at; all frames where it does not say."""
     return cast(Input, declared(reward, "takes", Pixels()))
 
 

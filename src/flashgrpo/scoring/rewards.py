@@ -123,13 +123,13 @@ class Rewards:
         self._takes = {name: kinds.validate_python(value) for name, value in takes.items()}
 
     def reward(self, name: str) -> Reward:
-        """The reward, which is loaded when it is first asked for."""
+        """Return the reward, which is loaded when it is first asked for."""
         if name not in self._rewards:
             self._rewards[name] = bind(self._found[name], self.configs[name].args, f"rewards.{name}.args")
         return self._rewards[name]
 
     def takes(self, name: str) -> Input:
-        """What the reward is handed: as the recipe says, or as it says itself."""
+        """Return what the reward is handed: as the recipe says, or as it says itself."""
         if name not in self._takes:
             self._takes[name] = self.configs[name].input or takes_of(self.reward(name))
         return self._takes[name]
@@ -190,7 +190,7 @@ class Rewards:
         return {"values": values, "failures": failures}
 
     def table(self, ranks: Sequence[Results]) -> RewardTable:
-        """The results of all ranks that have some, in the order of their samples, as one table.
+        """Return the results of all ranks that have some, in the order of their samples, as one table.
 
         A reward that returns a mapping becomes several components `reward.component`, which share its weight.
 

@@ -28,7 +28,7 @@ def unwatched(phase: str, done: int, of: int) -> None:
 
 
 def untimed(phase: str) -> AbstractContextManager[None]:
-    """A clock that does not run."""
+    """Return a clock that does not run."""
     return nullcontext()
 
 
@@ -170,7 +170,7 @@ class Scoring:
 
 @torch.no_grad()
 def decode(media: Media, latents: Tensor, micro_batch: int, frames: int | None = None) -> Tensor:
-    """Videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
+    """Return videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
 
     With `frames` only the first frames of each.
     A full-size video is a hundred times larger than its latents: the device holds one micro-batch.

@@ -99,7 +99,7 @@ def _finish(process: "FlowProcess", batch: FlowState, latents: Latents) -> float
 
 
 def rounding(process: "FlowProcess", record: Record) -> Finding:
-    """How far ratios would be from 1 if replays were cut into other batches than rollouts."""
+    """Return how far ratios would be from 1 if replays were cut into other batches than rollouts."""
     floor = noise_floor(process, record)
     if floor is None:
         return Finding("rounding", "sound", "not measured where ranks hold the network between them", {"floor": None})
@@ -109,7 +109,7 @@ def rounding(process: "FlowProcess", record: Record) -> Finding:
 
 @torch.no_grad()
 def noise_floor(process: "FlowProcess", record: Record) -> float | None:
-    """The largest |ratio - 1| between forwards of one row each and one forward of all rows."""
+    """Return the largest |ratio - 1| between forwards of one row each and one forward of all rows."""
     if process.world.uses_fsdp or not len(record):
         return None
     batch = record[torch.arange(min(len(record), process.micro_batch))]

@@ -73,7 +73,7 @@ def check_float8(device: torch.device) -> None:
 
 
 def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (R, width) in e4m3, each divided by its scale, and the scales (R, 1) in float32.
+    """Return rows (R, width) in e4m3, each divided by its scale, and the scales (R, 1) in float32.
 
     The largest of a row becomes the largest number there is.
     """

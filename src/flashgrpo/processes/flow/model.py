@@ -39,7 +39,7 @@ class VideoModel(Protocol):
         ...
 
     def expert(self, timestep: float) -> nn.Module:
-        """The part of `network` that computes at a timestep: all of it, or one of several experts."""
+        """Return the part of `network` that computes at a timestep: all of it, or one of several experts."""
         ...
 
     @property
@@ -73,7 +73,7 @@ class VideoModel(Protocol):
         ...
 
     def grid(self, num_steps: int) -> SigmaGrid:
-        """The sigma grid of `num_steps` steps, read from the checkpoint's own scheduler."""
+        """Return the sigma grid of `num_steps` steps, read from the checkpoint's own scheduler."""
         ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
@@ -89,7 +89,7 @@ class VideoModel(Protocol):
         ...
 
     def decode(self, latents: Latents, frames: int | None = None) -> Videos:
-        """Videos (B, F, 3, H, W) in [0, 1]; with `frames` only the first of F, at less expense where it can."""
+        """Return videos (B, F, 3, H, W) in [0, 1]; with `frames` only the first of F, at less expense where it can."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
@@ -101,7 +101,7 @@ class VideoModel(Protocol):
         ...
 
     def nothing(self) -> Condition:
-        """A condition of one row, for calls whose result is not used."""
+        """Return a condition of one row, for calls whose result is not used."""
         ...
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:

@@ -34,7 +34,7 @@ class GuidedNetwork:
     compiled: bool = False
 
     def velocity(self, k: int, x: Latents, condition: Condition) -> Latents:
-        """The velocity at step k, (B, C, F, H, W)."""
+        """Return the velocity at step k, (B, C, F, H, W)."""
         with self._precision():
             return self.model.velocity(x, self._points(k, len(x)), condition)
 
@@ -44,7 +44,7 @@ class GuidedNetwork:
             return self.model.idle(self._points(k, 1))
 
     def guided(self, k: int) -> bool:
-        """Whether step k runs two branches."""
+        """Return whether step k runs two branches."""
         return bool(self.guidance[k] > 1)
 
     def _points(self, k: int, rows: int) -> GridPoint:

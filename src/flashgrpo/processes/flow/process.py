@@ -76,7 +76,7 @@ class FlowProcess:
 
     @cached_property
     def moves(self) -> DeterministicSteps:
-        """How a sample moves where its steps are not stochastic, in a rollout."""
+        """Return how a sample moves where its steps are not stochastic, in a rollout."""
         rollout, model = self.rollout, self.model
         float8 = Float8(blocks_of(model.network)) if rollout.deterministic_dtype == "float8" else None
         dtype = torch.bfloat16 if rollout.deterministic_dtype else None
@@ -93,7 +93,7 @@ class FlowProcess:
         return DeterministicSteps(network, own.solver)
 
     def exploring(self, explore: Explore, score: ScoreKind) -> "FlowProcess":
-        """The same model, not copied or loaded again, that draws and scores otherwise."""
+        """Return the same model, not copied or loaded again, that draws and scores otherwise."""
         other = copy.copy(self)
         other.explore, other.score = explore, score
         other.source = other._source()
@@ -135,7 +135,7 @@ class FlowProcess:
     # Drawing
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """The rows of the prompts' texts, and of their images where the family takes them."""
+        """Return the rows of the prompts' texts, and of their images where the family takes them."""
         return self.model.encode(prompts)
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
@@ -205,7 +205,7 @@ class FlowProcess:
         return self._walk_all(moves, batches, start, on_drawn)
 
     def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
-        """Videos (B, F, 3, H, W) in [0, 1] of latents; with `frames` only the first of F."""
+        """Return videos (B, F, 3, H, W) in [0, 1] of latents; with `frames` only the first of F."""
         return self.model.decode(outputs, frames)
 
     # Scoring again
@@ -215,11 +215,11 @@ class FlowProcess:
         return self.source.micro_batches(record)
 
     def replay(self, record: Record, columns: Sequence[str]) -> list[tuple[Float32[Tensor, " terms"], Columns]]:
-        """The score of each unit, and the columns asked for, by the weights that there are now; see `source`."""
+        """Return the score of each unit, and the columns asked for, by the weights that there are now; see `source`."""
         return [self.source.replay(record, columns)]
 
     def stage(self, slot: int) -> nn.Module:
-        """The expert that computes a slot."""
+        """Return the expert that computes a slot."""
         return self.source.stage(slot)
 
     def idle(self, slot: int, columns: Sequence[str]) -> list[Tensor]:

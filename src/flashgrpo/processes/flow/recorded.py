@@ -44,7 +44,7 @@ class RecordedSteps(Source):
         self.graphs: Graphs | None = None
 
     def plan(self, samples: Sequence[Sample], seed: int) -> list[MicroBatch]:
-        """The micro-batches of a rollout, each of one pattern of stochastic steps."""
+        """Return the micro-batches of a rollout, each of one pattern of stochastic steps."""
         if not samples:
             return []
         names = torch.tensor([sample.name for sample in samples])
@@ -62,7 +62,7 @@ class RecordedSteps(Source):
         return RecordedDrawing(self, samples, names_of(samples, seed), condition, recorder)
 
     def record(self, samples: Sequence[Sample], state: FlowState) -> Record:
-        """The record of a state of all units of these samples."""
+        """Return the record of a state of all units of these samples."""
         device = self.model.device
         weight, old = torch.empty(0, device=device), state.log_prob
         if len(state):
@@ -121,17 +121,17 @@ class RecordedSteps(Source):
         return torch.cat(exact_velocities(self.exact, k, state.x, state.conditions, self.micro_batch))
 
     def unfilled(self, record: Record) -> Float32[Tensor, " terms"]:
-        """The log-densities by one call of exactly these units."""
+        """Return the log-densities by one call of exactly these units."""
         state: FlowState = record.state  # type: ignore[assignment]
         v = self.exact.velocity(int(state.k[0]), state.x, state.conditions)
         return self.table.log_prob(state.k, state.x_next, state.x, v)
 
     def stage(self, slot: int) -> nn.Module:
-        """The expert that computes step `slot`."""
+        """Return the expert that computes step `slot`."""
         return self.model.expert(float(self.exact.grid.timesteps[slot]))
 
     def call_on_nothing(self, slot: int) -> Tensor:
-        """The call of step `slot`."""
+        """Return the call of step `slot`."""
         return self.exact.idle(slot)
 
 
@@ -146,7 +146,7 @@ class RecordedDrawing:
     recorder: "Recorder"
 
     def act(self, batch: MicroBatch) -> "StochasticStep":
-        """What makes and records the stochastic steps of a micro-batch."""
+        """Return what makes and records the stochastic steps of a micro-batch."""
         own = [self.names[row] for row in batch.rows.tolist()]
         source = self.source
         return StochasticStep(
@@ -154,7 +154,7 @@ class RecordedDrawing:
         )
 
     def record(self, latents: Latents) -> Record:
-        """The recorded steps, by sample, then by step."""
+        """Return the recorded steps, by sample, then by step."""
         shape, device = self.source.model.latent_shape, self.source.model.device
         return self.source.record(self.samples, self.recorder.state(self.condition, shape, device))
 
@@ -204,7 +204,7 @@ class Recorder:
         self._parts: list[Sequence[Tensor]] = []
 
     def around(self, network: nn.Module) -> Around:
-        """What goes around each call for a trained step: the call's graph is left where it is to be kept."""
+        """Return what goes around each call for a trained step: the call's graph is left where it is to be kept."""
         return partial(self._graphs.of, network) if self._graphs else with_a_graph
 
     def add(

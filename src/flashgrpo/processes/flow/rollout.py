@@ -189,7 +189,7 @@ def noise_of(model: VideoModel, names: Sequence[Name]) -> Latents:
 
 
 def shared_starts(names: Sequence[tuple[int, int, int, int]], shared: bool) -> list[Name]:
-    """The name of each sample's initial noise, given its (seed, update, group, member).
+    """Return the name of each sample's initial noise, given its (seed, update, group, member).
 
     A group that shares its noise has its first member's.
     """

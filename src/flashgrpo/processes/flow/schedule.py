@@ -80,7 +80,7 @@ def grid_from_scheduler(
 
 
 def shifted_grid(num_steps: int, shift: float = 1.0) -> SigmaGrid:
-    """A grid without a scheduler: `sigma = shift u / (1 + (shift - 1) u)` over `u = 1, 1 - 1/N, ..., 0`.
+    """Return a grid without a scheduler: `sigma = shift u / (1 + (shift - 1) u)` over `u = 1, 1 - 1/N, ..., 0`.
 
     A shift above 1 spends more of the steps at high noise; Wan uses 3 at 480p, 5 at 720p.
     """

@@ -42,15 +42,15 @@ class DeterministicSteps:
     reuse: Reuse | None = None
 
     def walk(self, points: Sequence[int]) -> Walk:
-        """A walk that stops at these points of the grid, rising, and ends where the grid ends."""
+        """Return a walk that stops at these points of the grid, rising, and ends where the grid ends."""
         return self.solver.walk(self.network.grid, points)
 
     def features(self) -> "Features":
-        """What the network computes on walks, where steps may use it again."""
+        """Return what the network computes on walks, where steps may use it again."""
         return Features(self.network.model.network, self.reuse)
 
     def velocity(self, k: int, x: Latents, condition: Condition) -> Latents:
-        """The network's velocity at step k, (B, C, F, H, W), as cheap as the settings make it."""
+        """Return the network's velocity at step k, (B, C, F, H, W), as cheap as the settings make it."""
         return self.network.velocity(k, x, condition)
 
 
@@ -114,7 +114,7 @@ def visited(stochastic: StepMask, steps: int | None) -> StepMask:
 
 
 def leaders(keys: Sequence[Hashable]) -> tuple[Int64[Tensor, " leaders"], Int64[Tensor, " batch"]]:
-    """The first row of each key, and for each row the place of its key among them.
+    """Return the first row of each key, and for each row the place of its key among them.
 
     Rows whose initial noise is the same move as one until their first stochastic step: the first computes for all.
     Example: keys a b a c give [0, 1, 3] and [0, 1, 0, 2].

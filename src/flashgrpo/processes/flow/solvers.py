@@ -37,7 +37,7 @@ class Euler:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def walk(self, grid: Any, points: Sequence[int]) -> Walk:
-        """A walk along the grid that stops at these points, rising, and ends at the grid's end."""
+        """Return a walk along the grid that stops at these points, rising, and ends at the grid's end."""
         from flashgrpo.processes.flow.walks import EulerWalk  # needs torch, which settings do without
 
         return EulerWalk(grid, points)
@@ -56,7 +56,7 @@ class UniPC:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def walk(self, grid: Any, points: Sequence[int]) -> Walk:
-        """A walk along the grid that stops at these points, rising, and ends at the grid's end."""
+        """Return a walk along the grid that stops at these points, rising, and ends at the grid's end."""
         from flashgrpo.processes.flow.walks import UniPCWalk
 
         return UniPCWalk(grid, points, self.order)
@@ -75,7 +75,7 @@ class DpmSolver:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def walk(self, grid: Any, points: Sequence[int]) -> Walk:
-        """A walk along the grid that stops at these points, rising, and ends at the grid's end."""
+        """Return a walk along the grid that stops at these points, rising, and ends at the grid's end."""
         from flashgrpo.processes.flow.walks import DpmSolverWalk
 
         return DpmSolverWalk(grid, points, self.order)

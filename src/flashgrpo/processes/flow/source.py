@@ -29,11 +29,11 @@ class Drawing(Protocol):
     """The samples of an update while they are drawn."""
 
     def act(self, batch: MicroBatch) -> Act | None:
-        """What makes the stochastic steps of a micro-batch; None where there are none."""
+        """Return what makes the stochastic steps of a micro-batch; None where there are none."""
         ...
 
     def record(self, latents: Latents) -> Record:
-        """What the update is to replay of them, once all are drawn; ranks call this together."""
+        """Return what the update is to replay of them, once all are drawn; ranks call this together."""
         ...
 
 
@@ -53,7 +53,7 @@ class Source(ABC):
 
     @abstractmethod
     def plan(self, samples: Sequence[Sample], seed: int) -> list[MicroBatch]:
-        """The micro-batches of a rollout."""
+        """Return the micro-batches of a rollout."""
 
     @abstractmethod
     def begin(
@@ -67,15 +67,15 @@ class Source(ABC):
 
     @abstractmethod
     def replay(self, record: Record, columns: Sequence[str]) -> Score:
-        """The score of each unit of a micro-batch, and the columns asked for; differentiable."""
+        """Return the score of each unit of a micro-batch, and the columns asked for; differentiable."""
 
     @abstractmethod
     def unfilled(self, record: Record) -> Float32[Tensor, " terms"]:
-        """The scores by one call of exactly these units, of one slot: what rounds otherwise in another batch."""
+        """Return the scores by one call of exactly these units, of one slot: what rounds otherwise in another batch."""
 
     @abstractmethod
     def stage(self, slot: int) -> nn.Module:
-        """The expert that computes a slot."""
+        """Return the expert that computes a slot."""
 
     @abstractmethod
     def call_on_nothing(self, slot: int) -> Tensor:
@@ -98,10 +98,10 @@ class Source(ABC):
 
 
 def group_of(samples: Sequence[Sample]) -> Int64[Tensor, " samples"]:
-    """The number of each sample's prompt group, by which it is compared."""
+    """Return the number of each sample's prompt group, by which it is compared."""
     return torch.tensor([sample.group.group for sample in samples], dtype=torch.int64)
 
 
 def names_of(samples: Sequence[Sample], seed: int) -> Names:
-    """What names the noise of each sample."""
+    """Return what names the noise of each sample."""
     return [(seed, *sample.name) for sample in samples]

@@ -67,7 +67,7 @@ class StepTable:
         return self.std / self.to_v.abs()
 
     def mean(self, k: StepIndex, x: Latents, v: Latents) -> Latents32:
-        """The mean of x_next, `(1 - sigma_next) x0_hat + c eps_hat`, collected into `to_x x + to_v v`."""
+        """Return the mean of x_next, `(1 - sigma_next) x0_hat + c eps_hat`, collected into `to_x x + to_v v`."""
         k = self._steps(k, x, v)
         return _rows(self.to_x, k, x) * x.float() + _rows(self.to_v, k, x) * v.float()
 
