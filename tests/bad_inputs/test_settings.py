@@ -28,7 +28,10 @@ CASES = [
     Case(
         "train RECIPE algorithm.behaviour.kind=frozen algorithm.behaviour.updates=1", "updates of Frozen must be from 2"
     ),
-    Case("train RECIPE algorithm=awm algorithm.noise.eta=0.5", "unknown key algorithm.noise"),
+    Case(
+        "train RECIPE algorithm=awm algorithm.noise.eta=0.5",
+        "algorithm.noise is a setting of another kind of algorithm.expl",
+    ),
     Case("config HERE/none.yaml", "there is no recipe"),
     Case("tran", "No such command 'tran'"),
     Case("demo --seed -1", "Invalid value for '--seed'"),
