@@ -1,6 +1,7 @@
 """Advantages over an anchor: golden numbers of KVPO, several rewards in one channel, and what is refused."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -164,8 +165,7 @@ class Redness:
 
 def drawn(world=WORLD):
     process = Stream(micro_batch=4)
-    clock = pytest.importorskip("contextlib").nullcontext
-    return process, draw_and_score(process, Redness(8), GROUPS, 0, world, lambda phase: clock(), 2)
+    return process, draw_and_score(process, Redness(8), GROUPS, 0, world, lambda phase: nullcontext(), 2)
 
 
 def test_samples_of_an_anchored_group():
