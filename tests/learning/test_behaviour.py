@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from flashgrpo.assembly import Assembly
+from flashgrpo.distributed.world import single_process
 from flashgrpo.learning.behaviour import Behaviour
 from flashgrpo.learning.settings import Averaged, Current, Frozen
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.run import checkpoint
+from flashgrpo.run.progress import Clock
 from flashgrpo.train import train
 from tests.conftest import small_run
 
@@ -145,3 +147,22 @@ def test_frozen_weights_draw_until_they_are_replaced(make_run, monkeypatch):
     assert any(not torch.equal(base[name], tensor) for name, tensor in second.items())
     for number, expected in enumerate((base, base, second, second)):
         assert all(torch.equal(drew[number][0][name], tensor) for name, tensor in expected.items())
+
+
+def test_the_penalty_to_the_average_is_that_of_the_averaged_weights(make_run):
+    """Held to the base's weights it is the distance to the base, and to the trained weights nothing."""
+    awm = "algorithm={preset: awm, score: {times: 1}, objective: {kl_coef: 0.1}}"
+    parts = Assembly(make_run(awm, "optim.lr=1e-2", "rollout.guidance_scale=1"), single_process())
+    start = {name: tensor.clone() for name, tensor in parts.behaviour.weights.items()}
+    record = parts.compare(parts.draw_and_score(parts.prompt_groups(0), Clock())).record
+    metrics = parts.learn(record)
+    assert metrics["kl_average"] == 0
+    parts.learn(record)
+    for weights, same in ((start, True), (trained_parameters(parts.process.network), False)):
+        for name, tensor in weights.items():
+            parts.behaviour.weights[name].copy_(tensor.detach())
+        with torch.no_grad():
+            part = next(iter(parts.process.micro_batches(record[(record.slot == record.slot[0]).nonzero().flatten()])))
+            [(_, columns)] = parts.process.replay(part, ("kl", "kl_average"))
+        assert bool((columns["kl"] > 0).all())
+        torch.testing.assert_close(columns["kl_average"], columns["kl"] * same)
