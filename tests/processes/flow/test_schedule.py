@@ -8,7 +8,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flashgrpo.errors import UserError
@@ -46,11 +46,12 @@ def test_unipc_of_todays_diffusers_by_its_digits():
 
 @settings(max_examples=15, deadline=None)
 @given(num_steps=st.integers(1, 60), shift=st.floats(0.5, 12), multistep=st.booleans())
+@example(num_steps=1, shift=1.6242836250049317, multistep=False)  # whose sigma_0 is above 1 in float32
 def test_grid_is_what_the_scheduler_walks(num_steps, shift, multistep):
     scheduler = unipc(flow_shift=shift) if multistep else FlowMatchEulerDiscreteScheduler(shift=shift)
     grid = grid_from_scheduler(scheduler, num_steps)
     scheduler.set_timesteps(num_steps)
-    assert torch.equal(grid.sigmas, scheduler.sigmas.double())
+    assert torch.equal(grid.sigmas, scheduler.sigmas.double().clamp(max=1))
     assert torch.equal(grid.timesteps, scheduler.timesteps)
     assert grid.timesteps.dtype == scheduler.timesteps.dtype
     assert (grid.timesteps - 1000 * grid.sigmas[:-1]).abs().max() < 1.001

@@ -16,6 +16,8 @@ from torch import Tensor
 from flashgrpo.errors import UserError
 from flashgrpo.processes.flow.table import checked_sigmas
 
+ROUNDING = 1e-6  # by which a scheduler's float32 puts sigma_0 above 1 with some shifts
+
 
 @dataclass(frozen=True, eq=False)
 class SigmaGrid:
@@ -74,7 +76,9 @@ def grid_from_scheduler(
     else:
         fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
     try:
-        return SigmaGrid(fresh.sigmas.double(), fresh.timesteps)
+        sigmas = fresh.sigmas.double()
+        sigmas = sigmas.masked_fill((sigmas > 1) & (sigmas < 1 + ROUNDING), 1.0)
+        return SigmaGrid(sigmas, fresh.timesteps)
     except ValueError as error:
         raise UserError(f"the grid of {name} in {num_steps} steps cannot be sampled: {error}") from error
 
