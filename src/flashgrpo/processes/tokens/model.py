@@ -1,0 +1,99 @@
+"""What the processes that draw tokens ask of a network: logits of every token of a sample, given the others.
+
+A sample is L tokens, of V that the network chooses from. V may be 64,000, and then the logits of a sample of 1,024
+tokens take 262 MB. So a network hands out hidden states with a head, and what is made of both, a `Read`, decides of
+which tokens it wants logits, and how many at a time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from flashgrpo.types import Condition, LoraStyle, Prompt, Videos
+
+Tokens = Int64[Tensor, "batch tokens"]
+Head = Callable[[Tensor], Tensor]
+"""Maps hidden states (..., D) of any tokens to their logits (..., V), in float32."""
+Read = Callable[[Tensor, Head], Tensor]
+"""Makes a tensor of the hidden states (B, L, D) of a call and the head; differentiable where the network is."""
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """A network that predicts tokens from tokens, and what decodes them."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network; its parameters with `requires_grad` are trained."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Tells the base weights from others, wherever they lie."""
+        ...
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a backward pass computes the blocks again."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sample, L."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the network chooses from, V: 0 to V - 1."""
+        ...
+
+    @property
+    def mask(self) -> int | None:
+        """The token that stands for one that is not drawn yet; None of a network that has none."""
+        ...
+
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """Return what the network is conditioned on, a row for each prompt, on `device`."""
+        ...
+
+    def nothing(self) -> Condition:
+        """Return the condition of an empty prompt, one row: what guidance leads away from, and for idle calls."""
+        ...
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text before any are cut off."""
+        ...
+
+    def call(self, tokens: Tokens, condition: Condition, read: Read) -> Tensor:
+        """Call the network on B rows of tokens, masks among them, and return what `read` makes of the result.
+
+        `read` runs inside of the network's forward, where FSDP2 has gathered the head's weights. It may ask the head
+        for logits under `torch.utils.checkpoint`, and may give fewer rows than it gets.
+        """
+        ...
+
+    def decode(self, tokens: Tokens, frames: int | None = None) -> Videos:
+        """Return videos (B, F, 3, H, W) in [0, 1], images as videos of one frame; with `frames` only the first."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside this context the network is the base model, before any training."""
+        ...
+
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
+        """Write trained adapters (name -> tensor) as others load them; returns the names of the files."""
+        ...
+
+    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the whole model with the trained parameters in it; it is of no further use afterwards."""
+        ...
