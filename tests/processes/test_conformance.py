@@ -27,10 +27,13 @@ from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.weighting import NormalizedRatio, StepLength
+from flashgrpo.processes.tokens.masked.process import MaskedProcess
+from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, UnmaskedSteps, Unmasking
 from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
 from tests.conftest import EXACT
 from tests.fakes import Colour, InTwo, Program, whole_score
 from tests.streams import Stream
+from tests.tokens import TokenDouble
 
 WORLD = single_process()
 PROMPTS = [Prompt("a red circle moving left slowly", {}), Prompt("a blue square moving up quickly", {})]
@@ -93,6 +96,17 @@ def stream(objective: Competing) -> Case:
     return replace(fake(Stream), make=make, objective=objective, anchored=partial(make, anchored=True))
 
 
+def masked(explore: Unmasking, score: UnmaskedSteps, objective: AnyObjective = OBJECTIVE, **rollout) -> Case:
+    """Masked tokens, with a network that fits on a page."""
+    sizes = {"prompts": len(PROMPTS), "group_size": SIZE, "micro_batch": 4, "num_steps": 2}
+
+    def make(micro_batch: int) -> Process:
+        how = MaskedRollout(**{**sizes, **rollout}), MaskedSampling()
+        return MaskedProcess(TokenDouble(), explore, score, *how, micro_batch, WORLD)
+
+    return Case(make, objective)
+
+
 GUARD = Recorded(StepLength(), NormalizedRatio())
 CASES = {
     "flow: flash-grpo": flow(FLASH_GRPO, *EXACT),
@@ -112,6 +126,15 @@ CASES = {
     ),
     "flow: diffusion-nft": flow(
         replace(DIFFUSION_NFT, score=replace(DIFFUSION_NFT.score, times=2)), "rollout.solver.kind=dpm"
+    ),
+    "masked tokens: agrpo": masked(Unmasking(temperature=0.6, top_k=6, top_p=0.9), UnmaskedSteps(2), block=4),
+    "masked tokens: by entropy, guided, masked by divergence, a penalty": masked(
+        Unmasking("entropy"),
+        UnmaskedSteps(2, "independent", "entropy"),
+        KlMasked(tau=0.0, kl_coef=0.1),
+        guidance_scale=2.0,
+        schedule="cosine",
+        num_steps=3,
     ),
     "colour": fake(Colour),
     "program": fake(Program),

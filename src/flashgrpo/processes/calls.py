@@ -1,10 +1,11 @@
-"""Network calls of one fixed size: what makes a replay give the same bits as the draw.
+"""Network calls of one fixed size, which make a replay give the same bits as the draw; and calls by other weights.
 
 Kernels round differently for different batch sizes. So everything whose result is judged is computed on a fixed
 number of rows a call, by drawing and by replay alike; a last batch is filled up with copies of its last row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Int64
@@ -24,3 +25,22 @@ def fixed_batches(count: int, size: int) -> Iterator[tuple[Int64[Tensor, " size"
 def number_of_calls(count: int, size: int) -> int:
     """Return how many batches those are."""
     return -(-count // size)
+
+
+def by_other_weights(
+    columns: Sequence[str],
+    weights: Mapping[str, Callable[[], AbstractContextManager[None]]],
+    call: Callable[[], Tensor],
+) -> dict[str, Tensor]:
+    """Make a call under the weights of each column that is asked for, without gradient; all ranks in this order.
+
+    Args:
+        weights: column -> the context in which the network has them: "kl" of the base model, "kl_average" of the
+            averaged weights.
+    """
+    found = {}
+    for name, context in weights.items():
+        if name in columns:
+            with torch.no_grad(), context():
+                found[name] = call()
+    return found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Columns, Record
+from flashgrpo.processes.calls import by_other_weights
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.rollout import Act, MicroBatch
 from flashgrpo.types import Condition, Latents, Sample
@@ -89,12 +90,7 @@ class Source(ABC):
 
     def by_other_weights(self, columns: Sequence[str], velocity: Callable[[], Tensor]) -> Mapping[str, Tensor]:
         """The velocities that columns compare with: "kl" of the base model, "kl_average" of the averaged weights."""
-        found = {}
-        for name, weights in (("kl", self.model.reference), ("kl_average", self.average)):
-            if name in columns:
-                with torch.no_grad(), weights():
-                    found[name] = velocity()
-        return found
+        return by_other_weights(columns, {"kl": self.model.reference, "kl_average": self.average}, velocity)
 
 
 def group_of(samples: Sequence[Sample]) -> Int64[Tensor, " samples"]:

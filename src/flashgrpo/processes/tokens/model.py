@@ -62,6 +62,11 @@ class TokenModel(Protocol):
         """The token that stands for one that is not drawn yet; None of a network that has none."""
         ...
 
+    @property
+    def end(self) -> int | None:
+        """The token that texts end with, and are filled up with; None where samples do not end."""
+        ...
+
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """Return what the network is conditioned on, a row for each prompt, on `device`."""
         ...

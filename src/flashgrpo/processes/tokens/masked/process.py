@@ -1,0 +1,307 @@
+"""Masked tokens as a process: samples are unmasked step by step, and some of the steps are scored again (AGRPO)."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from flashgrpo.distributed.world import World
+from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, Record
+from flashgrpo.processes.calls import by_other_weights, fixed_batches, number_of_calls
+from flashgrpo.processes.subsets import draw_units
+from flashgrpo.processes.tokens.choices import divergence, log_probs, place_among
+from flashgrpo.processes.tokens.guided import GuidedLogits
+from flashgrpo.processes.tokens.masked import settings
+from flashgrpo.processes.tokens.masked.cost import update_cost
+from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, Plan, UnmaskedSteps
+from flashgrpo.processes.tokens.masked.state import MaskedState
+from flashgrpo.processes.tokens.masked.unmasking import Unmasked, Unmasking
+from flashgrpo.processes.tokens.model import TokenModel
+from flashgrpo.seeds import Name
+from flashgrpo.types import REWARD, Condition, LoraStyle, Prompt, Sample, Videos, index_rows, to_device
+
+
+class MaskedProcess:
+    """A network that fills masks, as a `Process`: a unit is a step of a sample, a term a token that the step drew.
+
+    The score of a token is its log-probability among the candidates that drawing had left, at the temperature of the
+    drawing, given what its step saw.
+
+    Raises:
+        ValueError: blocks and steps do not fit the samples, or the network has no mask.
+    """
+
+    channels: Sequence[str] = (REWARD,)
+    addends = 1
+    takes_image = False
+
+    def __init__(
+        self,
+        model: TokenModel,
+        explore: settings.Unmasking,
+        score: UnmaskedSteps,
+        rollout: MaskedRollout,
+        sampling: MaskedSampling,
+        micro_batch: int,
+        world: World,
+    ) -> None:
+        self.model = model
+        self.explore, self.score = explore, score
+        self.rollout, self.sampling = rollout, sampling
+        self.micro_batch = micro_batch
+        self.world = world
+        self.logits = GuidedLogits(model, rollout.guidance_scale)
+        self.plan = Plan.of(model.length, rollout.num_steps, rollout.block, rollout.schedule)
+        self.average: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._unmasking(self.plan, explore.order, explore.temperature)
+        self.sampler()
+
+    def _unmasking(self, plan: Plan, order: settings.Order, temperature: float) -> Unmasking:
+        if self.model.mask is None:
+            raise ValueError("this network has no mask token; masked tokens need one that was trained to fill masks")
+        choice = self.explore.top_k, self.explore.top_p
+        return Unmasking(plan, order, temperature, *choice, self.model.mask, self.model.end)
+
+    def sampler(self, num_steps: int | None = None) -> tuple[Unmasking, GuidedLogits]:
+        """Return how evaluations draw: as the rollout does, where `sampling` says nothing else."""
+        own, rollout = self.sampling, self.rollout
+        steps, block = num_steps or own.num_steps or rollout.num_steps, own.block or rollout.block
+        plan = Plan.of(self.model.length, steps, block, rollout.schedule)
+        temperature = self.explore.temperature if own.temperature is None else own.temperature
+        guided = GuidedLogits(self.model, own.guidance_scale or rollout.guidance_scale)
+        return self._unmasking(plan, own.order or self.explore.order, temperature), guided
+
+    def exploring(self, explore: settings.Unmasking, score: UnmaskedSteps) -> "MaskedProcess":
+        """Return the same model, not copied or loaded again, that draws and scores otherwise."""
+        other = copy.copy(self)
+        other.explore, other.score = explore, score
+        return other
+
+    def set_average(self, weights: Callable[[], AbstractContextManager[None]]) -> None:
+        """Say in which context the network has the averaged weights that an objective stays near."""
+        self.average = weights
+
+    @property
+    def network(self) -> nn.Module:
+        """The network."""
+        return self.model.network
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.model.device
+
+    @property
+    def identity(self) -> str:
+        """Tells the base weights from others, wherever they lie."""
+        return self.model.identity
+
+    # Drawing
+
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """Return what the network is conditioned on, a row for each prompt."""
+        return self.model.encode(prompts)
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text before any are cut off."""
+        return self.model.token_counts(texts)
+
+    @torch.no_grad()
+    def draw(
+        self, samples: Sequence[Sample], seed: int, on_drawn: OnDrawn, uses: int = 1, columns: Sequence[str] = ()
+    ) -> tuple[Outputs, Record]:
+        """Unmask samples, and draw which of their steps are scored again; see `Process`."""
+        condition = self._condition([sample.group.prompt for sample in samples])
+        names = [(seed, "unmask", *sample.name) for sample in samples]
+        unmasking = self._unmasking(self.plan, self.explore.order, self.explore.temperature)
+        unmasked = self._unmask(unmasking, self.logits, names, condition, on_drawn)
+        record = self._record(samples, seed, unmasked, condition)
+        return unmasked.tokens, self._with_old(record, "kl_old" in columns) if uses > 1 else record
+
+    def _condition(self, prompts: Sequence[Prompt]) -> Condition:
+        return self.encode(prompts) if prompts else self.model.nothing()
+
+    def _unmask(
+        self,
+        unmasking: Unmasking,
+        logits: GuidedLogits,
+        names: Sequence[Name],
+        condition: Condition,
+        on_drawn: OnDrawn,
+    ) -> Unmasked:
+        """Draw all samples, `rollout.micro_batch` at a time; ranks that hold a network between them call together."""
+        size, together = self.rollout.micro_batch, self.world.uses_fsdp and self.world.size > 1
+        calls = torch.tensor([number_of_calls(len(names), size)])
+        missing = int((self.world.max_over_ranks(calls) - calls)[0])
+        parts = []
+        for rows, new in fixed_batches(len(names), size):
+            part = unmasking.draw(
+                partial(logits, condition=condition[rows]),
+                [names[row] for row in rows.tolist()],
+                self.model.length,
+                self.device,
+                every_step=together,
+            )[:new]
+            on_drawn(rows[:new], part.tokens)
+            parts.append(part)
+        for _ in range(missing * unmasking.plan.num_steps):
+            self._on_nothing(logits)
+        return Unmasked.stack(parts, self.model.length, unmasking.plan.num_steps, self.device)
+
+    def _record(self, samples: Sequence[Sample], seed: int, unmasked: Unmasked, condition: Condition) -> Record:
+        """Draw steps of each sample by its name: by sample, then by step, then by place."""
+        units: list[tuple[int, int]] = []
+        factors: list[float] = []
+        for row, (sample, last) in enumerate(zip(samples, unmasked.steps.tolist(), strict=True)):
+            chances = unmasked.entropy[row, :last].tolist() if self.score.chance == "entropy" else [1.0] * last
+            for step, weight in draw_units(
+                chances, self.score.steps, self.score.draw, seed, "unmasked step", *sample.name
+            ):
+                units.append((row, step))
+                factors.append(weight)
+        row, at = torch.tensor(units, dtype=torch.int64).view(-1, 2).T
+        state = MaskedState.of(row, at, self.plan.widest, unmasked, condition)
+        unit = torch.arange(len(units)).repeat_interleave(state.count)
+        group = torch.tensor([sample.group.group for sample in samples], dtype=torch.int64)
+        weights = to_device(torch.tensor(factors)[unit], self.device)
+        nought = torch.zeros_like(unit)
+        return Record(torch.zeros_like(at), unit, row[unit], group[row[unit]], nought, weights, None, state)
+
+    def _with_old(self, record: Record, keep: bool) -> Record:
+        """Score what was drawn as a replay does: attention takes other kernels without gradients.
+
+        Args:
+            keep: also the log-probabilities of all candidates.
+        """
+        calls = torch.tensor([number_of_calls(len(record), self.micro_batch)])
+        missing = int((self.world.max_over_ranks(calls) - calls)[0])
+        scores, rows = [torch.empty(0, device=self.device)], list[Tensor]()
+        for part in self.micro_batches(record):
+            state = _state_of(part)
+            with torch.enable_grad():
+                log_p = self._log_p(state).detach()
+            scores.append(_of_terms(_of_drawn(log_p, state), state))
+            rows += [log_p] if keep else []
+        for _ in range(missing):
+            self._on_nothing(self.logits)
+        state = replace(_state_of(record), old_log_p=torch.cat(rows) if rows else None)
+        return replace(record, old=torch.cat(scores), state=state)
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Prompt], names: Sequence[Name], on_drawn: OnDrawn, num_steps: int | None = None
+    ) -> Outputs:
+        """Draw samples as evaluation does, each from the random numbers of its name."""
+        unmasking, logits = self.sampler(num_steps)
+        return self._unmask(unmasking, logits, names, self._condition(prompts), on_drawn).tokens
+
+    def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
+        """Return what rewards and the report look at."""
+        return self.model.decode(outputs, frames)
+
+    # Scoring again
+
+    def micro_batches(self, record: Record) -> Sequence[Record]:
+        """Cut units into batches of `micro_batch`."""
+        return [record[units] for units in torch.arange(len(record)).split(self.micro_batch) if len(units)]
+
+    def replay(self, record: Record, columns: Sequence[str]) -> list[tuple[Float32[Tensor, " terms"], Columns]]:
+        """Return the log-probability of each token, and the columns asked for.
+
+        "kl", "kl_average" and "kl_old" are exact divergences of its place's candidates: to the base model, to the
+        average and to the policy that drew. Without recorded ones the policy is the old one, too.
+        """
+        state = _state_of(record)
+        log_p = self._log_p(state)
+        weights = {"kl": self.reference, "kl_average": self.average}
+        others = by_other_weights(columns, weights, lambda: self._log_p(state))
+        if "kl_old" in columns:
+            others["kl_old"] = log_p.detach() if state.old_log_p is None else state.old_log_p
+        found = {name: _of_terms(divergence(log_p, other), state) for name, other in others.items()}
+        return [(_of_terms(_of_drawn(log_p, state), state), found)]
+
+    def _log_p(self, state: MaskedState) -> Float32[Tensor, "units widest candidates"]:
+        """Compute by one call of `micro_batch` rows, filled up, so that equal units have equal bits."""
+        ((rows, new),) = fixed_batches(len(state), self.micro_batch)
+        filled = state[rows]
+        tokens = self._seen(filled)
+        logits = self.logits(tokens, filled.places, filled.condition[filled.sample])
+        return log_probs(logits, self.explore.temperature, filled.kept)[:new]
+
+    def _seen(self, state: MaskedState) -> Tensor:
+        """Return the tokens of each unit as its step saw them, or all masks."""
+        mask = self.model.mask
+        assert mask is not None
+        tokens = index_rows(state.unmasked.tokens, state.sample)
+        if self.score.state == "mean-field":
+            return torch.full_like(tokens, mask)
+        return tokens.masked_fill(to_device(state.hidden, tokens.device), mask)
+
+    def stage(self, slot: int) -> nn.Module:
+        """Return the network, which computes the one slot that there is."""
+        return self.network
+
+    def idle(self, slot: int, columns: Sequence[str]) -> list[Tensor]:
+        """Take part in the collectives of a replay, without a gradient of one's own."""
+        found = self._on_nothing(self.logits)
+        weights = {"kl": self.reference, "kl_average": self.average}
+        by_other_weights(columns, weights, lambda: self._on_nothing(self.logits))
+        return [found]
+
+    def _on_nothing(self, logits: GuidedLogits) -> Tensor:
+        mask = self.model.mask
+        assert mask is not None
+        tokens = torch.full((1, self.model.length), mask, device=self.device)
+        return logits(tokens, torch.zeros(1, 1, dtype=torch.int64), self.model.nothing()).amax(-1)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside this context the network is the base model."""
+        return self.model.reference()
+
+    # What it costs, whether it is sound, getting the result out
+
+    def cost(self, seed: int, update: int, passes: int, columns: Sequence[str], uses: int = 1) -> Cost:
+        """Count the forwards of an update; see `cost.py`."""
+        return update_cost(self.score, self.rollout, passes, columns, uses, self.model.recomputes)
+
+    def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
+        """Say what an order of places that depends on the policy means for the estimate."""
+        if self.explore.order == "random":
+            return ()
+        return (
+            Finding(
+                "order",
+                "warning",
+                f"order {self.explore.order} lets the policy choose which places a step draws, and that choice is not "
+                "scored: the estimate is biased; explore.order=random has no such bias",
+            ),
+        )
+
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
+        """Write trained adapters as others load them."""
+        return self.model.save_lora(folder, tensors, style)
+
+    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the whole model with the trained parameters in it."""
+        self.model.save_merged(folder, tensors)
+
+
+def _state_of(record: Record) -> MaskedState:
+    assert isinstance(record.state, MaskedState)
+    return record.state
+
+
+def _of_drawn(log_p: Tensor, state: MaskedState) -> Float32[Tensor, "units widest"]:
+    """Return the log-probability of the token that was drawn at each place."""
+    return log_p.gather(-1, place_among(state.kept, state.drawn)[..., None])[..., 0]
+
+
+def _of_terms(values: Float32[Tensor, "units widest"], state: MaskedState) -> Float32[Tensor, " terms"]:
+    """Return the values of terms, by unit, then by place."""
+    return index_rows(values.flatten(), state.is_term.flatten().nonzero().flatten())
