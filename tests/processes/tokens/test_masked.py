@@ -97,7 +97,7 @@ def test_every_state_is_rebuilt_from_the_step_of_each_token(order):
     assert {2, 4} <= set(found.steps.tolist())
     record = made._record(SAMPLES, 1, found, condition)
     for part in made.micro_batches(record):
-        for unit, seen in enumerate(made._seen(part.state)):
+        for unit, seen in enumerate(made.scores.seen(part.state)):
             assert torch.equal(seen, saw[int(part.state.at[unit])][part.state.sample[unit]])
     assert not (found.tokens == 8).any()
 

@@ -15,16 +15,17 @@ from flashgrpo.distributed.world import World
 from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, Record
 from flashgrpo.processes.calls import by_other_weights, fixed_batches, number_of_calls
 from flashgrpo.processes.subsets import draw_units
-from flashgrpo.processes.tokens.choices import divergence, log_probs, place_among
+from flashgrpo.processes.tokens.choices import divergence
 from flashgrpo.processes.tokens.guided import GuidedLogits
 from flashgrpo.processes.tokens.masked import settings
 from flashgrpo.processes.tokens.masked.cost import update_cost
+from flashgrpo.processes.tokens.masked.scores import StepScores, of_drawn, of_terms, state_of
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, Plan, UnmaskedSteps
 from flashgrpo.processes.tokens.masked.state import MaskedState
 from flashgrpo.processes.tokens.masked.unmasking import Unmasked, Unmasking
 from flashgrpo.processes.tokens.model import TokenModel
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, Condition, LoraStyle, Prompt, Sample, Videos, index_rows, to_device
+from flashgrpo.types import REWARD, Condition, LoraStyle, Prompt, Sample, Videos, to_device
 
 
 class MaskedProcess:
@@ -76,6 +77,11 @@ class MaskedProcess:
         temperature = self.explore.temperature if own.temperature is None else own.temperature
         guided = GuidedLogits(self.model, own.guidance_scale or rollout.guidance_scale)
         return self._unmasking(plan, own.order or self.explore.order, temperature), guided
+
+    @property
+    def scores(self) -> StepScores:
+        """What scores steps as they were drawn."""
+        return StepScores(self.logits, self.explore.temperature, self.micro_batch, self.score.state == "mean-field")
 
     def exploring(self, explore: settings.Unmasking, score: UnmaskedSteps) -> "MaskedProcess":
         """Return the same model, not copied or loaded again, that draws and scores otherwise."""
@@ -183,14 +189,14 @@ class MaskedProcess:
         missing = int((self.world.max_over_ranks(calls) - calls)[0])
         scores, rows = [torch.empty(0, device=self.device)], list[Tensor]()
         for part in self.micro_batches(record):
-            state = _state_of(part)
+            state = state_of(part)
             with torch.enable_grad():
-                log_p = self._log_p(state).detach()
-            scores.append(_of_terms(_of_drawn(log_p, state), state))
+                log_p = self.scores.log_p(state).detach()
+            scores.append(of_terms(of_drawn(log_p, state), state))
             rows += [log_p] if keep else []
         for _ in range(missing):
             self._on_nothing(self.logits)
-        state = replace(_state_of(record), old_log_p=torch.cat(rows) if rows else None)
+        state = replace(state_of(record), old_log_p=torch.cat(rows) if rows else None)
         return replace(record, old=torch.cat(scores), state=state)
 
     @torch.no_grad()
@@ -217,31 +223,14 @@ class MaskedProcess:
         "kl", "kl_average" and "kl_old" are exact divergences of its place's candidates: to the base model, to the
         average and to the policy that drew. Without recorded ones the policy is the old one, too.
         """
-        state = _state_of(record)
-        log_p = self._log_p(state)
+        state = state_of(record)
+        log_p = self.scores.log_p(state)
         weights = {"kl": self.reference, "kl_average": self.average}
-        others = by_other_weights(columns, weights, lambda: self._log_p(state))
+        others = by_other_weights(columns, weights, lambda: self.scores.log_p(state))
         if "kl_old" in columns:
             others["kl_old"] = log_p.detach() if state.old_log_p is None else state.old_log_p
-        found = {name: _of_terms(divergence(log_p, other), state) for name, other in others.items()}
-        return [(_of_terms(_of_drawn(log_p, state), state), found)]
-
-    def _log_p(self, state: MaskedState) -> Float32[Tensor, "units widest candidates"]:
-        """Compute by one call of `micro_batch` rows, filled up, so that equal units have equal bits."""
-        ((rows, new),) = fixed_batches(len(state), self.micro_batch)
-        filled = state[rows]
-        tokens = self._seen(filled)
-        logits = self.logits(tokens, filled.places, filled.condition[filled.sample])
-        return log_probs(logits, self.explore.temperature, filled.kept)[:new]
-
-    def _seen(self, state: MaskedState) -> Tensor:
-        """Return the tokens of each unit as its step saw them, or all masks."""
-        mask = self.model.mask
-        assert mask is not None
-        tokens = index_rows(state.unmasked.tokens, state.sample)
-        if self.score.state == "mean-field":
-            return torch.full_like(tokens, mask)
-        return tokens.masked_fill(to_device(state.hidden, tokens.device), mask)
+        found = {name: of_terms(divergence(log_p, other), state) for name, other in others.items()}
+        return [(of_terms(of_drawn(log_p, state), state), found)]
 
     def stage(self, slot: int) -> nn.Module:
         """Return the network, which computes the one slot that there is."""
@@ -290,18 +279,3 @@ class MaskedProcess:
     def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write the whole model with the trained parameters in it."""
         self.model.save_merged(folder, tensors)
-
-
-def _state_of(record: Record) -> MaskedState:
-    assert isinstance(record.state, MaskedState)
-    return record.state
-
-
-def _of_drawn(log_p: Tensor, state: MaskedState) -> Float32[Tensor, "units widest"]:
-    """Return the log-probability of the token that was drawn at each place."""
-    return log_p.gather(-1, place_among(state.kept, state.drawn)[..., None])[..., 0]
-
-
-def _of_terms(values: Float32[Tensor, "units widest"], state: MaskedState) -> Float32[Tensor, " terms"]:
-    """Return the values of terms, by unit, then by place."""
-    return index_rows(values.flatten(), state.is_term.flatten().nonzero().flatten())
