@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import current_device
 from flashgrpo.models.lora import weights_replaced
+from flashgrpo.processes.tokens.uniform.settings import Metric
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, to_device
 
@@ -81,3 +82,18 @@ class TokenDouble:
 
     def save_merged(self, folder: Path, tensors):
         self.save_lora(folder, tensors)
+
+
+class TokenPictures(TokenDouble):
+    """A `UniformModel`: 16 tokens of 8 kinds, a grid of colours, and what a checkpoint says of its noise."""
+
+    path, shift = Metric(), 1.0
+
+    def __init__(self):
+        super().__init__(length=16, mask=None)
+        self.codes = to_device(normal((self.vocabulary, 4), 0, "codes"), self.device)
+
+    def decode(self, tokens, frames=None):
+        """Paint images (B, 1, 3, 16, 16), a colour by the bits of each token."""
+        bits = torch.stack([(tokens >> bit) % 2 for bit in range(3)], dim=1).float()
+        return bits.view(-1, 1, 3, 4, 4).repeat_interleave(4, -1).repeat_interleave(4, -2)

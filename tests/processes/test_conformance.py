@@ -29,11 +29,13 @@ from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.weighting import NormalizedRatio, StepLength
 from flashgrpo.processes.tokens.masked.process import MaskedProcess
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, UnmaskedSteps, Unmasking
+from flashgrpo.processes.tokens.uniform.process import UniformTokensProcess
+from flashgrpo.processes.tokens.uniform.settings import TokensAtTimes, UniformRollout, UniformSampling, UniformTokens
 from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
 from tests.conftest import EXACT
 from tests.fakes import Colour, InTwo, Program, whole_score
 from tests.streams import Stream
-from tests.tokens import TokenDouble
+from tests.tokens import TokenDouble, TokenPictures
 
 WORLD = single_process()
 PROMPTS = [Prompt("a red circle moving left slowly", {}), Prompt("a blue square moving up quickly", {})]
@@ -107,6 +109,17 @@ def masked(explore: Unmasking, score: UnmaskedSteps, objective: AnyObjective = O
     return Case(make, objective)
 
 
+def uniform(score: TokensAtTimes, objective: AnyObjective = OBJECTIVE, **rollout) -> Case:
+    """Uniform tokens, with a network that fits on a page."""
+    sizes = {"prompts": len(PROMPTS), "group_size": SIZE, "num_steps": 4}
+
+    def make(micro_batch: int) -> Process:
+        how = UniformRollout(**sizes, micro_batch=micro_batch, **rollout), UniformSampling(num_steps=5)
+        return UniformTokensProcess(TokenPictures(), UniformTokens(), score, *how, micro_batch, WORLD)
+
+    return Case(make, objective)
+
+
 GUARD = Recorded(StepLength(), NormalizedRatio())
 CASES = {
     "flow: flash-grpo": flow(FLASH_GRPO, *EXACT),
@@ -142,6 +155,13 @@ CASES = {
     "addends with a penalty": replace(fake(InTwo), objective=Clipped(kl_coef=0.1)),
     "stream": stream(Competing(tau=0.2)),
     "stream with a penalty": stream(Competing(tau=0.2, kl_coef=0.1)),
+    "uniform tokens": uniform(TokensAtTimes(times=2, starts=2)),
+    "uniform tokens: guesses of the sampler, with a penalty": uniform(
+        TokensAtTimes(times=2, starts=2, state="sampler", action="guess"),
+        Clipped(clip_range=0.2, kl_coef=0.05),
+        path={"kind": "mixture"},
+        jumps="derivative",
+    ),
 }
 
 
