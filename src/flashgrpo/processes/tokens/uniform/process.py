@@ -154,15 +154,14 @@ class UniformTokensProcess:
 
     def _old(self, record: Record) -> Float32[Tensor, " terms"]:
         """Return the scores by the weights that draw, computed as a replay does; all ranks together."""
-        old, calls = torch.empty(len(record), device=self.device), 0
-        for slot in range(self.rollout.num_steps):
-            for units in (record.slot == slot).nonzero().flatten().split(self.micro_batch):
-                if len(units):
-                    with torch.enable_grad():  # attention takes other kernels without gradients
-                        score, _ = self._score(record.state[units], ())  # type: ignore[arg-type]
-                    old.index_copy_(0, to_device(units, self.device), score.detach())
-                    calls += 1
-        self.sampler.idle_calls(calls)
+        old, every = torch.empty(len(record), device=self.device), torch.arange(len(record))
+        slots = [every[record.slot == slot] for slot in record.slot.unique()]
+        calls = [units for slot in slots for units in slot.split(self.micro_batch)]
+        for units in calls:
+            with torch.enable_grad():  # attention takes other kernels without gradients
+                score, _ = self._score(record.state[units], ())  # type: ignore[arg-type]
+            old.index_copy_(0, to_device(units, self.device), score.detach())
+        self.sampler.idle_calls(len(calls))
         return old
 
     def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
