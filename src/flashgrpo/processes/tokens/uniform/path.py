@@ -34,7 +34,7 @@ LARGEST_BETA = 1e12  # stands for infinity, which times a distance of 0 would be
 
 
 @runtime_checkable
-class Path(Protocol):
+class TokenPath(Protocol):
     """How tokens are noised."""
 
     @property
@@ -117,7 +117,7 @@ class MixturePath:
         return none.scatter_(-1, x1[..., None], rate).scatter_(-1, z[..., None], 0.0)
 
 
-def make_path(settings: AnyPath, vocabulary: int, codes: Tensor | None) -> Path:
+def make_path(settings: AnyPath, vocabulary: int, codes: Tensor | None) -> TokenPath:
     """Return the path of its settings.
 
     Raises:
@@ -130,7 +130,9 @@ def make_path(settings: AnyPath, vocabulary: int, codes: Tensor | None) -> Path:
     return MetricPath(codes, settings)
 
 
-def jumped(path: Path, t: float, s: float, z: Tokens, x1: Tokens, kind: Jumps, whether: Uniform, to: Uniform) -> Tokens:
+def jumped(
+    path: TokenPath, t: float, s: float, z: Tokens, x1: Tokens, kind: Jumps, whether: Uniform, to: Uniform
+) -> Tokens:
     """Draw the tokens at s of those at t: each jumps with probability 1 - exp(-its jumps), to a kind by its share.
 
     Args:

@@ -17,7 +17,7 @@ from flashgrpo.processes.calls import fixed_batches, number_of_calls
 from flashgrpo.processes.tokens.chunks import by_chunks, categorical, chunks
 from flashgrpo.processes.tokens.model import Head, Tokens
 from flashgrpo.processes.tokens.uniform.model import UniformModel
-from flashgrpo.processes.tokens.uniform.path import Path, Uniform, jumped
+from flashgrpo.processes.tokens.uniform.path import TokenPath, Uniform, jumped
 from flashgrpo.processes.tokens.uniform.settings import Jumps
 from flashgrpo.seeds import Name, generator
 from flashgrpo.types import Condition, index_rows, to_device
@@ -39,7 +39,7 @@ class Sampler:
     """
 
     model: UniformModel
-    path: Path
+    path: TokenPath
     micro_batch: int
     world: World
 
