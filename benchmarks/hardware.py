@@ -20,10 +20,12 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashgrpo import RunConfig
-from flashgrpo.assembly import Assembly, planned_cost
+from flashgrpo.assembly import Assembly
 from flashgrpo.distributed.world import process_group
-from flashgrpo.doctor.estimate import estimate, records_per_sample
+from flashgrpo.doctor.estimate import estimate
 from flashgrpo.doctor.trial import Meter
+from flashgrpo.kinds import kind_of
+from flashgrpo.kinds.flow import units_of_sample
 from flashgrpo.models.load import META, weightless
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.train import one_update
@@ -78,8 +80,8 @@ def operations(config: RunConfig, graphs_kept: bool) -> dict[str, float]:
     branches = 2 if settings.guidance_scale > 1 else 1
     rows = branches * settings.prompts * settings.group_size
     return {
-        "rollout": counts[0] * planned_cost(config, 0).rollout,
-        "update": (counts[1] - counts[0] * graphs_kept) * rows * config.optim.passes * records_per_sample(config),
+        "rollout": counts[0] * kind_of(config).planned_cost(config, 0).rollout,
+        "update": (counts[1] - counts[0] * graphs_kept) * rows * config.optim.passes * units_of_sample(config),
     }
 
 

@@ -50,6 +50,12 @@ class Fake:
         self.prompts, self.group_size = prompts, group_size
         self._base = {name: weight.detach().clone() for name, weight in self.network.named_parameters()}
 
+    def set_average(self, weights):
+        """Have no use for averaged weights."""
+
+    def exploring(self, explore, score):
+        return self
+
     def exact(self, x: Tensor) -> Tensor:
         """Call the network on `micro_batch` rows at a time, whatever there is: equal rows in, equal bits out."""
         batches = fixed_batches(len(x), self.micro_batch)

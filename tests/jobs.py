@@ -26,10 +26,10 @@ from flashgrpo import evaluate as evaluation
 from flashgrpo import train as training
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed.live import LiveBytes
 from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.distributed.sharding import place
 from flashgrpo.distributed.world import World, full_tensor, local, process_group
-from flashgrpo.doctor.estimate import LiveBytes
 from flashgrpo.errors import UserError
 from flashgrpo.learning.experience import compare, draw_and_score
 from flashgrpo.learning.objective import Competing

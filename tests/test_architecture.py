@@ -11,7 +11,7 @@ import flashgrpo
 from flashgrpo.learning.penalized import Penalized
 from flashgrpo.learning.settings import Averaged, Credit, Current, Frozen
 from flashgrpo.presets import PRESETS
-from flashgrpo.processes.flow.settings import Deterministic, Recorded, Renoised, Stochastic
+from flashgrpo.processes.flow.choices import Deterministic, Recorded, Renoised, Stochastic
 
 ROOT = Path(flashgrpo.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))

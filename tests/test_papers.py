@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from flashgrpo.config import RunConfig
 from flashgrpo.config.algorithm import algorithm_from, short_name, spelled_out
 from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO, PRESETS, Algorithm
-from flashgrpo.processes.flow.settings import Recorded
+from flashgrpo.processes.flow.choices import Recorded
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, StepLength
 
 PAGE = (Path(__file__).parent.parent / "docs" / "papers.md").read_text()

@@ -1,10 +1,10 @@
 """The parts of a run put together: the process, the rewards, the objective and the optimizer that it trains with."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,20 @@ from flashgrpo.distributed.memory import explain_shortage
 from flashgrpo.distributed.world import World, use_threads
 from flashgrpo.errors import SharedError
 from flashgrpo.files import cache_folder
+from flashgrpo.kinds import kind_of
 from flashgrpo.learning.behaviour import Behaviour
 from flashgrpo.learning.experience import Compared, Drawn, Phases, compare, draw_and_score
 from flashgrpo.learning.optim import GradientSum, Optimizer
 from flashgrpo.learning.update import policy_update
-from flashgrpo.models.load import load_model, weightless
+from flashgrpo.models.load import Say
 from flashgrpo.models.lora import trained_parameters, weights_replaced
-from flashgrpo.models.settings import ModelConfig
 from flashgrpo.presets import Algorithm
-from flashgrpo.process import Cost, Process
-from flashgrpo.processes.flow.cost import Guided, guided_steps, update_cost
-from flashgrpo.processes.flow.float8 import check_float8
-from flashgrpo.processes.flow.process import FlowProcess
-from flashgrpo.processes.flow.settings import RolloutConfig
+from flashgrpo.process import Process
 from flashgrpo.prompts import prompt_groups, read_prompts, trained_on
 from flashgrpo.scoring.heldout import Evaluator
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, Watch, untimed, unwatched
 from flashgrpo.types import Prompt, PromptGroup, representable
-
-Say = Callable[[str], None]
 
 
 class Assembly:
@@ -58,8 +52,6 @@ class Assembly:
         use_threads(config.parallel.threads)
         drawn = (self.prompt_groups(update) for update in range(config.updates))
         self.used = [*{id(g.prompt): g.prompt for update in drawn for g in update}.values(), *self.heldout]
-        if config.rollout.deterministic_dtype == "float8":
-            check_float8(world.device)  # before anything is loaded
         with explain_shortage("what lies on the GPU: model.dtype=bfloat16, model.offload or parallel.shard"):
             self.process = make_process(config, world, self.used, say)
         self.trained_on = trained_on(self.heldout, self.prompts, self.process.takes_image)
@@ -173,22 +165,13 @@ class Assembly:
         return other
 
 
-def make_process(config: RunConfig, world: World, prompts: Sequence[Prompt], say: Say | None = None) -> FlowProcess:
+def make_process(config: RunConfig, world: World, prompts: Sequence[Prompt], say: Say | None = None) -> Process:
     """Load the model of a run, with the process that draws from it; encodes `prompts` before the network is loaded."""
-    algorithm, settings = config.algorithm, config.model
-    if settings.condition_cache is None:
+    if config.model.condition_cache is None:
         cache = cache_folder(Path(config.out) / ".cache", say or (lambda _: None)) / "conditions"
-        settings = settings.model_copy(update={"condition_cache": str(cache)})
-    model = load_model(settings, world, config.seed, prompts, algorithm.objective.needs_reference, say)
-    return FlowProcess(
-        model,
-        algorithm.explore,
-        algorithm.score,
-        config.rollout,
-        config.evaluation,
-        config.optim.micro_batch,
-        world,
-    )
+        model = config.model.model_copy(update={"condition_cache": str(cache)})
+        config = config.model_copy(update={"model": model})
+    return kind_of(config).make_process(config, world, prompts, say)
 
 
 def make_evaluator(
@@ -203,27 +186,3 @@ def make_evaluator(
     """Return the evaluation of a run's held-out prompts, of which so many are training prompts."""
     batch, deferred = config.rollout.decode_micro_batch, config.model.offload
     return Evaluator(process, config.evaluation, prompts, rewards, world, batch, deferred, trained_on, watch)
-
-
-def planned_cost(config: RunConfig, update: int) -> Cost:
-    """Return what an update will cost, before weights are loaded; guidance counts where the model's own grid has it."""
-    settings = config.rollout
-    plain = settings.guidance_scale_2 is None and tuple(settings.guidance_interval) == (0, 1)
-    return update_cost(
-        config.algorithm.explore,
-        config.algorithm.score,
-        settings,
-        config.seed,
-        update,
-        config.optim.passes,
-        config.algorithm.objective.columns,
-        config.uses,
-        config.model.gradient_checkpointing,
-        None if plain else _guided(config.model, settings),
-    )
-
-
-@lru_cache(maxsize=64)
-def _guided(model: ModelConfig, settings: RolloutConfig) -> Guided:
-    """Which steps run two branches: only the model knows their sigmas, and which expert computes them."""
-    return guided_steps(weightless(model), settings)

@@ -32,7 +32,7 @@ def model_card(
         "Videos": f"{config.model.width} x {config.model.height}, {config.model.num_frames} frames",
         "Prompts": code(public(config.prompts.train)),
         "Reward": ", ".join(rewards),
-        "Guidance": f"{config.rollout.guidance_scale:g} in training, {config.rollout.num_steps} steps",
+        **config.rollout.facts(),
         "Seed": str(config.seed),
     }
     algorithm = write_yaml(config.model_dump(mode="json")["algorithm"])
@@ -113,12 +113,11 @@ def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
     loads = [
         f'pipe.load_lora_weights(".", weight_name="{file}"{more})' for file, more in zip(files, second, strict=False)
     ]
-    guidance = config.evaluation.guidance_scale or config.rollout.guidance_scale
     given = {
         "prompt": '"A prompt like those it was trained on"',
         **({"image": 'load_image("first-frame.png")'} if image else {}),
         **{"height": config.model.height, "width": config.model.width, "num_frames": frames},
-        **{"num_inference_steps": config.evaluation.num_steps or config.rollout.num_steps, "guidance_scale": guidance},
+        **config.evaluation.pipeline_arguments(config.rollout),
         "max_sequence_length": config.model.max_sequence_length,
     }
     lines = [

@@ -5,14 +5,21 @@ docs/papers.md has each with its paper, equations and published settings.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from flashgrpo.learning.objective import AnyObjective, Clipped, Contrast, KlMasked
-from flashgrpo.learning.settings import AnyBehaviour, Averaged, Credit, Current
+from pydantic import Field
+
+from flashgrpo.learning.objective import AnyObjective, Clipped, Competing, Contrast, KlMasked
+from flashgrpo.learning.settings import AnyBehaviour, Averaged, Credit, Current, Frozen
+from flashgrpo.processes.flow.choices import Deterministic, Explore, Recorded, Renoised, ScoreKind, Stochastic
 from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
-from flashgrpo.processes.flow.settings import Deterministic, Explore, Recorded, Renoised, ScoreKind, Stochastic
 from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import Rectified
+from flashgrpo.processes.streaming.settings import Energy, OneLevel, Routing, StreamExplore, StreamScore, Transition
+from flashgrpo.settings import default_kind
+
+AnyExplore = Annotated[Explore | StreamExplore, Field(discriminator="kind"), default_kind("stochastic")]
+AnyScore = Annotated[ScoreKind | StreamScore, Field(discriminator="kind"), default_kind("recorded")]
 
 
 @dataclass(frozen=True)
@@ -20,15 +27,15 @@ class Algorithm:
     """A policy optimisation algorithm: process choices (`explore`, `score`) times what every process shares.
 
     Args:
-        explore: how the samples of a group come to differ: which steps are stochastic, and their noise.
+        explore: how the samples of a group come to differ; it decides the process that the algorithm is of.
         score: what is replayed and judged.
         credit: how rewards become advantages.
         objective: what is minimised.
         behaviour: whose weights draw.
     """
 
-    explore: Explore
-    score: ScoreKind = field(default_factory=Recorded)
+    explore: AnyExplore
+    score: AnyScore = field(default_factory=Recorded)
     credit: Credit = field(default_factory=Credit)
     objective: AnyObjective = field(default_factory=Clipped)
     behaviour: AnyBehaviour = field(default_factory=Current)
@@ -65,6 +72,16 @@ V_GRPO = Algorithm(Deterministic(), Renoised(shared=True), Credit(clip=3.0, bend
 DIFFUSION_NFT = Algorithm(
     Deterministic(), Renoised(times=None, draw="shuffled"), _OVER_BATCH, Contrast(kl_coef=1e-4), Averaged()
 )
+
+# Streaming video: branches that see other old frames, and Flash-GRPO's idea on the same model
+KVPO = Algorithm(
+    Routing(),
+    Energy(),
+    Credit(baseline="anchor", clip=2.5, unsafe_weight=0.5),
+    Competing(clip_range=(0.1, 0.2), tau=0.01, kl_coef=0.05),
+    Frozen(2),
+)
+FLASH_STREAM = Algorithm(OneLevel(), Transition())
 
 # Flash-GRPO without one or both of its two ideas
 RECTIFICATION_ONLY = replace(FLASH_GRPO, explore=Stochastic(_PER_SAMPLE, LinearSde(eta=1.0)))

@@ -177,6 +177,14 @@ class Process(Protocol):
         """Cut a record of one slot into what `replay` takes at a time, each at most `micro_batch` units."""
         ...
 
+    def exploring(self, explore: Any, score: Any) -> "Process":
+        """Return the same model, not copied or loaded again, that draws and scores otherwise."""
+        ...
+
+    def set_average(self, weights: Callable[[], AbstractContextManager[None]]) -> None:
+        """Say in which context the network has the averaged weights that an objective stays near."""
+        ...
+
     @property
     def addends(self) -> int:
         """How many addends `replay` hands out, at most; above 1, all replays of a slot hand out equally many."""

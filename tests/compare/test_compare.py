@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from flashgrpo.assembly import Assembly, planned_cost
+from flashgrpo.assembly import Assembly
 from flashgrpo.cli import main
 from flashgrpo.compare import compare, statistics, write_data
 from flashgrpo.compare.figures import write_figures
@@ -27,6 +27,7 @@ from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.formats import Numbers
+from flashgrpo.kinds.flow import planned_cost
 from flashgrpo.presets import PRESETS
 from flashgrpo.process import Cost
 from flashgrpo.processes.flow.cost import Guided, update_cost

@@ -128,7 +128,7 @@ def test_a_setting_given_twice_is_refused(stored, tmp_path, algorithm, names):
         ("algorithm.grouping=null", "algorithm.grouping is a mapping of std, combine, shared_noise, not None"),
         (
             "algorithm.explore.kind=stochastics",
-            "algorithm.explore is of the kind 'stochastic', 'deterministic', not 'stocha",
+            "algorithm.explore is of the kind 'stochastic', 'deterministic', 'routing', ",
         ),
         (
             "algorithm.behaviour.kind=frozn",
@@ -138,7 +138,10 @@ def test_a_setting_given_twice_is_refused(stored, tmp_path, algorithm, names):
             "algorithm.objective.kind=clippd",
             "algorithm.objective is of the kind 'clipped', 'kl-masked', 'contrast', 'competing', not '",
         ),
-        ("algorithm.score.kind=renoisd", "algorithm.score is of the kind 'recorded', 'renoised', not 'renoisd'"),
+        (
+            "algorithm.score.kind=renoisd",
+            "algorithm.score is of the kind 'recorded', 'renoised', 'energy', 'transition', ",
+        ),
     ],
 )
 def test_an_unknown_key_or_kind_is_refused_with_what_is_known(make_run, override, sentence):

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from flashgrpo.assembly import Assembly
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed.live import LiveBytes
 from flashgrpo.distributed.world import single_process
-from flashgrpo.doctor.estimate import MOMENTS, LiveBytes, estimate
+from flashgrpo.doctor.estimate import MOMENTS, estimate
 from flashgrpo.models.load import load_model
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.retain import Graphs

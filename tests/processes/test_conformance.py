@@ -23,9 +23,9 @@ from flashgrpo.models.load import load_model
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.presets import AWM, DIFFUSION_NFT, FLASH_DPPO, FLASH_GRPO, FLOW_GRPO, MIX_GRPO, V_GRPO, Algorithm
 from flashgrpo.process import Cost, Process, Record
+from flashgrpo.processes.flow.choices import Recorded
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.process import FlowProcess
-from flashgrpo.processes.flow.settings import Recorded
 from flashgrpo.processes.flow.weighting import NormalizedRatio, StepLength
 from flashgrpo.processes.tokens.masked.process import MaskedProcess
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, UnmaskedSteps, Unmasking

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flashgrpo.config import RunConfig
+from flashgrpo.distributed.live import LiveBytes
 from flashgrpo.distributed.world import single_process
-from flashgrpo.doctor.estimate import LiveBytes
 from flashgrpo.errors import UserError
 from flashgrpo.process import Process
 from flashgrpo.scoring.inputs import LatentVideos, Pixels, VideoFiles

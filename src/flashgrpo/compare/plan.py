@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from flashgrpo.assembly import planned_cost
 from flashgrpo.config import RunConfig, read_override
 from flashgrpo.config.algorithm import GROUPING, SHORT, read_tree
 from flashgrpo.config.recipe import merge_choices, parse_override
 from flashgrpo.errors import UserError, suggest
+from flashgrpo.kinds import kind_of
 from flashgrpo.presets import PRESETS, Algorithm
 
 OWN = (
@@ -51,7 +51,7 @@ class Plan:
             "algorithms": {
                 name: {
                     "updates": config.updates,
-                    "compute_per_update": asdict(planned_cost(config, 0)),
+                    "compute_per_update": asdict(kind_of(config).planned_cost(config, 0)),
                     "settings": config.model_dump(mode="json", exclude=set(NOT_COMPARED)),
                 }
                 for name, config in self.algorithms.items()
@@ -89,7 +89,7 @@ def make_plan(
     first = next(iter(configs.values()))
     source = f"--budget: {budget:,} forwards" if budget is not None else ""
     if budget is None:
-        budget = sum(planned_cost(first, update).total for update in range(base.updates))
+        budget = sum(kind_of(first).planned_cost(first, update).total for update in range(base.updates))
         source = f"updates: the {base.updates:,} updates of {next(iter(configs))}, {budget:,} forwards,"
     whole = {
         name: _at_its_length(
@@ -196,12 +196,7 @@ def _settings(base: RunConfig, spec: Any, changes: Sequence[Mapping[Any, Any]], 
     tree = read_tree({**base.model_dump(mode="json"), "algorithm": spec}, source)
     for change in changes:
         tree = merge_choices(tree, read_tree(change, source))
-    evaluation, rollout = base.evaluation, base.rollout
-    second = rollout.guidance_scale_2 if evaluation.guidance_scale is None else None
-    tree["evaluation"] |= {
-        "guidance_scale": evaluation.guidance_scale or rollout.guidance_scale,
-        "guidance_scale_2": evaluation.guidance_scale_2 or second,
-    }
+    tree["evaluation"] |= base.evaluation.written_out(base.rollout)
     return RunConfig.parse(tree, source)
 
 
@@ -215,7 +210,7 @@ def _at_its_length(config: RunConfig, source: str, updates: int, points: int) ->
 
 def _updates_within(config: RunConfig, budget: int, name: str, source: str) -> int:
     """Return the largest number of updates that cost no more than the budget; `source` says where that is from."""
-    first = planned_cost(config, 0)
+    first = kind_of(config).planned_cost(config, 0)
     if first.total > budget:
         raise UserError(
             f"{source} are less than one update of {name}, which costs {first.total:,} "
@@ -224,6 +219,6 @@ def _updates_within(config: RunConfig, budget: int, name: str, source: str) -> i
     if budget / first.total > MOST_UPDATES:
         raise UserError(f"{source} buy {name} more than {MOST_UPDATES:,} updates; lower it")
     updates, spent = 1, first.total
-    while (spent := spent + planned_cost(config, updates).total) <= budget:
+    while (spent := spent + kind_of(config).planned_cost(config, updates).total) <= budget:
         updates += 1
     return updates

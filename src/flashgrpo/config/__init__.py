@@ -14,16 +14,25 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from flashgrpo.config.algorithm import Written, algorithm_from, read_tree
 from flashgrpo.config.explain import explain
+from flashgrpo.config.processes import check_one_process, of_its_process
 from flashgrpo.config.reading import read_recipe, write_yaml
 from flashgrpo.config.recipe import find_recipe, merge_choices, parse_override
 from flashgrpo.config.schema import typed_text
-from flashgrpo.config.settings import CheckpointConfig, EvaluationConfig, PromptsConfig, TrackingConfig
+from flashgrpo.config.settings import (
+    AnyEvaluation,
+    AnyRollout,
+    CheckpointConfig,
+    EvaluationConfig,
+    PromptsConfig,
+    TrackingConfig,
+)
 from flashgrpo.distributed.settings import ParallelConfig
 from flashgrpo.errors import UserError
 from flashgrpo.learning.settings import OptimConfig, check_average
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.presets import PRESETS, Algorithm
-from flashgrpo.processes.flow.settings import RolloutConfig, check_score, check_shared
+from flashgrpo.processes.flow.settings import RolloutConfig
+from flashgrpo.processes.settings import Chosen
 from flashgrpo.scoring.settings import RewardConfig, check_rewards
 from flashgrpo.settings import MANY, Count, Part, PathText
 
@@ -48,7 +57,7 @@ class RunConfig(Part):
         "flash-grpo"
     ]
     """A preset's name, or changes to one."""
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: AnyRollout = RolloutConfig()
     """Prompts, samples, steps and guidance of an update."""
     optim: OptimConfig = OptimConfig()
     """AdamW, micro-batches, and the moving average."""
@@ -56,7 +65,7 @@ class RunConfig(Part):
     """The files of prompts."""
     rewards: Annotated[dict[str, RewardConfig], BeforeValidator(without_null)] = Field(min_length=1)
     """Name -> reward; `rewards.NAME=null` takes one out of a recipe."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: AnyEvaluation = EvaluationConfig()
     """How held-out prompts are scored, and how often."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """How often the run is saved."""
@@ -64,6 +73,11 @@ class RunConfig(Part):
     """How the processes of the run divide its work."""
     tracking: TrackingConfig = TrackingConfig()
     """What is shown of a run, and the checks before it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_process(cls, tree: Any) -> Any:
+        return of_its_process(tree)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "RunConfig":
@@ -76,12 +90,23 @@ class RunConfig(Part):
         self.optim.check(samples, self.updates, self.rollout.prompts if coupled else None)
         self.model.check(self.sharded)
         frozen, held_between = isinstance(self.model.train, Lora), self.sharded or self.parallel.context > 1
-        check_average(self.algorithm.objective.average_coef, self.algorithm.behaviour)
-        algorithm = self.algorithm
-        check_shared(coupled, algorithm.credit.anchored)
-        check_score(algorithm.explore, algorithm.score, algorithm.objective.columns, self.rollout)
-        self.rollout.check_shortcuts(held_between, frozen, self.model.offload, self.model.compile)
-        self.rollout.check_retain(held_between, self.model.offload, self.uses)
+        algorithm, objective = self.algorithm, self.algorithm.objective
+        check_average(objective.average_coef, algorithm.behaviour)
+        check_one_process(algorithm, rollout=self.rollout.kind, evaluation=self.evaluation.kind)
+        self.rollout.check(
+            Chosen(
+                algorithm.explore,
+                algorithm.score,
+                objective.columns,
+                coupled,
+                algorithm.credit.anchored,
+                self.uses,
+                held_between,
+                frozen,
+                self.model.offload,
+                self.model.compile,
+            )
+        )
         return self
 
     @property

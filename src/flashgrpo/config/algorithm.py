@@ -10,8 +10,8 @@ from flashgrpo.config.recipe import merge_choices, without_gone
 from flashgrpo.errors import UserError, suggest
 from flashgrpo.learning.objective import AnyObjective, ClipRange
 from flashgrpo.learning.settings import AnyBehaviour, Credit, Std
-from flashgrpo.presets import PRESETS
-from flashgrpo.processes.flow.settings import Explore, Noise, Ratio, ScoreKind, Steps, Weighting
+from flashgrpo.presets import PRESETS, AnyExplore, AnyScore
+from flashgrpo.processes.flow.choices import Noise, Ratio, Steps, Weighting
 from flashgrpo.settings import Part
 
 SHORT: Mapping[str, tuple[str, str]] = {
@@ -53,9 +53,9 @@ class AlgorithmRecipe(Part):
 
     preset: str = Field(default="flash-grpo", json_schema_extra={"enum": list(PRESETS)})
     """The algorithm that the other settings change."""
-    explore: Explore
+    explore: AnyExplore
     """How the samples of a group come to differ."""
-    score: ScoreKind
+    score: AnyScore
     """What is replayed and judged."""
     credit: Credit
     """How rewards become advantages."""

@@ -12,6 +12,7 @@ from flashgrpo.errors import suggest
 Tree = Mapping[Any, Any]
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's words, for models and for dataclasses
 MISSING = ("missing", "missing_argument")
+OF_THE_PROCESS = ("rollout", "evaluation")  # whose kind the algorithm decides
 MOST = 8  # mistakes told at once
 
 WORDS: Mapping[str, str] = {
@@ -81,6 +82,8 @@ def _sentence(mistake: Mapping[str, Any], keys: list[str], schema: Tree) -> str:
     if kind in UNKNOWN:
         if kinds := kinds_with(keys, schema):
             above = short_name(".".join(keys[:-1]))
+            if above in OF_THE_PROCESS:
+                return f"{place} is of {' or '.join(kinds)} models, and algorithm.explore is of others; leave it out"
             return f"{place} is a setting of another kind of {above}; choose {above}.kind={' or '.join(kinds)} for it"
         return f"unknown key {place}; {suggest(keys[-1], known_below(keys[:-1], schema))}"
     if mistake["loc"][-1:] == ("[key]",):

@@ -1,10 +1,11 @@
 """Settings that belong to no part, or to two."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flashgrpo.processes.flow.settings import SamplingConfig
+from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
+from flashgrpo.processes.streaming.settings import StreamRollout, StreamSampling
 from flashgrpo.scoring.settings import HeldoutConfig
 from flashgrpo.settings import MANY, Count, Part, PathText
 
@@ -20,6 +21,14 @@ class PromptsConfig(Part):
 
 class EvaluationConfig(HeldoutConfig, SamplingConfig):
     """Held-out prompts on fixed noise with a deterministic solver, paired with the base model."""
+
+
+class StreamEvaluation(HeldoutConfig, StreamSampling):
+    """Held-out prompts on fixed noise, paired with the base model, by a streaming model."""
+
+
+AnyRollout = Annotated[RolloutConfig | StreamRollout, Field(discriminator="kind")]
+AnyEvaluation = Annotated[EvaluationConfig | StreamEvaluation, Field(discriminator="kind")]
 
 
 class CheckpointConfig(Part):

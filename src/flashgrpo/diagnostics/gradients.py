@@ -19,7 +19,9 @@ from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.update import policy_update
 from flashgrpo.presets import Algorithm
 from flashgrpo.process import Process, Record
-from flashgrpo.processes.flow.settings import Recorded, Stochastic
+from flashgrpo.processes.flow.choices import Recorded, Stochastic
+from flashgrpo.processes.flow.process import FlowProcess
+from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.flow.steps import OneStep
 from flashgrpo.processes.flow.weighting import Rectified
 from flashgrpo.prompts import prompt_groups
@@ -89,7 +91,7 @@ def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> G
     own, record = groups_at_every_step(parts, shared_noise, prompts)
     process, steps = own.process, windows(own)["whole grid"]
     table, prompt = (
-        stochastic_of(own.config.algorithm).noise(process.grid.sigmas),
+        stochastic_of(own.config.algorithm).noise(grid_of(own).sigmas),
         record.sample // (len(record) // prompts),
     )
     grams, scores, drifts = [], [], []
@@ -113,7 +115,7 @@ def gradient_by_step(parts: Assembly, shared_noise: bool, prompts: int = 6) -> G
         shared_noise,
         own.config.algorithm.credit.std,
         steps,
-        process.grid.sigmas[steps].tolist(),
+        grid_of(own).sigmas[steps].tolist(),
         scale.tolist(),
         table.rectification[steps].tolist(),
         weight.tolist(),
@@ -274,9 +276,15 @@ def _off_diagonal(products: Float64[Tensor, "n n"], units: list[int]) -> Float64
     return (block.sum() - block.diagonal().sum()) / (len(units) * (len(units) - 1))
 
 
+def grid_of(parts: Assembly) -> SigmaGrid:
+    """Return the noise levels of the rollout."""
+    assert isinstance(parts.process, FlowProcess), "only those have stochastic steps"
+    return parts.process.grid
+
+
 def windows(parts: Assembly) -> dict[str, list[int]]:
     """Return the steps of each window."""
-    return {name: OneStep(window=w).candidates(parts.process.grid.num_steps) for name, w in WINDOWS.items()}
+    return {name: OneStep(window=w).candidates(grid_of(parts).num_steps) for name, w in WINDOWS.items()}
 
 
 def named(parts: Assembly, algorithm: Algorithm, purpose: str) -> Assembly:

@@ -5,8 +5,8 @@
 The std is over the group (GRPO, arXiv 2402.03300) or over all samples of the update ("global" in the code of Flow-GRPO
 and Flash-GRPO, and what Flash-GRPO's runs used). It is the population's: divided by the number of samples, not by one
 less, as numpy computes it in that code. Rows are groups, not prompts: a text drawn twice is two rows. None is dropped.
-With an anchor, a sample of each group that was drawn without exploration, its reward takes the place of the mean (KVPO,
-arXiv 2605.14278), and the std may be that of group and anchor, divided by one less. Or there is none (Dr. GRPO).
+With an anchor, a sample of each group that was drawn without exploration, its reward takes the place of the mean (arXiv
+2605.14278), and the std may be that of group and anchor, divided by one less. Or there is none (Dr. GRPO).
 
 >>> group_advantages(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))               # std over the group: 1 and 0
 tensor([[-0.9999,  0.9999],

@@ -142,12 +142,12 @@ class Contrast(Penalized):
 
 @dataclass(frozen=True)
 class Competing(ClipsRatios):
-    """KVPO (arXiv 2605.14278): the terms of a key share a probability of 1, and a ratio is that of a term's share.
+    """Terms compete (arXiv 2605.14278): those of a key share a probability of 1, and a ratio is that of a term's share.
 
         log pi_g = log softmax_g( s_g / tau )    over the terms of a key          r_g = pi_g / pi_old_g
         L = mean_g max( -w A r, -w A clip(r, 1 - low, 1 + high) ) + kl_coef KL(pi || pi_base)
 
-    For scores that are no log-probabilities: of KVPO minus the energy of a branch, by which one branch is more likely
+    For scores that are no log-probabilities: of minus the energy of a branch (there), by which one branch is more likely
     than another, and none likely by itself. What draws one nearer pushes the others away: at ratio 1, for G terms of
     weight 1,
 

@@ -16,7 +16,7 @@ class Credit:
 
     Args:
         baseline: what a sample's reward is held against: the "mean" of its key, or an "anchor", one sample more for
-            each prompt group, which is drawn without exploration (KVPO, 2605.14278). Whether all samples of a group
+            each prompt group, which is drawn without exploration (2605.14278). Whether all samples of a group
             are worse than the model as it is only an anchor can tell.
         std: advantages are divided by the std of the "group", of the "group-and-anchor" (there by one less than their
             number, as published), of the whole "batch" (all samples of the update), or by nothing, "none" (Dr. GRPO,

@@ -16,6 +16,8 @@ from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.types import Prompt
 
 META = torch.device("meta")
+Say = Callable[[str], None]
+"""Told what takes long."""
 
 
 def load_model(
@@ -24,7 +26,7 @@ def load_model(
     seed: int,
     prompts: Sequence[Prompt] = (),
     keep_reference: bool = False,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
 ) -> VideoModel:
     """Load the pipeline at `config.path` and prepare its network for training as `config.train` says.
 

@@ -11,9 +11,10 @@ from flashgrpo.learning.objective import Clipped, Contrast
 from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.update import policy_update
+from flashgrpo.processes.flow.choices import Deterministic, Renoised
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.schedule import shifted_grid
-from flashgrpo.processes.flow.settings import Deterministic, Renoised, RolloutConfig, SamplingConfig
+from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.types import Condition, Prompt, PromptGroup, Sample
 
 

@@ -10,8 +10,8 @@ from flashgrpo.learning.objective import Contrast
 from flashgrpo.models.load import load_model
 from flashgrpo.presets import AWM, DIFFUSION_NFT, V_GRPO
 from flashgrpo.processes.flow import renoise
+from flashgrpo.processes.flow.choices import Renoised
 from flashgrpo.processes.flow.schedule import shifted_grid
-from flashgrpo.processes.flow.settings import Renoised
 from tests.families import KINDS
 from tests.processes.flow.drawing import PROMPTS, WORLD, draw, draw_from, make_process, perturb, samples_of
 

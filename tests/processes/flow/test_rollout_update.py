@@ -16,9 +16,9 @@ from flashgrpo.learning.update import policy_update
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.presets import DANCE_GRPO, FLASH_GRPO, FLOW_GRPO, FLOW_GRPO_FAST, MIX_GRPO, PRESETS
 from flashgrpo.process import Record
+from flashgrpo.processes.flow.choices import Recorded, Stochastic
 from flashgrpo.processes.flow.noise import Ode
 from flashgrpo.processes.flow.process import FlowProcess
-from flashgrpo.processes.flow.settings import Recorded, Stochastic
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, StepLength
 from tests.processes.flow.drawing import PROMPTS, WORLD, draw, perturb
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashgrpo.process import Finding, Record
-from flashgrpo.processes.flow.settings import Stochastic
+from flashgrpo.processes.flow.choices import Stochastic
 from flashgrpo.processes.flow.shortcuts import visited
 from flashgrpo.processes.flow.state import FlowState
 from flashgrpo.types import Latents

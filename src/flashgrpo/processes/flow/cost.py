@@ -27,16 +27,10 @@ import torch
 from torch import Tensor
 
 from flashgrpo.process import Cost
+from flashgrpo.processes.flow.choices import Deterministic, Explore, Recorded, ScoreKind, needs_old_velocity
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.network import guidance_of
-from flashgrpo.processes.flow.settings import (
-    Deterministic,
-    Explore,
-    Recorded,
-    RolloutConfig,
-    ScoreKind,
-    needs_old_velocity,
-)
+from flashgrpo.processes.flow.settings import RolloutConfig
 from flashgrpo.processes.flow.shortcuts import leaders, visited
 from flashgrpo.processes.flow.steps import StepMask
 

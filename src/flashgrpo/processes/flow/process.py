@@ -14,6 +14,7 @@ from flashgrpo.distributed.sharding import blocks_of
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, Record
 from flashgrpo.processes.flow.checks import flow_checks
+from flashgrpo.processes.flow.choices import Explore, Renoised, ScoreKind, Stochastic
 from flashgrpo.processes.flow.cost import guided_steps, update_cost
 from flashgrpo.processes.flow.float8 import Float8
 from flashgrpo.processes.flow.model import VideoModel
@@ -29,14 +30,7 @@ from flashgrpo.processes.flow.rollout import (
     shared_starts,
     walk,
 )
-from flashgrpo.processes.flow.settings import (
-    Explore,
-    Renoised,
-    RolloutConfig,
-    SamplingConfig,
-    ScoreKind,
-    Stochastic,
-)
+from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders
 from flashgrpo.processes.flow.source import Source, names_of
 from flashgrpo.seeds import Name

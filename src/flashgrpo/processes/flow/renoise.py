@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
+from flashgrpo.processes.flow.choices import ErrorKind
 from flashgrpo.processes.flow.schedule import SigmaGrid
-from flashgrpo.processes.flow.settings import ErrorKind
 from flashgrpo.processes.flow.table import Latents, mean_of_rows
 
 Rows = Float[Tensor, " batch"]

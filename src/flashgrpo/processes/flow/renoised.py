@@ -13,10 +13,11 @@ from flashgrpo.distributed.world import World
 from flashgrpo.process import Record
 from flashgrpo.processes.calls import fixed_batches, number_of_calls
 from flashgrpo.processes.flow import renoise
+from flashgrpo.processes.flow.choices import Renoised, needs_old_velocity
 from flashgrpo.processes.flow.model import GridPoint, VideoModel
 from flashgrpo.processes.flow.rollout import Around, MicroBatch, plan, with_a_graph
 from flashgrpo.processes.flow.schedule import SigmaGrid
-from flashgrpo.processes.flow.settings import Renoised, RolloutConfig, needs_old_velocity
+from flashgrpo.processes.flow.settings import RolloutConfig
 from flashgrpo.processes.flow.source import Score, Source, group_of
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents, Sample, index_rows, to_device

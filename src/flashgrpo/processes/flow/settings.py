@@ -1,159 +1,23 @@
-"""Settings of the flow process: how it explores, what it scores, and how its samples are drawn."""
+"""Settings of the flow process: how its samples are drawn, and which choices go together."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from math import ceil
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
+from flashgrpo.processes.flow.choices import MOST_STEPS, Deterministic, Explore, Recorded, ScoreKind, Stochastic
 from flashgrpo.processes.flow.reuse import FirstBlock, TaylorSeer
 from flashgrpo.processes.flow.solvers import DpmSolver, Euler, UniPC
-from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
-from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, Rectified, StepLength, Uniform
-from flashgrpo.seeds import keyed_bits
-from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part, check_number, default_kind
+from flashgrpo.processes.settings import Chosen, RolloutPart, SamplingPart
 
-MOST_STEPS = 10_000
-
-Steps = Annotated[AllSteps | Window | OneStep, Field(discriminator="kind")]
-Noise = Annotated[LinearSde | FlowSde | ConstantSde | Cps, Field(discriminator="kind")]
-Weighting = Annotated[Uniform | Rectified | NoiseLevel | StepLength, Field(discriminator="kind")]
-Ratio = Annotated[PlainRatio | NormalizedRatio, Field(discriminator="kind")]
 Solver = Annotated[Euler | UniPC | DpmSolver, Field(discriminator="kind")]
-ErrorKind = Literal["uniform", "t", "t2", "huber", "ghuber", "self-normalized"]
 
 
-@dataclass(frozen=True)
-class Stochastic:
-    """Explore by noise: which denoising steps of a rollout are stochastic, and trained, and what they draw.
+class RolloutConfig(RolloutPart):
+    """How the samples of an update are drawn from a flow model."""
 
-    Args:
-        steps: which.
-        noise: the transition density of those steps.
-        shared_noise: all members of a group start from one initial noise and differ by the stochastic steps alone.
-    """
-
-    steps: Steps
-    noise: Noise
-    shared_noise: bool = False
-    kind: Literal["stochastic"] = "stochastic"
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
-
-@dataclass(frozen=True)
-class Deterministic:
-    """Explore by the initial noise alone: no step of a rollout is stochastic, so any solver will do."""
-
-    shared_noise: ClassVar[bool] = False
-    kind: Literal["deterministic"] = "deterministic"
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Score the stochastic steps as they were drawn, by the log-density of each.
-
-    Args:
-        weighting: the factor of each step's surrogate; `Rectified` divides lambda out (2605.15980), `NoiseLevel` is
-            TempFlow-GRPO's (2508.04324) and `StepLength` GRPO-Guard's (2510.22319).
-        ratio: the importance ratio as it is, or GRPO-Guard's `NormalizedRatio`, which goes with any of the choices.
-    """
-
-    weighting: Weighting = field(default_factory=Uniform)
-    ratio: Ratio = field(default_factory=PlainRatio)
-    kind: Literal["recorded"] = "recorded"
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
-
-@dataclass(frozen=True)
-class Renoised:
-    """Score finished samples, noised again to some levels, by how well the network tells the noise; see `renoise.py`.
-
-    Args:
-        times: noise levels of each sample. When not given, with draw "shuffled", 99 % of the window's points, rounded
-            down (DiffusionNFT).
-        draw: "stratified" cuts the window into equal parts and draws a level within each; "grid" cuts the points of the
-            rollout's grid and draws one of each part (AWM); "shuffled" deals points of the grid without replacement.
-        window: part of the grid, in fractions of its steps as in `explore.steps`; (0, 1) is all of it, from pure noise.
-        shared: the members of a group share levels and noise (V-GRPO).
-        weight: the error that is minimised, and how levels weigh in it.
-        guidance_scale: classifier-free guidance in the update; 1 turns it off, whatever the rollout has. It is one for
-            both of two experts.
-    """
-
-    times: int | None = 6
-    draw: Literal["stratified", "grid", "shuffled"] = "stratified"
-    window: tuple[float, float] = (0.0, 1.0)
-    shared: bool = False
-    weight: ErrorKind = "self-normalized"
-    guidance_scale: float = 1.0
-    kind: Literal["renoised"] = "renoised"
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
-    def __post_init__(self) -> None:
-        if self.times is None and self.draw != "shuffled":
-            raise ValueError(f"times of Renoised: with draw {self.draw!r} give how many levels a sample has")
-        if self.times is not None:
-            check_number("times of Renoised", self.times, 1, MOST_STEPS)
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise ValueError(f"window of Renoised is a pair of fractions, 0 <= low < high <= 1, got {self.window}")
-        check_number("guidance_scale of Renoised", self.guidance_scale, 1, 1_000)
-
-    def count(self, num_steps: int) -> int:
-        """Return how many noise levels each sample has.
-
-        Raises:
-            ValueError: the window has fewer points than are to be drawn.
-        """
-        if self.draw == "stratified":
-            return self.times or 1
-        points = len(self._points(num_steps))
-        count = points * 99 // 100 if self.times is None else self.times
-        if not 1 <= count <= points:
-            raise ValueError(
-                f"the window {self.window} holds {points} of {num_steps} steps, but {max(count, 1)} are to be drawn: "
-                "widen it, take more steps or lower times"
-            )
-        return count
-
-    def positions(self, num_steps: int, *name: int) -> list[float]:
-        """Return where on the grid the levels of a sample lie, rising: k is point k, k + 1/2 half way to the next.
-
-        Args:
-            name: of the draw.
-        """
-        count = self.count(num_steps)
-        parts = [keyed_bits("level", *name, number) for number in range(count)]
-        if self.draw == "stratified":
-            low, high = (edge * num_steps for edge in self.window)
-            return [low + (high - low) * (j + (bits >> 11) / 2**53) / count for j, bits in enumerate(parts)]
-        points = self._points(num_steps)
-        if self.draw == "shuffled":
-            dealt = sorted(points, key=lambda point: keyed_bits("shuffled", *name, point))[:count]
-            return [float(point) for point in sorted(dealt)]
-        edges = [part * len(points) // count for part in range(count + 1)]
-        dealt = [points[low + bits % (high - low)] for bits, (low, high) in zip(parts, pairwise(edges), strict=True)]
-        return [float(point) for point in dealt]
-
-    def _points(self, num_steps: int) -> list[int]:
-        low, high = (ceil(round(edge * num_steps, 6)) for edge in self.window)
-        return list(range(low, high))
-
-
-Explore = Annotated[Stochastic | Deterministic, Field(discriminator="kind"), default_kind("stochastic")]
-ScoreKind = Annotated[Recorded | Renoised, Field(discriminator="kind"), default_kind("recorded")]
-
-
-class RolloutConfig(Part):
-    """How the samples of an update are drawn."""
-
-    prompts: Count = 8
-    """Prompt groups per update, P."""
-    group_size: int = Field(default=8, ge=2, le=MANY)
-    """Samples per prompt, G; the baseline of a sample is the mean of its group, so one is not enough."""
+    kind: Literal["flow"] = "flow"
+    """Which of the choices this is; the algorithm's `explore` decides it."""
     num_steps: int = Field(default=20, ge=2, le=MOST_STEPS)
     """Denoising steps, N."""
     guidance_scale: float = Field(default=4.5, ge=1, le=1_000)
@@ -176,16 +40,23 @@ class RolloutConfig(Part):
     retain: bool | None = None
     """Keep the graph of a trained step from rollout to update rather than replay it; when not given, where a rollout
     serves one optimizer step and all graphs take at most a quarter of the device's memory and half of what is free."""
-    micro_batch: Count = 64
-    """Samples denoised at once."""
-    decode_micro_batch: Count = 64
-    """Latents decoded at once."""
 
     @model_validator(mode="after")
     def _possible(self) -> "RolloutConfig":
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval is a pair of sigmas, low <= high, not {list(self.guidance_interval)}")
         return self
+
+    def check(self, chosen: Chosen) -> None:
+        """Refuse choices that cannot work with each other or with these settings, with a ValueError."""
+        check_shared(chosen.coupled, chosen.anchored)
+        check_score(chosen.explore, chosen.score, chosen.columns, self)
+        self.check_shortcuts(chosen.held_between, chosen.frozen, chosen.offload, chosen.compiled)
+        self.check_retain(chosen.held_between, chosen.offload, chosen.uses)
+
+    def facts(self) -> Mapping[str, str]:
+        """Return what a model card says of the rollout beside its size."""
+        return {"Guidance": f"{self.guidance_scale:g} in training, {self.num_steps} steps"}
 
     def check_shortcuts(self, held_between: bool, frozen: bool, offload: bool, compiled: bool) -> None:
         """Refuse shortcuts that the network does not allow.
@@ -223,11 +94,6 @@ class RolloutConfig(Part):
         for reason, holds in reasons.items():
             if self.retain and holds:
                 raise ValueError(f"rollout.retain: {reason}; leave it out")
-
-
-def needs_old_velocity(columns: Sequence[str]) -> bool:
-    """Return whether a column compares with the velocity by the weights that drew."""
-    return any(column == "kl_old" or column.startswith("toward:") for column in columns)
 
 
 def check_shared(coupled: bool, anchored: bool) -> None:
@@ -287,9 +153,11 @@ def check_score(explore: Explore, score: ScoreKind, columns: Sequence[str], roll
         raise ValueError(f"algorithm.score.times with rollout.num_steps {steps}: {error}") from error
 
 
-class SamplingConfig(Part):
+class SamplingConfig(SamplingPart):
     """How a video is drawn without noise at its steps: evaluation, and `flashgrpo sample`."""
 
+    kind: Literal["flow"] = "flow"
+    """Which of the choices this is; the algorithm's `explore` decides it."""
     num_steps: int = Field(default=50, ge=2, le=MOST_STEPS)
     """Denoising steps."""
     guidance_scale: float | None = Field(default=None, ge=1, le=1_000)
@@ -298,3 +166,18 @@ class SamplingConfig(Part):
     """The rollout's when neither is given."""
     solver: Solver = Euler()
     """How a step without noise is computed."""
+
+    def written_out(self, rollout: Any) -> Mapping[str, Any]:
+        """Return the guidance of an evaluation, which is the rollout's where it has none of its own."""
+        second = rollout.guidance_scale_2 if self.guidance_scale is None else None
+        return {
+            "guidance_scale": self.guidance_scale or rollout.guidance_scale,
+            "guidance_scale_2": self.guidance_scale_2 or second,
+        }
+
+    def pipeline_arguments(self, rollout: Any) -> Mapping[str, Any]:
+        """Return the steps and the guidance of an evaluation."""
+        return {
+            "num_inference_steps": self.num_steps or rollout.num_steps,
+            "guidance_scale": self.guidance_scale or rollout.guidance_scale,
+        }

@@ -1,0 +1,164 @@
+"""Flow models of videos: `processes/flow`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed.live import highest, size_of
+from flashgrpo.distributed.sharding import blocks_of
+from flashgrpo.distributed.world import World
+from flashgrpo.models.load import META, Say, load_model, weightless
+from flashgrpo.models.settings import ModelConfig
+from flashgrpo.process import Cost
+from flashgrpo.processes.flow.choices import Explore, ScoreKind
+from flashgrpo.processes.flow.cost import (
+    Guided,
+    branches_of_replay,
+    guided_steps,
+    latents_per_unit,
+    scored_while_drawn,
+    units_per_sample,
+    update_cost,
+)
+from flashgrpo.processes.flow.float8 import check_float8, frozen_layers
+from flashgrpo.processes.flow.model import GridPoint
+from flashgrpo.processes.flow.process import FlowProcess
+from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
+from flashgrpo.types import Condition, Prompt
+
+
+def make_process(config: RunConfig, world: World, prompts: Sequence[Prompt], say: Say | None = None) -> FlowProcess:
+    """Load the model of a run, with the process that draws from it; see `Kind`."""
+    rollout, sampling = config.rollout, config.evaluation
+    assert isinstance(rollout, RolloutConfig)
+    assert isinstance(sampling, SamplingConfig)
+    if rollout.deterministic_dtype == "float8":
+        check_float8(world.device)  # before anything is loaded
+    model = load_model(config.model, world, config.seed, prompts, config.algorithm.objective.needs_reference, say)
+    return FlowProcess(model, *_chosen(config), rollout, sampling, config.optim.micro_batch, world)
+
+
+def planned_cost(config: RunConfig, update: int) -> Cost:
+    """Return what an update will cost; guidance counts where the model's own grid has it."""
+    settings = config.rollout
+    assert isinstance(settings, RolloutConfig)
+    plain = settings.guidance_scale_2 is None and tuple(settings.guidance_interval) == (0, 1)
+    return update_cost(
+        *_chosen(config),
+        settings,
+        config.seed,
+        update,
+        config.optim.passes,
+        config.algorithm.objective.columns,
+        config.uses,
+        config.model.gradient_checkpointing,
+        None if plain else _guided(config.model, settings),
+    )
+
+
+@lru_cache(maxsize=64)
+def _guided(model: ModelConfig, settings: RolloutConfig) -> Guided:
+    """Which steps run two branches: only the model knows their sigmas, and which expert computes them."""
+    return guided_steps(weightless(model), settings)
+
+
+class FlowMemory:
+    """What a flow model takes, counted on its full size without weights; see `Memory`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.rollout, RolloutConfig)
+        self._config, self._rollout = config, config.rollout
+        self._explore, self._score = _chosen(config)
+        self._model: Any = weightless(config.model)
+        self.network: nn.Module = self._model.network
+        self.networks: Sequence[nn.Module] = list(self._model.experts.values())
+        self.decoder: nn.Module = self._model.pipeline.vae
+        self._call = cache(self._count_call)
+
+    @property
+    def further_weights(self) -> int:
+        """Bytes of the frozen layers once more, in float8."""
+        if self._rollout.deterministic_dtype != "float8":
+            return 0
+        return sum(layer.weight.numel() for layer in frozen_layers(blocks_of(self.network)))
+
+    @property
+    def sample(self) -> float:
+        """Bytes of a sample that has been drawn: its latents and its condition."""
+        return self._bytes_of_latents(1)
+
+    def kept(self, samples: int) -> Mapping[str, int]:
+        """Count what is kept of samples from the rollout to the end of the update, and graphs that are to be kept.
+
+        Where it is left to the run, graphs are kept only if they fit.
+        """
+        columns, uses = self._config.algorithm.objective.columns, self._config.uses
+        units = units_per_sample(self._explore, self._score, self._rollout, self._config.seed)
+        recorded = {"samples": self._bytes_of_latents(1 + units * latents_per_unit(self._score, columns, uses))}
+        if self._rollout.retain:
+            recorded["graphs"] = units * self.update(samples) / min(samples, self._config.optim.micro_batch)
+        return {name: round(samples * size) for name, size in recorded.items()}
+
+    def drawing(self, samples: int) -> int:
+        """Count a call of the rollout on a micro-batch of these."""
+        rows = min(samples, self._config.optim.micro_batch) * self._branches_of_replay
+        judged = rows if scored_while_drawn(self._score, self._config.uses) else 0
+        return max(self.sampling(samples), judged and self._call(judged, graph=True))
+
+    def update(self, samples: int) -> int:
+        """Count a replay of a micro-batch with its backward pass."""
+        rows = min(samples, self._config.optim.micro_batch)
+        return self._call(rows * self._branches_of_replay, graph=True, backward=True)
+
+    def sampling(self, samples: int) -> int:
+        """Count a call without gradients on a micro-batch."""
+        return self._call(min(samples, self._rollout.micro_batch) * (2 if self._rollout.guidance_scale > 1 else 1))
+
+    def decoding(self, samples: int) -> int:
+        """Count decoding a micro-batch."""
+        latents = torch.zeros(min(samples, self._rollout.decode_micro_batch), *self._model.latent_shape, device=META)
+        return highest(lambda: self._model.decode_latents(self.decoder, latents), self.decoder.parameters())
+
+    @property
+    def _branches_of_replay(self) -> int:
+        return branches_of_replay(self._score, self._rollout)
+
+    def _bytes_of_latents(self, latents: float) -> float:
+        """Count the bytes of so many latents of a sample, and of its condition."""
+        return math.prod(self._model.latent_shape) * 4 * latents + size_of(self._model.nothing().tensors.values())
+
+    def _count_call(self, rows: int, graph: bool = False, backward: bool = False) -> int:
+        model, network = self._model, self.networks[0]
+        row = model.nothing().tensors
+        condition = Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in row.items()})
+        x = torch.zeros(rows, *model.latent_shape, device=META)
+        point = GridPoint(torch.zeros(rows), torch.ones(rows, dtype=torch.float64), torch.ones(rows))
+
+        def call() -> None:
+            v = model.forward(network, x, point, condition)
+            if backward:
+                v.square().mean().backward()
+
+        outside = [*network.parameters(), x, *condition.tensors.values()]
+        return highest(call, outside, graph) // self._config.parallel.context + x.numel() * 4
+
+
+memory = FlowMemory
+
+
+def units_of_sample(config: RunConfig) -> float:
+    """Return how many units a sample has, the mean over the groups of the first update."""
+    assert isinstance(config.rollout, RolloutConfig)
+    return units_per_sample(*_chosen(config), config.rollout, config.seed)
+
+
+def _chosen(config: RunConfig) -> tuple[Explore, ScoreKind]:
+    explore, score = config.algorithm.explore, config.algorithm.score
+    assert isinstance(explore, Explore)
+    assert isinstance(score, ScoreKind)
+    return explore, score
