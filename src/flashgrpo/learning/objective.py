@@ -147,7 +147,7 @@ class Competing(ClipsRatios):
         log pi_g = log softmax_g( s_g / tau )    over the terms of a key          r_g = pi_g / pi_old_g
         L = mean_g max( -w A r, -w A clip(r, 1 - low, 1 + high) ) + kl_coef KL(pi || pi_base)
 
-    For scores that are no log-probabilities: of minus the energy of a branch (there), by which one branch is more likely
+    For scores that are no log-probabilities: of minus the energy of a branch, by which one branch is more likely
     than another, and none likely by itself. What draws one nearer pushes the others away: at ratio 1, for G terms of
     weight 1,
 
