@@ -51,6 +51,8 @@ PROCESSES = [
     "colour",
     "program",
     "addends with a penalty",
+    "masked tokens: agrpo",
+    "masked tokens: by entropy, guided, masked by divergence, a penalty",
 ]
 """Of the conformance suite, one of each kind."""
 
