@@ -88,7 +88,7 @@ class Architecture:
             with init_empty_weights(include_buffers=False):
                 part = getattr(diffusers, kind).from_config(dict(settings))
             if isinstance(part, nn.Module):
-                _fill(part, dtypes.get(name, dtypes["default"]), empty)
+                fill(part, dtypes.get(name, dtypes["default"]), empty)
             parts[name] = part
         return parts
 
@@ -116,7 +116,7 @@ def checked_size(config: ModelConfig, multiple: int, stride: int) -> int:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, dtype: torch.dtype, empty: bool) -> None:
+def fill(module: nn.Module, dtype: torch.dtype, empty: bool) -> None:
     """Give a module that was built without memory small random weights; norms become the identity."""
     if empty:
         module.to("meta")

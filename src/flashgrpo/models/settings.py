@@ -1,8 +1,9 @@
 """Settings of a model: the checkpoint, the size of its videos, what is trained of it."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flashgrpo.settings import Count, Part, PathText
 
@@ -49,6 +50,8 @@ class ModelConfig(Part):
     """Frames of a video."""
     fps: float = Field(default=16, ge=0.01, le=1_000)
     """Frames a second."""
+    length: int | None = Field(default=None, ge=1, le=100_000)
+    """Tokens of a text that a language model writes; height, width and num_frames are then left out."""
     max_sequence_length: int = Field(default=512, ge=1, le=100_000)
     """Text tokens; the pipeline pads to it."""
     negative_prompt: str = ""
@@ -81,6 +84,12 @@ class ModelConfig(Part):
     """Folder of computed text embeddings; `$FLASHGRPO_CACHE` or ~/.cache/flashgrpo when not given."""
     random_init: bool = False
     """Random weights in place of the checkpoint's, to measure shapes, memory and speed without a download."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_have_no_size(cls, given: Any) -> Any:
+        written = isinstance(given, Mapping) and given.get("length") is not None
+        return {"height": 1, "width": 1, "num_frames": 1, **given} if written else given
 
     def plain(self) -> "ModelConfig":
         """Return the same model without what only spreads its computation or makes it faster."""

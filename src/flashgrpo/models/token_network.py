@@ -1,0 +1,129 @@
+"""What models of tokens have in common: a network of transformers or diffusers that is trained, and its base."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flashgrpo.distributed.world import World
+from flashgrpo.errors import UserError
+from flashgrpo.files import write_json
+from flashgrpo.models.lora import adapters_off, trained_parameters, weights_replaced
+from flashgrpo.models.network import prepare_network
+from flashgrpo.models.settings import Lora, ModelConfig
+from flashgrpo.types import LoraStyle
+
+
+class TokenNetwork(ABC):
+    """A network that predicts tokens, made ready to be trained; most of a `TokenModel`. A family's file says the rest.
+
+    Args:
+        network: loaded, on the CPU or the meta device.
+        keep_reference: keep a copy of the base weights where adapters cannot be switched off.
+
+    Raises:
+        UserError: a setting has no effect here, or `config.train` fits nothing.
+    """
+
+    without: ClassVar[Sequence[str]] = ("compile", "attention", "offload", "negative_prompt", "from_image", "shift")
+    """Settings of a model that these networks have no use for."""
+
+    def __init__(self, network: Any, config: ModelConfig, world: World, seed: int, keep_reference: bool) -> None:
+        for name in self.without:
+            if getattr(config, name) != ModelConfig.model_fields[name].default:
+                raise UserError(f"model.{name}: {config.path} has no use for it; leave it out")
+        self.config, self.device = config, world.device
+        self.dtype: torch.dtype = getattr(torch, config.compute_dtype or config.dtype)
+        prepare_network(network, config, world, seed)
+        self.network: Any = network if world.uses_fsdp else network.to(world.device)
+        trained = trained_parameters(network) if keep_reference and not isinstance(config.train, Lora) else {}
+        self._base = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a backward pass computes the blocks again."""
+        return self.config.gradient_checkpointing
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Switch adapters off, or the kept base weights on, inside this context."""
+        if isinstance(self.config.train, Lora):
+            return adapters_off([self.network])
+        assert self._base, "load with keep_reference to compare a fully trained model with its base"
+        return weights_replaced(self.network, self._base)
+
+    def published_name(self, module: str) -> str:
+        """Return a module's name in the checkpoint's own class."""
+        return module
+
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
+        """Write adapters as peft loads them onto the checkpoint's own class; returns the names of the files.
+
+        Raises:
+            UserError: ComfyUI has no such models.
+        """
+        if style == "comfyui":
+            raise UserError("--format comfyui: it has no models of tokens; use diffusers or merged")
+        write_peft(self.network, tensors, folder, self.published_name, self.config.path)
+        return ["adapter_model.safetensors", "adapter_config.json"]
+
+    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the whole model with the trained parameters in it; it is of no further use afterwards."""
+        for name, parameter in trained_parameters(self.network).items():
+            parameter.data.copy_(tensors[name])
+        merge_adapters(self.network)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_whole(folder)
+
+    @abstractmethod
+    def _save_whole(self, folder: Path) -> None:
+        """Write the network, and what belongs to it, as the checkpoint had them."""
+
+
+def write_peft(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    published_name: Callable[[str], str],
+    base: str,
+) -> None:
+    """Write adapters (name -> tensor of `network`) as `PeftModel.from_pretrained` reads them.
+
+    Args:
+        published_name: the name of a module in the class that they are to be loaded onto.
+        base: the checkpoint that they were trained for.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(network, state_dict=dict(tensors), adapter_name="default")
+    named, modules = {}, set()
+    for name, tensor in layers.items():
+        module, _, rest = name.partition(".lora_")
+        modules.add(published_name(module))
+        named[f"base_model.model.{published_name(module)}.lora_{rest}"] = tensor.contiguous()
+    settings = network.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
+    settings |= {"target_modules": sorted(modules), "base_model_name_or_path": base, "inference_mode": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", {key: _plain(settings[key]) for key in sorted(settings)}, indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    return value if isinstance(value, bool | int | float | str | list | dict | None) else getattr(value, "value", None)
+
+
+def merge_adapters(network: nn.Module) -> None:
+    """Add adapters to the weights of their layers, and put the layers in their places."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, module.get_base_layer())
