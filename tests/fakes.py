@@ -147,6 +147,22 @@ class Colour(Fake):
         return Cost(samples, samples * passes * (3 + ("kl" in columns)))
 
 
+class Picture(Colour):
+    """The same colours as images."""
+
+    def media(self, outputs, frames=None):
+        return super().media(outputs, 1)
+
+
+class Writer(Colour):
+    """The same colours as texts: "red 0.25, green 0.5, blue 0.75"."""
+
+    def media(self, outputs, frames=None):
+        names = ("red", "green", "blue")
+        rows = outputs.tolist()
+        return [", ".join(f"{name} {value:.2f}" for name, value in zip(names, row, strict=True)) for row in rows]
+
+
 class InTwo(Colour):
     """The same colours, whose score is the sum of two addends: of the first number, and of the other two."""
 

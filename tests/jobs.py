@@ -342,6 +342,28 @@ def compared_branches(process: Stream, update: int, world: World) -> Record:
     return compare(drawn, process.channels, credit, world).record
 
 
+def score_texts_for_others(total: int, micro_batch: int, parallel: dict) -> list[float]:
+    """Score samples that are texts, each worth the number that it names."""
+    with process_group(ParallelConfig(**parallel)) as world:
+        rewards = Rewards({"value": RewardConfig(call="tests.jobs:named")})
+        rewards.load(world)
+        scoring = Scoring(rewards, numbered, world, [Prompt("a", {})] * total, watched=True, micro_batch=micro_batch)
+        own = world.share(total)
+        scoring.add(torch.arange(len(own)), torch.arange(own.start, own.stop).view(-1, 1))
+        table = scoring.table()
+        rewards.close()
+        return table.values[:, 0].tolist()
+
+
+def numbered(tokens: torch.Tensor, frames: int | None = None) -> list[str]:
+    return ["é" * number + f" {number}" for number in tokens[:, 0].tolist()]
+
+
+def named(texts: list[str], prompts: list[str], **columns: list) -> list[float]:
+    assert all(text.count("é") == int(text.split()[-1]) for text in texts)
+    return [float(text.split()[-1]) for text in texts]
+
+
 def score_for_others(total: int, micro_batch: int, parallel: dict) -> list[dict]:
     """Score samples of which each is worth its number; what each rank's reward saw in its calls, and what it held."""
     with process_group(ParallelConfig(**parallel)) as world:

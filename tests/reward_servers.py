@@ -21,6 +21,7 @@ from flashgrpo.scoring.inputs import LatentVideos, VideoFiles
 from flashgrpo.serving import wire
 from flashgrpo.serving.commands import Options
 from flashgrpo.serving.http import Endpoint
+from flashgrpo.serving.mp4 import is_png
 from flashgrpo.serving.server import listen, serve_on
 from tests.videos import read_mp4
 
@@ -76,6 +77,18 @@ def file_brightness(paths, prompts, **columns):
 brightness.score_range = (0, 1)  # type: ignore[attr-defined]
 latent_mean.takes = LatentVideos()  # type: ignore[attr-defined]
 file_brightness.takes = VideoFiles()  # type: ignore[attr-defined]
+
+
+def length(texts, prompts, **columns):
+    return [float(len(text)) for text in texts]
+
+
+def file_ending(paths, prompts, **columns):
+    """1 where it is a PNG by its name and its content."""
+    return [float(path.endswith(".png") and is_png(Path(path).read_bytes())) for path in paths]
+
+
+file_ending.takes = VideoFiles()
 
 
 def be_server(port: int, said, name: str, version: str, token: str, options: dict) -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, WanPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from flashgrpo.card import public
+from flashgrpo.card import model_card, public
 from flashgrpo.cli import app
+from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.export import export
@@ -86,6 +88,16 @@ def test_the_program_of_the_card_runs(lora, format, monkeypatch):
     monkeypatch.chdir(folder)
     exec(compile(program, "README.md", "exec"), {})
     assert (folder / "video.mp4").stat().st_size > 0
+
+
+def test_a_card_of_images_saves_one(lora, tmp_path, monkeypatch):
+    config = RunConfig.load(lora[1] / "config.yaml", ["model.num_frames=1"])
+    card = model_card(config, "merged", [], 4, None, image=False)
+    assert "- Images: " in card
+    assert yaml.safe_load(card.split("---\n")[1])["pipeline_tag"] == "text-to-image"
+    monkeypatch.chdir(export(lora[1], "merged", tmp_path / "merged"))
+    exec(compile(card.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
+    assert Image.open("image.png").size == (config.model.width, config.model.height)
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,12 @@ def model_card(
     train = config.model.train
     what = f"LoRA, rank {train.rank}, alpha {train.alpha}" if isinstance(train, Lora) else "every weight"
     rewards = [f"{code(name)} ({_calls(reward.call)})" for name, reward in config.rewards.items() if not reward.watched]
+    pixels, frames = f"{config.model.width} x {config.model.height}", config.model.num_frames
+    size = {"Images": pixels} if frames == 1 else {"Videos": f"{pixels}, {frames} frames"}
     facts = {
         "Base": code(public(config.model.path)),
-        "Trained": f"{what}; {update} updates of {config.rollout.prompts} x {config.rollout.group_size} videos",
-        "Videos": f"{config.model.width} x {config.model.height}, {config.model.num_frames} frames",
+        "Trained": f"{what}; {update} updates of {config.rollout.prompts} x {config.rollout.group_size} samples",
+        **size,
         "Prompts": code(public(config.prompts.train)),
         "Reward": ", ".join(rewards),
         **config.rollout.facts(),
@@ -75,7 +77,8 @@ def public(text: str) -> str:
 
 def _metadata(config: RunConfig, format: Format, image: bool) -> dict[str, Any]:
     """Return the front matter that the hub reads."""
-    task, lora = "image-to-video" if image else "text-to-video", isinstance(config.model.train, Lora)
+    task = f"{'image' if image else 'text'}-to-{'image' if config.model.num_frames == 1 else 'video'}"
+    lora = isinstance(config.model.train, Lora)
     tags = [task, "diffusers", *(["lora"] if lora else []), "flash-grpo", "grpo", "reinforcement-learning"]
     return {
         "base_model": public(config.model.path),
@@ -90,7 +93,7 @@ def _result(evaluated: dict[str, Any] | None) -> str:
     if not evaluated:
         return "This checkpoint was not evaluated."
     said = describe(evaluated)
-    result = f"{said[:1].upper()}{said[1:]}; {len(evaluated['samples'])} {called(evaluated)} videos, paired by noise."
+    result = f"{said[:1].upper()}{said[1:]}; {len(evaluated['samples'])} {called(evaluated)} samples, paired by noise."
     watched = []
     for name, value in evaluated["watched"].items():
         change, interval = value - evaluated["base_watched"][name], evaluated["watched_intervals"].get(name)
@@ -120,10 +123,16 @@ def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
         **config.evaluation.pipeline_arguments(config.rollout),
         "max_sequence_length": config.model.max_sequence_length,
     }
+    if frames == 1:
+        given["output_type"] = '"pil"'
+        save = ["image = pipe(", ").frames[0][0]", 'image.save("image.png")']
+    else:
+        save = ["video = pipe(", ").frames[0]", f'export_to_video(video, "video.mp4", fps={config.model.fps:g})']
+    helpers = [*(["export_to_video"] if frames > 1 else []), *(["load_image"] if image else [])]
     lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
-        f"from diffusers.utils import export_to_video{', load_image' if image else ''}",
+        *([f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []),
         *(["from flashgrpo.files import resolve_path"] if shipped and files else []),
         "",
         f"pipe = DiffusionPipeline.from_pretrained({where}, dtype=torch.bfloat16){note}"
@@ -132,9 +141,8 @@ def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
         *loads,
         "if torch.accelerator.is_available():",
         "    pipe.to(torch.accelerator.current_accelerator())",
-        "video = pipe(",
+        save[0],
         *(f"    {name}={value}," for name, value in given.items()),
-        ").frames[0]",
-        f'export_to_video(video, "video.mp4", fps={config.model.fps:g})',
+        *save[1:],
     ]
     return "\n".join(lines) + "\n"

@@ -113,13 +113,15 @@ def evaluate(
 @app.command()
 def sample(
     run: RunFolder,
-    prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What the model is asked for.")] = None,
     file: Annotated[str | None, typer.Option(**PATH_TEXT, help="A prompt file in place of PROMPT.")] = None,
     image: Annotated[
         str | None,
         typer.Option(**PATH_TEXT, help="The first frame, for a model that starts from one."),
     ] = None,
-    out: Annotated[Path, typer.Option(**PATH, help="The mp4 to write.")] = Path("sample.mp4"),
+    out: Annotated[Path, typer.Option(**PATH, help="The file to write; the ending of what is made is added.")] = Path(
+        "sample"
+    ),
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise, 0 by default; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; the evaluation's when not given.")] = None,
     size: Annotated[
@@ -129,7 +131,7 @@ def sample(
         int | None, typer.Option(help="Update whose weights to take; the best checkpoint by default.")
     ] = None,
 ) -> None:
-    """Write videos of the base model beside the tuned model's, from the same noise."""
+    """Write what the base model makes beside what the tuned model does, from the same noise."""
     from flashgrpo.prompts import read_prompts
     from flashgrpo.sample import sample as run_sample
     from flashgrpo.types import Prompt

@@ -15,12 +15,12 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from flashgrpo.seeds import Name
-from flashgrpo.types import Condition, LoraStyle, Prompt, Sample, Videos, index_rows
+from flashgrpo.types import Condition, LoraStyle, Media, Prompt, Sample, index_rows
 
 Outputs = Any
-"""What a process draws, one row for each sample on the device: latents of videos, tokens, texts."""
-Media = Callable[[Outputs, int | None], Videos]
-"""Makes videos of outputs; with a number the first frames of each at least."""
+"""What a process draws, one row for each sample on the device: latents of videos, tokens."""
+MakesMedia = Callable[[Outputs, int | None], Media]
+"""Makes media of outputs; of videos, with a number, the first frames of each at least."""
 OnDrawn = Callable[[Tensor, Outputs], None]
 """Called with the rows (B,) and the outputs of each micro-batch as soon as it is drawn."""
 Columns = Mapping[str, Tensor]
@@ -224,8 +224,11 @@ class Process(Protocol):
         """Draw samples as evaluation does, each from the random numbers of its name: equal names, equal numbers."""
         ...
 
-    def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
-        """Return what rewards and the report look at; with `frames` at least that many of each video's first."""
+    def media(self, outputs: Outputs, frames: int | None = None) -> Media:
+        """Return what rewards and the report look at: videos (B, F, 3, H, W) or B texts, all of one kind.
+
+        An image is a video of one frame. With `frames` at least that many of each video's first.
+        """
         ...
 
     def reference(self) -> AbstractContextManager[None]:

@@ -1,21 +1,24 @@
-"""Videos of the base model beside those of the tuned one, from the same noise."""
+"""Videos, images or texts of the base model beside those of the tuned one, from the same noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flashgrpo.assembly import make_process
 from flashgrpo.distributed.world import process_group, use_threads
 from flashgrpo.errors import UserError
+from flashgrpo.media import NOUNS, Medium, suffix_of, write_medium
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.process import Process
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
+from flashgrpo.scoring.scoring import decode
 from flashgrpo.types import Prompt
-from flashgrpo.video import Video, side_by_side, write_mp4
+from flashgrpo.video import side_by_side
 
 Size = tuple[int, int, int]
 
@@ -30,26 +33,27 @@ def sample(
     checkpoint_update: int | None = None,
     from_image: bool = False,
 ) -> Path:
-    """Write one mp4: the base model's video on the left, the tuned model's on the right.
+    """Write one file: the base model's video or image on the left, the tuned model's on the right; texts in turn.
 
     Every prompt is drawn with every seed, and the pairs follow one another: the seeds of the first prompt, of the
-    second, and so on.
+    second, and so on; images stand in rows.
 
     Args:
+        out: without an ending it gets the one of what the model makes: .mp4, .png or .txt.
         num_steps: denoising steps; the evaluation's when not given.
         size: (height, width, frames); those of the run when not given.
         checkpoint_update: the best checkpoint when not given.
         from_image: refuse a model that would not look at the prompts' images.
 
     Raises:
-        UserError: no run or checkpoint, an empty prompt, a size that the model cannot take, or `out` is no .mp4 that
-            can be written.
+        UserError: no run or checkpoint, an empty prompt, a size that the model cannot take, or `out` cannot be
+            written, or has another ending than what the model makes.
     """
     directory, config = RunDirectory.existing(run)
     if not prompts or any(not prompt.text.strip() for prompt in prompts):
         raise UserError("the prompt is empty")
-    if out.suffix != ".mp4":
-        raise UserError(f"--out: {out} must end in .mp4")
+    if out.suffix and out.suffix not in NOUNS:
+        raise UserError(f"--out: {out} must end in {', '.join(NOUNS)}, or in nothing to get the ending that fits")
     update = directory.choose_checkpoint(checkpoint_update, Reporter().warn)
     averaged = checkpoint.load(directory.checkpoints, update, kinds=["ema"])["ema"]
     use_threads(config.parallel.threads)
@@ -57,24 +61,42 @@ def sample(
         process = make_process(config.model_copy(update={"model": _resized(config.model, size)}), world, prompts)
         directory.check_model(process.identity)
         if from_image and not process.takes_image:
-            raise UserError("--image: this run's model makes videos from text only; leave it out")
+            raise UserError("--image: this run's model starts from text only; leave it out")
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
 
-        def videos() -> list[Video]:
-            return [_draw(process, prompt, seed, num_steps) for prompt, seed in pairs]
-
-        base = videos()
+        base: list[Medium] = []
+        for prompt, seed in pairs:
+            base.append(_draw(process, prompt, seed, num_steps))
+            path = _with_ending(out, base[-1])  # refused before the others are drawn
         with weights_replaced(process.network, averaged):
-            tuned = videos()
+            tuned = [_draw(process, prompt, seed, num_steps) for prompt, seed in pairs]
+    write_medium(path, joined(pairs, base, tuned), config.model.fps)
+    return path
+
+
+def joined(pairs: Sequence[tuple[Prompt, int]], base: Sequence[Any], tuned: Sequence[Any]) -> Medium:
+    """Put each medium of the base model beside the tuned model's: videos follow each other, the rest is in rows."""
+    if isinstance(base[0], str):
+        heads = [f"# {prompt.text} (seed {seed})" for prompt, seed in pairs]
+        texts = zip(heads, base, tuned, strict=True)
+        return "\n".join(f"{head}\n\n## base\n\n{before}\n\n## tuned\n\n{after}\n" for head, before, after in texts)
     shown = [side_by_side(before, after) for before, after in zip(base, tuned, strict=True)]
-    write_mp4(out, torch.cat(shown), config.model.fps)
-    return out
+    if len(shown[0]) > 1:
+        return torch.cat(shown)
+    return side_by_side(*(rows.transpose(2, 3) for rows in shown)).transpose(2, 3)
+
+
+def _with_ending(out: Path, medium: Medium) -> Path:
+    ending = suffix_of(medium)
+    if out.suffix not in ("", ending):
+        raise UserError(f"--out: {out} must end in {ending}, since this run's model makes {NOUNS[ending]}s")
+    return out.with_suffix(ending)
 
 
 @torch.no_grad()
-def _draw(process: Process, prompt: Prompt, seed: int, num_steps: int | None) -> Video:
+def _draw(process: Process, prompt: Prompt, seed: int, num_steps: int | None) -> Medium:
     outputs = process.sample([prompt], [(seed, "sample")], lambda rows, outputs: None, num_steps)
-    return process.media(outputs)[0].cpu()
+    return decode(process.media, outputs, 1)[0]
 
 
 def _resized(model: ModelConfig, size: Size | None) -> ModelConfig:

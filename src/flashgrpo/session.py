@@ -239,8 +239,8 @@ class Session:
         if line["best"] or line["watch"] or update == self.config.updates:
             base = (earlier[0] if earlier else line)["samples"]
             changed = isinstance(self.config.model.train, Lora)  # whose base can be had by taking adapters off
-            videos = self.gallery.keep(line, base, evaluation, changed)
-            self.trackers.videos(update, {label: self.directory.path / file for label, file in videos.items()})
+            files = self.gallery.keep(line, base, evaluation, changed)
+            self.trackers.media(update, {label: self.directory.path / file for label, file in files.items()})
         self.world.on_main(lambda: self.directory.log_evaluation(line))
         self.trackers.log("heldout", line)
         if line["watch"] and update == self.config.updates:  # where it ends the run sooner, that says it

@@ -18,6 +18,8 @@ from torch import Tensor
 Latents = Float32[Tensor, "batch channels frames height width"]
 LoraStyle = Literal["diffusers", "comfyui"]
 Videos = Float[Tensor, "batch video_frames 3 video_height video_width"]
+Media = Videos | list[str]
+"""What samples are to rewards and to people: videos in [0, 1], images as videos of one frame, or texts."""
 
 
 def index_rows(tensor: Tensor, rows: Tensor | slice) -> Tensor:
@@ -117,15 +119,15 @@ REWARD = "reward"
 
 @dataclass(frozen=True)
 class PlantedPair:
-    """Two videos (F, 3, H, W) of which a reward should prefer the second, for a prompt with the columns it needs.
+    """Two videos (F, 3, H, W), or texts, of which a reward should prefer the second, with the prompt and its columns.
 
     A reward function may declare one, or a function that makes one, as its attribute `planted_pair`; the doctor then
     checks that the reward runs, and runs the right way round.
     """
 
     prompt: Prompt
-    worse: Float[Tensor, "frames 3 height width"]
-    better: Float[Tensor, "frames 3 height width"]
+    worse: Float[Tensor, "frames 3 height width"] | str
+    better: Float[Tensor, "frames 3 height width"] | str
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,14 @@ class RewardTable:
 
 @runtime_checkable
 class Reward(Protocol):
-    """Any callable that scores videos: higher is better.
+    """Any callable that scores videos, images or texts: higher is better.
 
-    `videos` is (B, F, 3, H, W) in [0, 1], on the CPU, or what an attribute `takes` of the reward asks for
-    (`scoring/inputs.py`); `prompts` has B texts; each further column of the prompt file arrives as a keyword with B
-    values in a list. It returns B numbers (list or tensor; NaN or None where it has none, which costs that prompt group
-    its part in the update), or a mapping component -> B numbers, whose components share
-    the reward's weight equally and get a curve each. It may be called with any part of an update's samples, and is
-    never called twice at once.
+    `videos` is (B, F, 3, H, W) in [0, 1], on the CPU, where F is 1 for images; a list of B texts of a model that makes
+    those; or what an attribute `takes` of the reward asks for (`scoring/inputs.py`). `prompts` has B texts; each
+    further column of the prompt file arrives as a keyword with B values in a list. It returns B numbers (list or
+    tensor; NaN or None where it has none, which costs that prompt group its part in the update), or a mapping
+    component -> B numbers, whose components share the reward's weight equally and get a curve each. It may be called
+    with any part of an update's samples, and is never called twice at once.
 
     A class is a reward too: its constructor loads what its instances need. What either may say about itself:
 

@@ -46,3 +46,8 @@ def test_ranks_that_score_for_others_hold_few_pieces(nursery, parallel):
         assert max(rank["seen"], default=0) == (2 if number in parallel["reward_ranks"] else 0)
         assert rank["held"] < 2 * (AHEAD + 2.5)
     assert sum(sum(rank["seen"]) for rank in ranks) == 40
+
+
+def test_texts_travel_to_the_ranks_that_score_them(nursery):
+    ranks = nursery.run("score_texts_for_others", 10, 2, {"reward_ranks": [2], "shares": [1, 3, 0]}, size=3)
+    assert ranks == list(map(float, range(10)))

@@ -232,7 +232,7 @@ def test_a_reward_the_wrong_way_round(diagnose, tmp_path):
         "    return {name: -values for name, values in agreement(videos, prompts, **columns).items()}\n\n"
         "from flashgrpo.rewards.shapes import agreement\nmine.planted_pair = agreement.planted_pair\n",
     )
-    assert "reward mine prefers the worse of two videos" in only_fault(diagnose(*overrides), "planted pair")
+    assert "reward mine prefers the worse of two samples" in only_fault(diagnose(*overrides), "planted pair")
 
 
 def test_advantages_of_one_sign(diagnose, monkeypatch):

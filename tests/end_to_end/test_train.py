@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
@@ -343,6 +344,11 @@ def test_sample_writes_base_beside_tuned(finished, tmp_path):
     frames = read_mp4(out)
     assert frames.shape[0] == 9
     assert frames.shape[-1] > 1.9 * frames.shape[-2]
+    image = sample(run, [Prompt("a red circle", {})], tmp_path / "b", seeds=[1, 2], num_steps=3, size=(64, 48, 1))
+    assert image == tmp_path / "b.png"
+    assert Image.open(image).size == (2 * 48 + 4, 2 * 64 + 4)
+    with pytest.raises(UserError, match=r"must end in \.png, since this run's model makes images"):
+        sample(run, [Prompt("a", {})], tmp_path / "c.mp4", num_steps=2, size=(64, 48, 1))
     for prompt, path in ((" ", "a.mp4"), ("a", "a.gif")):
         with pytest.raises(UserError):
             sample(run, [Prompt(prompt, {})], tmp_path / path)

@@ -142,7 +142,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_page(whole: Path) -> None:
     page = whole.read_text(encoding="utf-8")
     text = words(page)
-    assert "Held-out reward rose by 0.18 [0.15, 0.21] (95 % interval, 72 paired videos, 36 prompts)." in text
+    assert "Held-out reward rose by 0.18 [0.15, 0.21] (95 % interval, 72 paired samples, 36 prompts)." in text
     assert "after update 40, the best of 6 evaluations and selected by this number, which flatters it" in text
     assert "the last, after update 60, stands at +0.16 [0.13, 0.19]" in text
     for figure in ("0.56 → 0.74", "+0.18", "3,840", "31 July 2026, 03:41 UTC", "36 prompts", "flash_grpo", "−0.01"):
@@ -203,7 +203,7 @@ def test_the_result_is_the_confirmed_number_where_there_is_one(tmp_path: Path) -
     record = evaluation(40, 0.14) | {"selected_from": 6, "average_moved": 0.43}
     (run / "confirmation.json").write_text(json.dumps(record), encoding="utf-8")
     text = words(page_of(run))
-    assert "Held-out reward rose by 0.14 [0.11, 0.17] (95 % interval, 72 paired videos, 36 prompts)." in text
+    assert "Held-out reward rose by 0.14 [0.11, 0.17] (95 % interval, 72 paired samples, 36 prompts)." in text
     assert "the best of 6 evaluations, on other noise than selected it; the evaluation that it was selected on" in text
     assert "selected on says +0.18." in text
     assert "Averaged weights 43 %" in text
@@ -233,7 +233,7 @@ def test_worst_prompts_are_shown_as_readily_as_best(whole: Path) -> None:
 def test_repeated_updates_of_a_resumed_run_count_once(tmp_path: Path) -> None:
     text = words(page_of(make_run(tmp_path, [metrics_row(u) for u in (1, 2, 3, 2, 3, 4)], [])))
     assert "Updates 4" in text
-    assert "256 videos generated and scored" in text
+    assert "256 samples generated and scored" in text
 
 
 # ---- what it survives ------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_no_evaluations_and_one_line_of_metrics(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path, [metrics_row(1)], []))
     assert "No result yet." in page
     assert "has not been evaluated yet" in page
-    assert "There are no videos" in page
+    assert "There are no samples" in page
     assert "<video" not in page
     assert "<svg" in page
 
@@ -319,6 +319,26 @@ def test_the_largest_changes_are_shown_worst_first(tmp_path: Path) -> None:
     assert changed.count("<video ") == 2 * 2
     assert changed.index(line["samples"][4]["prompt"]) < changed.index(line["samples"][2]["prompt"])
     assert "Changed most" in words(page)
+
+
+def test_images_and_texts_are_shown_as_what_they_are(tmp_path: Path) -> None:
+    line = evaluation(10, videos=3, best=True)
+    for ending, entry in zip(("mp4", "png", "txt"), line["samples"], strict=False):
+        entry |= {"video": f"videos/a.{ending}", "base_video": f"videos/b.{ending}"}
+    run = make_run(tmp_path, [metrics_row(1)], [line])
+    for name in "ab":
+        write_video(run / f"videos/{name}.mp4", 1)
+        imageio.imwrite(run / f"videos/{name}.png", np.zeros((4, 4, 3), np.uint8))
+        (run / f"videos/{name}.txt").write_text(f"<b>{name}</b>\n")
+    page = page_of(run)
+    assert [page.count(tag) for tag in ("<video ", '<img src="data:image/png', '<pre class="text"')] == [2, 2, 2]
+    assert "&lt;b&gt;a&lt;/b&gt;" in page
+    assert 'id="play"' in page
+    for entry in line["samples"][:1]:
+        del entry["video"]
+    (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    page = page_of(run)
+    assert [page.count(tag) for tag in ("<video ", "<img ", 'id="play"')] == [0, 2, 0]
 
 
 def test_number_of_videos_is_bounded(tmp_path: Path) -> None:

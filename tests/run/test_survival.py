@@ -188,5 +188,5 @@ def test_a_base_line_that_lacks_videos_is_named(run):
     base, *later = read_lines(run / "evaluations.jsonl")
     lines = [{**base, "samples": base["samples"][:1]}, *later]
     write_text(run / "evaluations.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
-    with pytest.raises(UserError, match="the base model was scored on 1 held-out videos, and there are 2 now"):
+    with pytest.raises(UserError, match="the base model was scored on 1 held-out samples, and there are 2 now"):
         resume(run, 3)

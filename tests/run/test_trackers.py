@@ -38,7 +38,22 @@ class Video:
         self.path = path
 
     def __str__(self):
-        return f"video {self.path} {os.path.exists(self.path)}"
+        return f"{type(self).__name__.lower()} {self.path} {os.path.exists(self.path)}"
+
+
+class Image(Video):
+    pass
+
+
+class Html:
+    def __init__(self, text, **_):
+        self.text = text
+
+    def __str__(self):
+        return f"text {self.text}"
+
+
+Markdown = Html
 
 
 class Run:
@@ -112,6 +127,24 @@ def test_a_run_that_is_started_again_is_the_same_run_there(stand_in, tmp_path, n
     assert first["resume"] == "allow"
     key = "name" if name == "trackio" else "id"  # which knows a run by its name
     assert another[key] != first[key]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_video_an_image_and_a_text(stand_in, tmp_path, name):
+    told, files = stand_in(name), {"0": tmp_path / "0.mp4", "1": tmp_path / "1.png", "2": tmp_path / "2.txt"}
+    for file in files.values():
+        file.write_text("a < b")
+    trackers = Trackers(TrackingConfig(trackers=(name,)), tmp_path, {}, pytest.fail)
+    trackers.media(3, files)
+    trackers.close()
+    [(step, values)] = [(line["step"], line["values"]) for line in told() if "values" in line]
+    text = "<pre>a &lt; b</pre>" if name == "wandb" else "a < b"
+    assert step == 3
+    assert values == {
+        "videos/0": f"video {files['0']} True",
+        "images/1": f"image {files['1']} True",
+        "texts/2": f"text {text}",
+    }
 
 
 def test_tensorboard_hides_updates_that_are_done_again(tmp_path):

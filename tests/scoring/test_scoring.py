@@ -126,8 +126,8 @@ def test_each_reward_is_handed_what_it_takes(deferred):
     torch.testing.assert_close(table.values[:, 2], torch.arange(6.0).double(), rtol=0, atol=0.1)  # H.264 of 8 bits
     assert table.values[0, 3:].tolist() == [3, 16, 3, 32]
     assert model.decoded == [2, 2, 1, 1]
-    assert sorted(scoring.videos) == [1, 4]
-    assert float(scoring.videos[4].mean()) == pytest.approx(0.4)
+    assert sorted(scoring.kept) == [1, 4]
+    assert float(scoring.kept[4].mean()) == pytest.approx(0.4)
     assert table.failures == {
         "mean": 0,
         "latent": 0,
@@ -161,7 +161,7 @@ def test_no_frame_is_decoded_that_no_reward_asks_for(deferred):
         assert set(model.frames) == {frames}
         shown = dict(zip(table.names, table.values[0].tolist(), strict=True))
         assert [shown["first.frames"], shown.get("five.frames", 2)] == [1, 2]
-    assert sorted(score(few, Model(), deferred=deferred, keep=[1])[1].videos[1].shape) == [3, 9, 32, 32]
+    assert sorted(score(few, Model(), deferred=deferred, keep=[1])[1].kept[1].shape) == [3, 9, 32, 32]
 
 
 LOG: list[tuple[str, int]] = []

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flashgrpo.errors import UserError
+from flashgrpo.media import write_medium
 from flashgrpo.scoring.inputs import LatentVideos, VideoFiles
 from flashgrpo.serving import client
 from flashgrpo.serving.client import Remote, remote
@@ -65,6 +66,20 @@ def test_a_plain_reward_in_every_encoding_and_kind(tmp_path):
     assert torch.allclose(torch.tensor(files(paths, ["p"] * 2)), torch.tensor([0.2, 0.7]), atol=0.03)
     with pytest.raises(ValueError, match="takes files"):
         files(scored, ["p"] * 5)
+    for served in servers:
+        served.kill()
+
+
+def test_texts_and_images(tmp_path):
+    servers = [Served(name) for name in ("length", "file_ending", "latent_mean")]
+    texts = ["", "é", 'a\n"b"', "\N{GRINNING FACE}" * 40]
+    lengths = Remote([servers[0].url], batch=3)
+    assert lengths(texts, ["p"] * 4) == [0, 1, 5, 40]
+    image = tmp_path / "image.png"
+    write_medium(image, torch.rand(1, 3, 8, 8), 8.0)
+    assert Remote([servers[1].url])([str(image)], ["p"]) == [1]
+    with pytest.raises(ValueError, match="takes latents"):
+        Remote([servers[2].url])(texts, ["p"] * 4)
     for served in servers:
         served.kill()
 

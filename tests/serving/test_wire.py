@@ -72,6 +72,13 @@ def test_prompts_columns_latents_and_files():
     assert not Path(paths[0]).exists()
 
 
+@pytest.mark.parametrize("text", [b"", b"no JSON", b"5", b'["a"]', b"[" * 100_000, b"\xff"])
+def test_a_text_that_is_none(text):
+    request = unpack(file(kind="texts", tensors={"0": torch.tensor(list(text), dtype=torch.uint8)}))
+    with pytest.raises(ValueError, match="no JSON string"), request.inputs(ALL):
+        pass
+
+
 def peak_bytes(work: Callable[[], object]) -> tuple[object, int]:
     """What is returned, and by how much this process was larger meanwhile than before; torch's memory is in it."""
 
@@ -208,11 +215,12 @@ def test_fields_that_are_wrong(key, value):
         (file(videos=VIDEOS[0]), "1 pixels must be a tensor videos of five dimensions"),
         (file(kind="latents"), "1 latents must be a tensor videos"),
         (file(kind="latents", tensors={"0": CLIP}), "1 latents must be a tensor videos"),
-        (file(kind="files"), "1 files must be a tensor videos of five dimensions, or mp4 files called 0"),
+        (file(kind="files"), "1 files must be a tensor videos of five dimensions, or bytes called 0"),
         (file(kind="files", tensors={"0": CLIP, "1": CLIP.clone()}), "1 files must be"),
         (file(kind="files", tensors={"0": CLIP.flip(0)}), "no mp4"),
         (file(kind="files", tensors={"0": CLIP[:0]}), "no mp4"),
         (file(kind="files", tensors={"0": CLIP.bfloat16()}), "1 files must be"),
+        (file(kind="texts"), "1 texts must be"),
         (file(kind="files", tensors={"0": CLIP[0]}), "1 files must be"),
         (file(tensors={"0": CLIP}), "no shape of a video"),
         (file(tensors={"0": CLIP}, shape=[2**40, 3, 9, 9]), "decode to more than"),

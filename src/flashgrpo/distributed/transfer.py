@@ -1,16 +1,16 @@
 """Rows that travel from the ranks that drew them to those that score them, a piece at a time."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashgrpo.distributed.messages import from_bytes, to_bytes
 from flashgrpo.distributed.shares import overlap
 from flashgrpo.distributed.world import World
 
-DIMENSIONS = 8  # of rows, at most; their shape travels ahead of them
+DIMENSIONS = 8  # of rows, at most; their shape travels ahead of them, and of texts 0 dimensions and their bytes
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Piece:
     source: int
     destination: int
     numbers: range
+
+
+Rows = Tensor | list[str]
+"""(B, ...), or B texts."""
 
 
 def pieces(world: World, total: int, size: int) -> list[Piece]:
@@ -45,8 +49,8 @@ def pieces(world: World, total: int, size: int) -> list[Piece]:
     return [piece for _, piece in sorted(found, key=lambda one: one[0])]
 
 
-def hand_over(world: World, rows: Tensor | None, piece: Piece) -> Tensor | None:
-    """Return the rows of a piece, (B, ...), where they are to be scored; `rows` are given by the rank that has them.
+def hand_over(world: World, rows: Rows | None, piece: Piece) -> Rows | None:
+    """Return the rows of a piece, (B, ...) or B texts, where they are to be scored, of the rank that gives `rows`.
 
     They travel once the other rank waits for them, so each rank holds one piece of what it makes or receives.
     """
@@ -55,21 +59,23 @@ def hand_over(world: World, rows: Tensor | None, piece: Piece) -> Tensor | None:
     world.meet(piece.source, piece.destination)  # which may have waited for a reward
     if world.rank == piece.source:
         assert rows is not None
-        rows = rows.float().cpu().contiguous()
-        _send(world, torch.tensor(_header(rows.shape)), piece.destination)
-        _send(world, rows, piece.destination)
+        sent = to_bytes(rows) if isinstance(rows, list) else rows.float().cpu().contiguous()
+        _send(world, torch.tensor(_header(rows, sent)), piece.destination)
+        _send(world, sent, piece.destination)
     if world.rank != piece.destination:
         return None
     header = torch.empty(1 + DIMENSIONS, dtype=torch.int64)
     dist.recv(header, piece.source, world.cpu_group)
     count, *shape = header.tolist()
-    received = torch.empty(shape[:count])
+    received = torch.empty(shape[:count]) if count else torch.empty(shape[0], dtype=torch.uint8)
     dist.recv(received, piece.source, world.cpu_group)
-    return received
+    rows = received if count else from_bytes(received)
+    return rows
 
 
-def _header(shape: Sequence[int]) -> list[int]:
-    return [len(shape), *shape, *[0] * (DIMENSIONS - len(shape))]
+def _header(rows: Rows, sent: Tensor) -> list[int]:
+    dimensions = 0 if isinstance(rows, list) else sent.ndim
+    return [dimensions, *sent.shape, *[0] * (DIMENSIONS - sent.ndim)]
 
 
 def _send(world: World, rows: Tensor, rank: int) -> None:

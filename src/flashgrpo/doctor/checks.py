@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flashgrpo.assembly import Assembly
 from flashgrpo.doctor.trial import Trial
@@ -180,20 +181,21 @@ def advantage_signs(parts: Assembly, trial: Trial) -> Finding:
 
 
 def planted_pairs(parts: Assembly, trial: Trial) -> Finding:
-    """Rewards that declare a better and a worse video rank them so."""
+    """Rewards that declare a better and a worse sample rank them so."""
     if not parts.world.scores:  # whose rewards are not loaded, and have no business here
         return Finding("planted pair", "sound", "this process computes no rewards", {"right": []})
     wrong, right = list[str](), list[str]()
     for name, pair in parts.rewards.planted_pairs().items():
-        videos = torch.stack([pair.worse, pair.better])
-        table = parts.rewards.score(videos, [pair.prompt, pair.prompt], watched=True, only=name)
+        both: Any = [pair.worse, pair.better]
+        media = torch.stack(both) if isinstance(pair.worse, Tensor) else both
+        table = parts.rewards.score(media, [pair.prompt, pair.prompt], watched=True, only=name)
         mean = table.values.mean(dim=1)
         (right if mean[1] > mean[0] else wrong).append(name)
     if wrong:
-        sentence = f"reward {wrong[0]} prefers the worse of two videos that it declares itself; is its sign right?"
+        sentence = f"reward {wrong[0]} prefers the worse of two samples that it declares itself; is its sign right?"
         return Finding("planted pair", "unsound", sentence, {"wrong": wrong})
     if not right:
-        sentence = "no reward declares a better and a worse video to rank, so there was nothing to check"
+        sentence = "no reward declares a better and a worse sample to rank, so there was nothing to check"
         return Finding("planted pair", "sound", sentence, {"right": right})
     return Finding("planted pair", "sound", f"ranked as declared: {', '.join(right)}", {"right": right})
 

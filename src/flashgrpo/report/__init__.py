@@ -2,9 +2,9 @@
 
     write_report(Path("runs/demo"))  ->  runs/demo/report.html
 
-The page opens from disk without a network: videos are data URIs, charts inline SVG, style and script inline. It is made
-from the files of the run alone, so it can be written while the run trains, after it was killed, or on another machine;
-whatever is missing is named on the page. The same files give the same page, byte for byte.
+The page opens from disk without a network: videos and images are data URIs, charts inline SVG, style and script inline.
+It is made from the files of the run alone, so it can be written while the run trains, after it was killed, or
+elsewhere; whatever is missing is named on the page. The same files give the same page, byte for byte.
 
     record.py         reads the run directory
     findings.py       what the page says in words and figures
@@ -25,6 +25,7 @@ from markupsafe import Markup
 
 from flashgrpo.files import write_text
 from flashgrpo.formats import Numbers, called
+from flashgrpo.media import NOUNS
 from flashgrpo.report import charts, comparison, findings
 from flashgrpo.report.page import both_shapes, template
 from flashgrpo.report.record import Row, Run, column, headline_evaluation, names, read_run, samples_of
@@ -32,7 +33,8 @@ from flashgrpo.report.record import Row, Run, column, headline_evaluation, names
 __all__ = ["write_report"]
 
 MOST_PAIRS = 12
-MOST_VIDEO_BYTES = 24 * 2**20  # of all embedded videos together
+MOST_MEDIA_BYTES = 24 * 2**20  # of all embedded samples together
+URIS = {".mp4": "data:video/mp4;base64,", ".png": "data:image/png;base64,"}
 EXTREMES = 5  # prompts shown at either end of the sorted table
 HEALTH = {
     "grad_norm": ("Gradient norm", "by update"),
@@ -61,6 +63,7 @@ def render(run: Run) -> str:
     shown = run.result
     form = Numbers(findings.decimals(shown))
     prompts = findings.by_prompt(samples_of(shown))
+    pairs = shown_pairs(run, headline_evaluation(run.evaluations))
     return template("template.html.j2").render(
         name=run.path.resolve().name,
         kind=called(shown or next(iter(run.evaluations), {})),
@@ -75,10 +78,11 @@ def render(run: Run) -> str:
         watch=watch_note(run.evaluations),
         correlations=[
             (title, findings.correlations(shown, of_changes))
-            for title, of_changes in (("Tuned videos", False), ("Changes, tuned − base", True))
+            for title, of_changes in (("Tuned samples", False), ("Changes, tuned − base", True))
             if findings.correlations(shown, of_changes)
         ],
-        pairs=video_pairs(run, headline_evaluation(run.evaluations)),
+        pairs=pairs,
+        videos=any(pair["kind"] == "video" for pair in (*pairs.plain, *pairs.extremes)),
         prompts=prompts,
         lowest=prompts[:EXTREMES],
         highest=prompts[: -EXTREMES - 1 : -1],
@@ -170,7 +174,7 @@ def timing(run: Run) -> dict[str, Any]:
     return {"chart": Markup(charts.timing_bars(run.metrics, phases)), "rows": rows}
 
 
-# ---- videos ----------------------------------------------------------------------------------------------------------
+# ---- samples ---------------------------------------------------------------------------------------------------------
 
 
 class Pairs(NamedTuple):
@@ -182,15 +186,15 @@ class Pairs(NamedTuple):
     note: str = ""  # a sentence where some are left out
 
 
-def video_pairs(run: Run, shown: Row | None) -> Pairs:
+def shown_pairs(run: Run, shown: Row | None) -> Pairs:
     """Pairs of the evaluation that is shown, or else of the latest that has any."""
     for evaluation in filter(None, [shown, *reversed(run.evaluations)]):
         samples = samples_of(evaluation)
         rows = [row for row in evaluation.get("extremes", []) if row in range(len(samples))]
         changed = [sample for row in rows if is_pair(sample := samples[row])]
-        both = [s for s in samples if is_pair(s) and not str(s["base_video"]).endswith("-base.mp4")]
-        ends, left = embedded(run, changed, MOST_VIDEO_BYTES // 2)
-        plain, _ = embedded(run, both[:MOST_PAIRS], left + MOST_VIDEO_BYTES // 2)
+        both = [s for s in samples if is_pair(s) and not Path(str(s["base_video"])).stem.endswith("-base")]
+        ends, left = embedded(run, changed, MOST_MEDIA_BYTES // 2)
+        plain, _ = embedded(run, both[:MOST_PAIRS], left + MOST_MEDIA_BYTES // 2)
         if plain or ends:
             note = f"{len(plain)} of {len(both)} pairs are shown." if len(plain) < len(both) else ""
             return Pairs(plain, ends, evaluation["update"], note)
@@ -205,26 +209,33 @@ def embedded(run: Run, samples: Sequence[Row], left: int) -> tuple[list[dict[str
     """Return the pairs that fit into `left` bytes, and the bytes that are left over."""
     pairs = []
     for sample in samples:
-        base, tuned = (video_bytes(run.path, sample[key]) for key in ("base_video", "video"))
-        if base and tuned and len(base) + len(tuned) <= left:
+        base, tuned = (file_bytes(run.path, sample[key]) for key in ("base_video", "video"))
+        if base is not None and tuned is not None and len(base) + len(tuned) <= left:
             left -= len(base) + len(tuned)
-            pairs.append(video_pair(sample, base, tuned))
+            pairs.append(shown_pair(sample, base, tuned))
     return pairs, left
 
 
-def video_pair(sample: Row, base: bytes, tuned: bytes) -> dict[str, Any]:
+def shown_pair(sample: Row, base: bytes, tuned: bytes) -> dict[str, Any]:
+    ending = Path(str(sample["video"])).suffix
+    uri = URIS.get(ending)
+
+    def content(data: bytes) -> str:
+        return uri + base64.b64encode(data).decode("ascii") if uri else data.decode("utf-8", "replace")
+
     return {
         "prompt": str(sample.get("prompt", "")),
-        "base": "data:video/mp4;base64," + base64.b64encode(base).decode("ascii"),
-        "tuned": "data:video/mp4;base64," + base64.b64encode(tuned).decode("ascii"),
+        "kind": NOUNS[ending],
+        "base": content(base),
+        "tuned": content(tuned),
         "base_reward": sample.get("base_reward"),
         "reward": sample.get("reward"),
         "components": findings.components(sample),
     }
 
 
-def video_bytes(run: Path, name: object) -> bytes:
-    """Return the file, where it is one inside the run directory and small enough to embed; otherwise nothing."""
+def file_bytes(run: Path, name: object) -> bytes | None:
+    """Return the file, where it is one inside the run directory, of a kind that is shown, and small enough to embed."""
     path = (run / str(name)).resolve()
-    inside = path.is_relative_to(run.resolve()) and path.is_file() and path.stat().st_size <= MOST_VIDEO_BYTES
-    return path.read_bytes() if inside else b""
+    inside = path.is_relative_to(run.resolve()) and path.is_file() and path.suffix in NOUNS
+    return path.read_bytes() if inside and path.stat().st_size <= MOST_MEDIA_BYTES else None

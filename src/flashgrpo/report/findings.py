@@ -44,7 +44,7 @@ def result(shown: Row, evaluations: Sequence[Row], form: Numbers) -> Result:
         headline = f"{what.capitalize()} fell by {form.plain(-change)} {form.interval(-high, -low)}"
     else:
         headline = f"No clear change of {what}: {form.signed(change)} {form.interval(low, high)} includes zero"
-    counts = f"{len(samples)} paired videos, {len(by_prompt(samples))} prompts" if samples else ""
+    counts = f"{len(samples)} paired samples, {len(by_prompt(samples))} prompts" if samples else ""
     basis = ", ".join(filter(None, ("" if math.isnan(low) else SURE, counts, not_held_out(shown))))
     return Result(headline, basis, choice(shown, evaluations, form))
 
@@ -94,10 +94,10 @@ def tiles(run: Run, shown: Row | None, form: Numbers) -> list[tuple[str, str, st
             remark = f"{worst['name']}, {own.plain(worst['base'])} → {own.plain(worst['tuned'])}"
             figures.append(("Watched only", own.signed(worst["change"]), remark))
     if run.metrics:
-        videos, seconds = (column(run.metrics, *keys) for keys in (("samples",), ("seconds", "total")))
+        samples, seconds = (column(run.metrics, *keys) for keys in (("samples",), ("seconds", "total")))
         seconds = seconds[seconds > 0]
-        count = int(videos[videos > 0].sum())
-        scored = f"{count:,} videos generated and scored" if count else ""
+        count = int(samples[samples > 0].sum())
+        scored = f"{count:,} samples generated and scored" if count else ""
         figures.append(("Updates", f"{run.metrics[-1]['update']:,}", scored))
         if len(seconds):
             figures.append(("Time", duration(seconds.sum()), f"{seconds.mean():.3g} s an update"))
@@ -171,13 +171,13 @@ class Correlations(NamedTuple):
 
 
 def correlations(shown: Row | None, of_changes: bool) -> Correlations | None:
-    """Spearman's rank correlation between all components, trained and watched, over the videos of an evaluation.
+    """Spearman's rank correlation between all components, trained and watched, over the samples of an evaluation.
 
     Args:
-        of_changes: of the changes from the base model's video to the tuned model's, rather than of the tuned videos.
+        of_changes: of the changes from the base model's sample to the tuned model's, rather than of the tuned samples.
 
     Returns:
-        None where there are fewer than two components or three videos; nan for one that never changes.
+        None where there are fewer than two components or three samples; nan for one that never changes.
     """
     samples = samples_of(shown)
     series = [

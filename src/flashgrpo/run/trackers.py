@@ -6,6 +6,7 @@ Weights & Biases and SwanLab keep their offline folders there, trackio its local
 A run that is resumed is one run there, too: its id is kept in the run directory.
 """
 
+import html
 import os
 import secrets
 import string
@@ -19,6 +20,7 @@ import torch
 from flashgrpo.config.settings import TrackingConfig
 from flashgrpo.errors import UserError
 from flashgrpo.files import read_text, write_text
+from flashgrpo.media import NOUNS
 from flashgrpo.run import checkpoint
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # any of them; other trackers are named as their package
@@ -58,8 +60,8 @@ class Trackers:
         for name, tracker in list(self._open.items()):
             self._do(name, lambda tracker=tracker: tracker.log(values, step=line["update"]))  # type: ignore[misc]
 
-    def videos(self, update: int, files: Mapping[str, Path]) -> None:
-        """Send mp4 files, label -> path, to the trackers that show videos."""
+    def media(self, update: int, files: Mapping[str, Path]) -> None:
+        """Send mp4, png and txt files, label -> path, to the trackers that show such."""
         for name, tracker in list(self._open.items()):
             if send := SENDERS.get(name):
                 self._do(name, lambda send=send, tracker=tracker: send(tracker, update, files))  # type: ignore[misc]
@@ -142,21 +144,33 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
 def _to_wandb(tracker: Any, update: int, files: Mapping[str, Path]) -> None:
     import wandb
 
-    tracker.log({f"videos/{label}": wandb.Video(str(file), format="mp4") for label, file in files.items()}, step=update)
+    def text(content: str) -> Any:
+        return wandb.Html(f"<pre>{html.escape(content)}</pre>", inject=False)
+
+    tracker.log(_shown(files, wandb.Video, wandb.Image, text), step=update)
 
 
 def _to_trackio(tracker: Any, update: int, files: Mapping[str, Path]) -> None:
     import trackio
 
-    videos = {f"videos/{label}": trackio.Video(str(file), format="mp4") for label, file in files.items()}
-    tracker.log(videos, step=update)
+    tracker.log(_shown(files, trackio.Video, trackio.Image, trackio.Markdown), step=update)
 
 
 def _to_mlflow(tracker: Any, update: int, files: Mapping[str, Path]) -> None:
     import mlflow
 
     for file in files.values():
-        mlflow.log_artifact(str(file), f"videos/{update:06d}")
+        mlflow.log_artifact(str(file), f"{NOUNS[file.suffix]}s/{update:06d}")
+
+
+def _shown(files: Mapping[str, Path], video: Any, image: Any, text: Callable[[str], Any]) -> dict[str, Any]:
+    """Return what a tracker shows of each file, named `videos/label`, `images/label` or `texts/label`."""
+    shows: dict[str, Callable[[Path], Any]] = {
+        ".mp4": lambda file: video(str(file), format="mp4"),
+        ".png": lambda file: image(str(file)),
+        ".txt": lambda file: text(read_text(file)),
+    }
+    return {f"{NOUNS[file.suffix]}s/{label}": shows[file.suffix](file) for label, file in files.items()}
 
 
 SENDERS: dict[str, Callable[[Any, int, Mapping[str, Path]], None]] = {

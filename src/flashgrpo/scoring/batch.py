@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from flashgrpo.errors import UserError
+from flashgrpo.media import suffix_of, write_medium
 from flashgrpo.prompts import columns_of
-from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels
+from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels, VideoFiles
 from flashgrpo.scoring.loading import told
-from flashgrpo.types import Latents, Prompt, Reward, Videos
-from flashgrpo.video import write_mp4
+from flashgrpo.types import Media, Prompt, Reward
 
 Columns = Mapping[str, Sequence[float]]
 """Component -> a value for each sample."""
@@ -25,15 +25,15 @@ class Batch:
     """Samples that were drawn together, in each form that a reward takes; a form is made once, when first asked for.
 
     Args:
-        videos: (B, F, 3, H, W) on the CPU; None where no reward asks for what is decoded.
-        latents: (B, C, F, H, W); None where no reward asks for them.
+        media: (B, F, 3, H, W) on the CPU, or B texts; None where no reward asks for what is decoded.
+        latents: what was drawn: (B, C, F, H, W), or tokens (B, ...); None where no reward asks for them.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], fps: float, videos: Videos | None = None, latents: Latents | None = None
+        self, prompts: Sequence[Prompt], fps: float, media: Media | None = None, latents: Tensor | None = None
     ) -> None:
         self.prompts = prompts
-        self._fps, self._videos, self._latents = fps, videos, latents
+        self._fps, self._media, self._latents = fps, media, latents
         self._forms: dict[Input, Any] = {}
         self._sums: dict[Input, int] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -52,7 +52,7 @@ class Batch:
             self._left -= 1
             if self._left == 0:
                 self._forms.clear()
-                self._videos = self._latents = None
+                self._media = self._latents = None
                 if self._folder is not None:
                     self._folder.cleanup()
 
@@ -62,6 +62,9 @@ class Batch:
         Raises:
             UserError: it refused its input, or changed it.
         """
+        if isinstance(self._media, list) and takes != Pixels() and not isinstance(takes, LatentVideos):
+            what = "files" if isinstance(takes, VideoFiles) else "frames of a stride, rate or size"
+            raise UserError(f"reward {name} looks at {what}, and this model makes texts")
         given = self._form(takes)
         version = given._version if isinstance(given, Tensor) else 0
         texts, columns = [prompt.text for prompt in self.prompts], columns_of(self.prompts)
@@ -93,11 +96,12 @@ class Batch:
         if isinstance(takes, LatentVideos):
             assert self._latents is not None
             return self._latents.float().cpu()
-        assert self._videos is not None
+        media = self._media
+        assert media is not None
         if isinstance(takes, Pixels):
-            return takes.prepare(self._videos, self._fps)
+            return media if isinstance(media, list) else takes.prepare(media, self._fps)
         self._folder = tempfile.TemporaryDirectory(prefix="flashgrpo-videos-")
-        paths = [Path(self._folder.name) / f"{row:04d}.mp4" for row in range(len(self.prompts))]
-        for path, video in zip(paths, self._videos, strict=True):
-            write_mp4(path, video, self._fps)
+        paths = [Path(self._folder.name) / f"{row:04d}{suffix_of(one)}" for row, one in enumerate(media)]
+        for path, one in zip(paths, media, strict=True):
+            write_medium(path, one, self._fps)
         return [str(path) for path in paths]

@@ -11,6 +11,7 @@ import torch
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import SharedError
 from flashgrpo.jsontext import finite
+from flashgrpo.media import Medium
 from flashgrpo.process import Outputs, Process
 from flashgrpo.scoring.intervals import mean_interval
 from flashgrpo.scoring.rewards import Rewards
@@ -18,19 +19,17 @@ from flashgrpo.scoring.scoring import Scoring, Watch, unwatched
 from flashgrpo.scoring.settings import HeldoutConfig, RewardConfig
 from flashgrpo.seeds import Name
 from flashgrpo.types import Prompt, RewardTable
-from flashgrpo.video import Video
 
-EXTREMES = 2  # videos at either end that are kept beside those that are chosen without a look at their rewards
+EXTREMES = 2  # samples at either end that are kept beside those that are chosen without a look at their rewards
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of n = prompts x samples_per_prompt videos, a prompt's samples one after the other."""
+    """The scores of n = prompts x samples_per_prompt samples, a prompt's one after the other."""
 
     prompts: Sequence[Prompt]
     table: RewardTable
-    shown: Sequence[int]  # rows whose videos are kept
-    videos: Mapping[int, Video]  # those of them that this process made
+    kept: Mapping[int, Medium]  # row -> what it shows, of those that are kept and that this process made
     trained_on: int = 0  # prompts that are training prompts
 
 
@@ -70,15 +69,14 @@ class Evaluator:
 
         Args:
             limit: take only the first prompts, at most this many.
-            fresh: on other noise than all evaluations that select a checkpoint; keeps no videos.
+            fresh: on other noise than all evaluations that select a checkpoint; keeps no media.
         """
         every = self._prompts[: None if limit is None else limit * self._settings.samples_per_prompt]
         rows, process = self._world.share(len(every)), self._process
-        shown = [] if fresh else self._shown_rows()
-        settings = self._decode_batch, shown, self._deferred
+        settings = self._decode_batch, [] if fresh else self._shown_rows(), self._deferred
         scoring = Scoring(self._rewards, process.media, self._world, every, True, *settings, watch=self._watch)
         process.sample([every[row] for row in rows], self._names(rows, fresh), scoring.add)
-        return Evaluation(every, scoring.table(), shown, scoring.videos, self._trained_on)
+        return Evaluation(every, scoring.table(), scoring.kept, self._trained_on)
 
     @torch.no_grad()
     def resample(self, rows: Sequence[int]) -> Outputs:
@@ -87,7 +85,7 @@ class Evaluator:
         return self._process.sample(prompts, self._names(rows), lambda rows, outputs: None)
 
     def _shown_rows(self) -> list[int]:
-        """The samples whose videos are kept, spread evenly over the prompts: files often list like beside like."""
+        """The samples that are kept, spread evenly over the prompts: files often list like beside like."""
         count, total = min(self._settings.videos, len(self._prompts)), len(self._prompts)
         return [i * total // count for i in range(count)]
 
@@ -175,7 +173,7 @@ def _paired_samples(tuned: Evaluation, base: Mapping[str, Any] | None) -> list[d
     base_samples = samples if base is None else base["samples"]
     if len(base_samples) != len(samples):
         raise SharedError(
-            f"evaluations.jsonl: the base model was scored on {len(base_samples)} held-out videos, and there are "
+            f"evaluations.jsonl: the base model was scored on {len(base_samples)} held-out samples, and there are "
             f"{len(samples)} now; something else changed that file"
         )
     for sample, before in zip(samples, base_samples, strict=True):

@@ -1,6 +1,7 @@
 """What a reward looks at: decoded frames, latents, or the encoded file.
 
-A reward says so in an attribute `takes`; without one it gets every frame at full size. A recipe may say otherwise
+A reward says so in an attribute `takes`; without one it gets every frame at full size, or the texts of a model that
+makes those. A recipe may say otherwise
 (`rewards.NAME.input`). What no reward asks for is not made: a run whose rewards all take latents decodes nothing.
 """
 
@@ -17,7 +18,7 @@ Frames = Float[Any, "batch video_frames 3 video_height video_width"]
 
 @dataclass(frozen=True)
 class Pixels:
-    """Decoded frames, (B, F, 3, H, W) in [0, 1], float32 on the CPU.
+    """Decoded frames, (B, F, 3, H, W) in [0, 1], float32 on the CPU; F is 1 for images. Or texts, all as they are.
 
     Args:
         stride: frames between two that are taken, from the first on.
@@ -73,7 +74,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class LatentVideos:
-    """The model's own latents, (B, C, F, H, W) float32 on the CPU: nothing is decoded for it."""
+    """The model's latents, (B, C, F, H, W), or its tokens, (B, ...), float32 on the CPU: nothing is decoded for it."""
 
     kind: Literal["latents"] = "latents"
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -81,7 +82,7 @@ class LatentVideos:
 
 @dataclass(frozen=True)
 class VideoFiles:
-    """Paths of B H.264 mp4 files at the model's frame rate, there as long as the call lasts."""
+    """Paths of B files, there as long as the call lasts: H.264 mp4 at the model's frame rate, or PNG of images."""
 
     kind: Literal["files"] = "files"
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA

@@ -27,7 +27,7 @@ from flashgrpo.scoring.loading import (
     takes_of,
 )
 from flashgrpo.scoring.settings import RewardConfig
-from flashgrpo.types import PlantedPair, Prompt, Reward, RewardTable, Videos
+from flashgrpo.types import Media, PlantedPair, Prompt, Reward, RewardTable
 
 FEWEST_GUARDED = 8  # held-out prompts: of fewer, what they have in common by chance would end runs
 Results = Mapping[str, Any]
@@ -148,7 +148,7 @@ class Rewards:
         return {name: int(declared(reward, "failures", 0)) for name, reward in self._rewards.items()}
 
     def planted_pairs(self) -> dict[str, PlantedPair]:
-        """Reward -> the pair of videos that it declares in an attribute `planted_pair`, where it does."""
+        """Reward -> the pair of samples that it declares in an attribute `planted_pair`, where it does."""
         pairs = {name: declared(self.reward(name), "planted_pair") for name in self.configs}
         made = {name: pair() if callable(pair) else pair for name, pair in pairs.items() if pair is not None}
         return {name: pair for name, pair in made.items() if not isinstance(self.takes(name), LatentVideos)}
@@ -158,8 +158,8 @@ class Rewards:
         batch.wanted_by(len(names))
         return {name: self._thread(name).submit(self._score, name, self.reward(name), batch) for name in names}
 
-    def score(self, videos: Videos, prompts: Sequence[Prompt], watched: bool, only: str | None = None) -> RewardTable:
-        """Score videos (B, F, 3, H, W) against B prompts; watched rewards only where asked for.
+    def score(self, media: Media, prompts: Sequence[Prompt], watched: bool, only: str | None = None) -> RewardTable:
+        """Score videos (B, F, 3, H, W), or B texts, against B prompts; watched rewards only where asked for.
 
         Raises:
             UserError: a reward returned the wrong number of values or something else, or raised ValueError.
@@ -168,7 +168,7 @@ class Rewards:
         self.begin()
         for name in names:
             self.takes(name)  # loads it, in this thread
-        futures = self.submit(Batch(prompts, self.fps, videos), names)
+        futures = self.submit(Batch(prompts, self.fps, media), names)
         return self.table([self.results({name: [future] for name, future in futures.items()}, {})])
 
     def results(self, futures: Mapping[str, Sequence[Future[Columns]]], before: Mapping[str, int]) -> Results:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,12 @@ from torch import Tensor
 from flashgrpo.distributed.memory import explain_shortage
 from flashgrpo.distributed.transfer import Piece, hand_over, pieces
 from flashgrpo.distributed.world import World
-from flashgrpo.process import Media, Outputs
+from flashgrpo.media import Medium
+from flashgrpo.process import MakesMedia, Outputs
 from flashgrpo.scoring.batch import Batch, Columns
 from flashgrpo.scoring.inputs import LatentVideos, decoded_for
 from flashgrpo.scoring.rewards import Results, Rewards
-from flashgrpo.types import Prompt, RewardTable, index_rows
+from flashgrpo.types import Media, Prompt, RewardTable, index_rows
 
 AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
 
@@ -39,8 +41,8 @@ class Scoring:
         media: makes what rewards look at of what was drawn; see `Process.media`.
         prompts: of all samples, of which this rank draws `world.share`.
         watched: whether watched rewards are computed too.
-        micro_batch: latents decoded at once.
-        keep: numbers of the samples, among all, whose videos are kept in `videos`.
+        micro_batch: outputs decoded at once.
+        keep: numbers of the samples, among all, whose media are kept in `kept`.
         deferred: decode and score once all is drawn: with parts of the model that take turns on the device. What waits
             are outputs, far smaller than videos; they are decoded and scored a micro-batch at a time all the same.
         watch: told how many of this rank's samples are drawn, and how many there are.
@@ -49,7 +51,7 @@ class Scoring:
     def __init__(
         self,
         rewards: Rewards,
-        media: Media,
+        media: MakesMedia,
         world: World,
         prompts: Sequence[Prompt],
         watched: bool,
@@ -59,7 +61,7 @@ class Scoring:
         clock: Callable[[str], AbstractContextManager[None]] = untimed,
         watch: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
-        self.videos: dict[int, Tensor] = {}
+        self.kept: dict[int, Medium] = {}
         self._rewards, self._media, self._world, self._prompts = rewards, media, world, prompts
         self._micro_batch, self._keep, self._clock = micro_batch, set(keep), clock
         self._names = rewards.names(watched)
@@ -127,14 +129,14 @@ class Scoring:
                 self._pass_on(piece, outputs[rows] if self._world.rank == piece.source else None)
 
     def _pass_on(self, piece: Piece, outputs: Outputs | None) -> None:
-        videos = None if outputs is None else self._decode(outputs, piece.numbers)
+        media = None if outputs is None else self._decode(outputs, piece.numbers)
         with self._clock("reward"):
             if self._frames != 0:
-                videos = hand_over(self._world, videos, piece)
+                media = hand_over(self._world, media, piece)
             if self._hands_latents:
                 outputs = hand_over(self._world, outputs, piece)
         if self._world.rank == piece.destination:
-            self._submit(piece.numbers, videos, outputs)
+            self._submit(piece.numbers, media, outputs)
 
     def _behind(self) -> list[Future[Columns]]:
         """Those that a reward has to be done with before it gets more.
@@ -144,7 +146,7 @@ class Scoring:
         last = [futures[-AHEAD] for futures in self._futures.values() if len(futures) >= AHEAD]
         return [future for future in last if not future.done()]
 
-    def _submit(self, numbers: Sequence[int], videos: Tensor | None, outputs: Outputs | None) -> None:
+    def _submit(self, numbers: Sequence[int], media: Media | None, outputs: Outputs | None) -> None:
         """Give some samples to the rewards of this rank, once these are not too far behind."""
         with self._clock("reward"):
             wait(self._behind())
@@ -153,34 +155,40 @@ class Scoring:
         batch = Batch(
             prompts,
             self._rewards.fps,
-            videos if self._frames != 0 else None,
+            media,
             outputs if self._hands_latents else None,
         )
         for name, future in self._rewards.submit(batch, self._names).items():
             self._futures[name].append(future)
 
-    def _decode(self, latents: Outputs, numbers: Sequence[int]) -> Tensor:
+    def _decode(self, outputs: Outputs, numbers: Sequence[int]) -> Media | None:
         if self._frames == 0:
-            return torch.empty(0)
+            return None
         with self._clock("decode"), explain_shortage("rollout.decode_micro_batch, or set model.vae_tiling"):
-            videos = decode(self._media, latents, self._micro_batch, self._frames)
-        self.videos |= {n: videos[i].clone() for i, n in enumerate(numbers) if n in self._keep}
-        return videos
+            media = decode(self._media, outputs, self._micro_batch, self._frames)
+        kept = {n: media[i] for i, n in enumerate(numbers) if n in self._keep}
+        self.kept |= {n: one.clone() if isinstance(one, Tensor) else one for n, one in kept.items()}
+        return media
 
 
 @torch.no_grad()
-def decode(media: Media, latents: Tensor, micro_batch: int, frames: int | None = None) -> Tensor:
-    """Return videos (B, F, 3, H, W) of latents, on the CPU, `micro_batch` at a time; of no latents, an empty tensor.
+def decode(media: MakesMedia, outputs: Outputs, micro_batch: int, frames: int | None = None) -> Media:
+    """Return media of outputs, on the CPU, `micro_batch` at a time; of no outputs, an empty tensor.
 
-    With `frames` only the first frames of each.
+    With `frames` only the first frames of each video.
     A full-size video is a hundred times larger than its latents: the device holds one micro-batch.
     """
-    if not len(latents):
+    if not len(outputs):
         return torch.empty(0, 1, 3, 1, 1)
-    first = media(latents[:micro_batch], frames)
-    videos = torch.empty(len(latents), *first.shape[1:])
-    videos[: len(first)] = first
+    first = media(outputs[:micro_batch], frames)
+    starts = range(micro_batch, len(outputs), micro_batch)
+    later: Any = (media(outputs[start : start + micro_batch], frames) for start in starts)
+    if isinstance(first, list):
+        return [text for texts in (first, *later) for text in texts]
+    videos = torch.empty(len(outputs), *first.shape[1:])
+    videos[:micro_batch] = first
     del first
-    for done in range(micro_batch, len(latents), micro_batch):
-        videos[done : done + micro_batch] = media(latents[done : done + micro_batch], frames)
+    for start, some in zip(starts, later, strict=True):
+        videos[start : start + micro_batch] = some
+        del some
     return videos

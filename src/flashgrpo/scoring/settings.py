@@ -51,10 +51,10 @@ class HeldoutConfig(Part):
     every: Count = 10
     """Updates between two evaluations; the last update is always evaluated."""
     samples_per_prompt: Count = 1
-    """Videos of each held-out prompt."""
+    """Samples of each held-out prompt."""
     seed: int = Field(default=1_000, ge=0, lt=2**63)
     """Of the noise that all evaluations start from."""
     videos: int = Field(default=8, ge=0, le=MANY)
-    """So many samples, spread evenly over the prompts, are kept as mp4 of the base and of each new best."""
+    """So many samples, spread evenly over the prompts, are kept (mp4, png or txt) of the base and of each new best."""
     patience: Count | None = None
     """Stop after this number of evaluations without a new best."""

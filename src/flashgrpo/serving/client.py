@@ -13,7 +13,7 @@ import httpx
 from torch import Tensor
 
 from flashgrpo.errors import UserError, suggest
-from flashgrpo.scoring.inputs import Input
+from flashgrpo.scoring.inputs import Input, Pixels
 from flashgrpo.serving import wire
 from flashgrpo.serving.http import Endpoint, Transient, all_of, persist, run, warn
 
@@ -26,7 +26,7 @@ QUIET = 30.0  # seconds between two warnings of one client
 ADVICE = "is `flashgrpo reward serve` running there, and can this machine reach it?"
 
 Piece = tuple[Any, list[str], dict[str, list[Any]]]
-"""Videos, prompts and columns of one request."""
+"""Videos or texts, prompts and columns of one request."""
 Places = asyncio.Queue[tuple[Endpoint, httpx.AsyncClient]]
 """A server, with connections to it, for each request that it may have at a time."""
 
@@ -89,7 +89,7 @@ class Remote:
     def __call__(
         self, videos: Tensor | Sequence[str], prompts: Sequence[str], **columns: Sequence[Any]
     ) -> list[float] | dict[str, list[float]]:
-        """Score B videos of the kind that `takes` says.
+        """Score B videos of the kind that `takes` says, or B texts.
 
         Returns:
             B numbers, or component -> B numbers, in the order of the videos.
@@ -98,8 +98,7 @@ class Remote:
             UserError: a server refuses the request, answers what is no answer to it, or stays away.
             ValueError: the videos are not of the kind that `takes` says, or cannot be sent.
         """
-        if (self.takes.kind == "files") == isinstance(videos, Tensor):
-            raise ValueError(f"{self._reward} takes {self.takes.kind}")
+        self._kind(videos)
         for name, column in {"videos": videos, **columns}.items():
             if len(column) != len(prompts):
                 raise ValueError(f"there are {len(prompts)} prompts for {len(column)} of {name}")
@@ -154,8 +153,16 @@ class Remote:
     def _pack(
         self, id: str, videos: Any, prompts: list[str], columns: dict[str, list[Any]]
     ) -> tuple[list[memoryview], dict[str, str]]:
-        inputs = [Path(file).read_bytes() for file in videos] if self.takes.kind == "files" else videos
-        return wire.pack(id, self.takes.kind, inputs, prompts, columns, self._encoding)
+        kind = self._kind(videos)
+        inputs = [Path(file).read_bytes() for file in videos] if kind == "files" else videos
+        return wire.pack(id, kind, inputs, prompts, columns, self._encoding)
+
+    def _kind(self, videos: Tensor | Sequence[str]) -> wire.Kind:
+        """Return what is sent: what the reward takes, or texts to one that takes whatever a model makes."""
+        texts = self.takes == Pixels() and not isinstance(videos, Tensor)
+        if not texts and isinstance(videos, Tensor) == (self.takes.kind == "files"):
+            raise ValueError(f"{self._reward} takes {self.takes.kind}")
+        return "texts" if texts else self.takes.kind
 
     @asynccontextmanager
     async def _place(self, places: Places) -> AsyncIterator[tuple[Endpoint, httpx.AsyncClient]]:

@@ -27,6 +27,11 @@ def is_mp4(data: bytes | memoryview) -> bool:
     return bytes(data[4:8]) == b"ftyp"
 
 
+def is_png(data: bytes | memoryview) -> bool:
+    """Tell whether data begins as a PNG does."""
+    return bytes(data[:8]) == b"\x89PNG\r\n\x1a\n"
+
+
 def read_mp4(data: bytes | memoryview, video: Float[Tensor, "frames 3 height width"]) -> None:
     """Decode what `to_mp4` wrote into `video`, at its own size where that was enlarged, one frame at a time.
 

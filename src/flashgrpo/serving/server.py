@@ -28,6 +28,7 @@ import torch
 from flashgrpo.config.recipe import merge_choices, parse_override
 from flashgrpo.errors import UserError, install_hint, printable, system_reason
 from flashgrpo.jsontext import to_json
+from flashgrpo.scoring.inputs import Pixels
 from flashgrpo.scoring.loading import bind, checked_values, declared, load_reward, takes_of
 from flashgrpo.scoring.names import full_name
 from flashgrpo.serving import wire
@@ -155,9 +156,9 @@ class Service:
             raise HTTPException(500, f"the server failed: {printable(str(error))}") from error
 
     def _components(self, request: wire.Request) -> dict[str, list[float]]:
-        about, name, kind = request.about, self._info.name, self._info.takes.kind
-        if about.kind != kind:
-            raise ValueError(f"{name} takes {kind}, not {about.kind}")
+        about, name, takes = request.about, self._info.name, self._info.takes
+        if about.kind != takes.kind and not (about.kind == "texts" and takes == Pixels()):
+            raise ValueError(f"{name} takes {takes.kind}, not {about.kind}")
         parts = []
         for start in range(0, request.count, self._options.batch):
             rows = slice(start, start + self._options.batch)

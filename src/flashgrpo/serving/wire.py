@@ -1,10 +1,10 @@
-"""What a trainer and a reward server say to each other: videos, prompts and columns one way, numbers the other.
+"""What a trainer and a reward server say to each other: videos or texts, prompts and columns; and numbers back.
 
 A request is a safetensors file, so nothing in it is unpickled. Its tensors are
 
     request   JSON in UTF-8, one uint8 a byte: the fields of `About`
     videos    pixels (B, F, 3, H, W), uint8 or float32; or latents (B, C, F, H, W), float32
-    0 to B-1  in place of `videos`: the bytes of B mp4 files, uint8
+    0 to B-1  in place of `videos`, uint8: the bytes of B files, mp4 or PNG; or B texts as JSON
 
 The HTTP header `DIGEST` has its CRC-32. Answers are JSON, which pydantic reads strictly: what is passed on has these
 types, and no text holds half a character. What is not exactly so is refused.
@@ -31,7 +31,7 @@ from torch import Tensor
 from flashgrpo.errors import printable
 from flashgrpo.scoring.inputs import Input
 from flashgrpo.scoring.loading import checked_values
-from flashgrpo.serving.mp4 import is_mp4, read_mp4, to_mp4
+from flashgrpo.serving.mp4 import is_mp4, is_png, read_mp4, to_mp4
 
 FORMAT: Literal[3] = 3
 MEDIA_TYPE = "application/x-safetensors"  # not one that a web page may post without being allowed to
@@ -39,10 +39,10 @@ DIGEST = "X-CRC32"
 ABOUT_LIMIT = 4 * 2**20  # bytes of prompts and columns: parsed, they may take thirty times as much
 LAYOUT_LIMIT = 2**20  # bytes of the file's own header: a tensor needs 75
 
-Kind = Literal["pixels", "latents", "files"]
+Kind = Literal["pixels", "latents", "files", "texts"]
 Encoding = Literal["uint8", "float32", "mp4"]
 Shown = Annotated[str, Field(max_length=300), AfterValidator(printable)]
-DTYPES = {"pixels": (torch.uint8, torch.float32), "latents": (torch.float32,), "files": ()}
+DTYPES = {"pixels": (torch.uint8, torch.float32), "latents": (torch.float32,), "files": (), "texts": ()}
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -94,7 +94,7 @@ class Info(BaseModel):
 
 @dataclass(frozen=True)
 class Request:
-    """B videos to score, still encoded: `videos` is a tensor of them, or the bytes of mp4 files."""
+    """B samples to score, still encoded: `videos` is a tensor of them, or the bytes of files or texts."""
 
     about: About
     videos: Tensor | list[memoryview]
@@ -106,10 +106,10 @@ class Request:
 
     @contextlib.contextmanager
     def inputs(self, rows: slice) -> Iterator[Any]:
-        """Yield what the reward is called with for these videos: a float32 tensor, or paths of files until it returns.
+        """Yield what the reward is called with: a float32 tensor, texts, or paths of files until it returns.
 
         Raises:
-            ValueError: files that do not decode to what the request says, or values that are not finite.
+            ValueError: what does not decode to what the request says, or values that are not finite.
         """
         some = self.videos[rows]
         if isinstance(some, Tensor):
@@ -119,9 +119,12 @@ class Request:
             for video, file in zip(videos, some, strict=True):
                 read_mp4(file, video)
             yield videos
+        elif self.about.kind == "texts":
+            yield [_text(one) for one in some]
         else:
             with tempfile.TemporaryDirectory(prefix="flashgrpo-reward-") as folder:
-                paths = [Path(folder) / f"{number:04d}.mp4" for number in range(len(some))]
+                endings = ["mp4" if is_mp4(file) else "png" for file in some]
+                paths = [Path(folder) / f"{number:04d}.{ending}" for number, ending in enumerate(endings)]
                 for path, file in zip(paths, some, strict=True):
                     path.write_bytes(file)
                 yield [str(path) for path in paths]
@@ -130,7 +133,7 @@ class Request:
 def pack(
     id: str,
     kind: Kind,
-    inputs: Tensor | Sequence[bytes],
+    inputs: Tensor | Sequence[bytes] | Sequence[str],
     prompts: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
     encoding: Encoding = "uint8",
@@ -138,8 +141,8 @@ def pack(
     """Pack a request.
 
     Args:
-        inputs: (B, F, 3, H, W) in [0, 1], latents (B, C, F, H, W), or the bytes of B mp4 files.
-        encoding: of pixels; latents always go as float32, files as they are.
+        inputs: (B, F, 3, H, W) in [0, 1], latents (B, C, F, H, W), the bytes of B files, or B texts.
+        encoding: of pixels; latents always go as float32, files and texts as they are.
 
     Returns:
         Its body, in parts that follow each other, of which float32 values are not copied; and its HTTP headers.
@@ -228,10 +231,10 @@ def _videos(about: About, tensors: Mapping[str, Tensor], limit: int) -> Tensor |
     elif names == {str(row) for row in range(count)} and kind != "latents" and _are_bytes(tensors.values()):
         videos = [tensors[str(row)].numpy().data for row in range(count)]
         shape = about.shape or []
-        if not all(is_mp4(file) for file in videos):
-            raise ValueError("a file is no mp4")
+        if kind != "texts" and not all(is_mp4(file) or (kind == "files" and is_png(file)) for file in videos):
+            raise ValueError(f"a file is no mp4{' and no PNG' * (kind == 'files')}")
     else:
-        raise ValueError(f"{count} {kind} must be a tensor videos of five dimensions, or mp4 files called 0, 1, ...")
+        raise ValueError(f"{count} {kind} must be a tensor videos of five dimensions, or bytes called 0, 1, ...")
     if len(videos) != count or 0 in shape:
         raise ValueError(f"{len(videos)} videos of shape {shape} came for {count} prompts")
     if kind == "pixels" and (len(shape) != 4 or shape[1] != 3):
@@ -267,7 +270,7 @@ def _as_floats(videos: Tensor) -> Tensor:
 
 
 def _encoded(
-    kind: Kind, inputs: Tensor | Sequence[bytes], encoding: Encoding
+    kind: Kind, inputs: Tensor | Sequence[bytes] | Sequence[str], encoding: Encoding
 ) -> tuple[dict[str, Tensor], list[int] | None]:
     """Return the tensors of the videos; and where these are mp4 files of pixels, the shape of one video."""
     shape = None
@@ -281,7 +284,18 @@ def _encoded(
                 row.copy_(video.mul(255).round_().clamp_(0, 255))
             return {"videos": rounded}, None
         shape, inputs = list(videos.shape[1:]), [to_mp4(video) for video in videos]
-    return {str(row): torch.frombuffer(bytearray(file), dtype=torch.uint8) for row, file in enumerate(inputs)}, shape
+    files = [json.dumps(one).encode() if isinstance(one, str) else one for one in inputs]  # JSON is never empty
+    return {str(row): torch.frombuffer(bytearray(file), dtype=torch.uint8) for row, file in enumerate(files)}, shape
+
+
+def _text(data: memoryview) -> str:
+    try:
+        text = json.loads(bytes(data))
+    except (ValueError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError("a text is no JSON string")
+    return text
 
 
 def _dump(about: Mapping[str, Any]) -> bytearray:
