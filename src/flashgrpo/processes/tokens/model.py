@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from flashgrpo.types import Condition, LoraStyle, Prompt, Videos
+from flashgrpo.types import Condition, LoraStyle, Media, Prompt
 
 Tokens = Int64[Tensor, "batch tokens"]
 Head = Callable[[Tensor], Tensor]
@@ -87,8 +87,8 @@ class TokenModel(Protocol):
         """
         ...
 
-    def decode(self, tokens: Tokens, frames: int | None = None) -> Videos:
-        """Return videos (B, F, 3, H, W) in [0, 1], images as videos of one frame; with `frames` only the first."""
+    def decode(self, tokens: Tokens, frames: int | None = None) -> Media:
+        """Return videos (B, F, 3, H, W) in [0, 1], images of one frame, or B texts; with `frames` only the first."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:

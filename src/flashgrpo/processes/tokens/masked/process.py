@@ -25,7 +25,7 @@ from flashgrpo.processes.tokens.masked.state import MaskedState
 from flashgrpo.processes.tokens.masked.unmasking import Unmasked, Unmasking
 from flashgrpo.processes.tokens.model import TokenModel
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, Condition, LoraStyle, Prompt, Sample, Videos, to_device
+from flashgrpo.types import REWARD, Condition, LoraStyle, Media, Prompt, Sample, to_device
 
 
 class MaskedProcess:
@@ -207,7 +207,7 @@ class MaskedProcess:
         unmasking, logits = self.sampler(num_steps)
         return self._unmask(unmasking, logits, names, self._condition(prompts), on_drawn).tokens
 
-    def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
+    def media(self, outputs: Outputs, frames: int | None = None) -> Media:
         """Return what rewards and the report look at."""
         return self.model.decode(outputs, frames)
 

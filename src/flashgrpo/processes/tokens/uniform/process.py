@@ -30,7 +30,7 @@ from flashgrpo.processes.tokens.uniform.settings import (
 )
 from flashgrpo.processes.tokens.uniform.state import TokensState
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, Condition, LoraStyle, Prompt, Sample, Videos, index_rows, to_device
+from flashgrpo.types import REWARD, Condition, LoraStyle, Media, Prompt, Sample, index_rows, to_device
 
 
 class UniformTokensProcess:
@@ -164,8 +164,8 @@ class UniformTokensProcess:
         self.sampler.idle_calls(len(calls))
         return old
 
-    def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
-        """Return videos (B, F, 3, H, W) in [0, 1] of tokens."""
+    def media(self, outputs: Outputs, frames: int | None = None) -> Media:
+        """Return what rewards and the report look at."""
         return self.model.decode(outputs, frames)
 
     # Scoring again
