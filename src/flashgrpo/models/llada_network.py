@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flashgrpo.errors import UserError, first_line
+from flashgrpo.errors import UserError
 from flashgrpo.models.architectures import fill
-from flashgrpo.models.weights import load_tensors
+from flashgrpo.models.weights import load_tensors, read_safetensors
 from flashgrpo.processes.tokens.model import Read
 
 TOP = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
@@ -179,13 +177,9 @@ def load_llama(sizes: Sizes, folder: Path, dtype: torch.dtype) -> FullAttentionL
     Raises:
         UserError: a file is damaged, or weights are missing or left over.
     """
-    tensors, what = dict[str, Tensor](), f"model.path: the network of {sizes.where}"
-    for file in weight_files(folder, sizes):
-        try:
-            content = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{what} could not be loaded: {file.name}: {first_line(error)[:200]}") from error
-        tensors |= {renamed(name, sizes.modules): tensor.to(dtype) for name, tensor in content.items()}
+    what = f"model.path: the network of {sizes.where}"
+    stored = read_safetensors(weight_files(folder, sizes), what)
+    tensors = {renamed(name, sizes.modules): tensor.to(dtype) for name, tensor in stored.items()}
     network = _empty(sizes)
     load_tensors(network, tensors, what)
     return network

@@ -4,14 +4,16 @@ The libraries warn of such weights and go on. A network that was loaded for its 
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, first_line
 
 DERIVED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 """Buffers that older releases stored, and that a network computes from its settings."""
@@ -48,6 +50,26 @@ def load_network(kind: Any, folder: str | Path, what: str, **settings: Any) -> A
     missing = {name for name in missing if name not in tensors or id(tensors[name]) not in loaded}
     check_weights(what, network, missing, report["unexpected_keys"], shapes)
     return network
+
+
+def read_safetensors(files: Sequence[Path], what: str) -> dict[str, Tensor]:
+    """Read the weights of a network that lie in several files, as they are stored.
+
+    Args:
+        what: begins the sentence of an error.
+
+    Raises:
+        UserError: there is no file, or one is damaged.
+    """
+    if not files:
+        raise UserError(f"{what} has no files of weights (safetensors); get its files again")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{what} could not be loaded: {file.name}: {first_line(error)[:200]}") from error
+    return tensors
 
 
 def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
