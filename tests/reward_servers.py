@@ -21,7 +21,7 @@ from flashgrpo.scoring.inputs import LatentVideos, VideoFiles
 from flashgrpo.serving import wire
 from flashgrpo.serving.commands import Options
 from flashgrpo.serving.http import Endpoint
-from flashgrpo.serving.mp4 import is_png
+from flashgrpo.serving.mp4 import ending_of
 from flashgrpo.serving.server import listen, serve_on
 from tests.videos import read_mp4
 
@@ -85,7 +85,7 @@ def length(texts, prompts, **columns):
 
 def file_ending(paths, prompts, **columns):
     """1 where it is a PNG by its name and its content."""
-    return [float(path.endswith(".png") and is_png(Path(path).read_bytes())) for path in paths]
+    return [float(path.endswith(".png") and ending_of(Path(path).read_bytes()) == ".png") for path in paths]
 
 
 file_ending.takes = VideoFiles()

@@ -13,7 +13,7 @@ from torch import Tensor
 from flashgrpo.errors import UserError
 from flashgrpo.media import suffix_of, write_medium
 from flashgrpo.prompts import columns_of
-from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels, VideoFiles
+from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels, VideoFiles, kinds
 from flashgrpo.scoring.loading import told
 from flashgrpo.types import Media, Prompt, Reward
 
@@ -62,7 +62,7 @@ class Batch:
         Raises:
             UserError: it refused its input, or changed it.
         """
-        if isinstance(self._media, list) and takes != Pixels() and not isinstance(takes, LatentVideos):
+        if isinstance(self._media, list) and not {"texts", "latents"} & {*kinds(takes)}:
             what = "files" if isinstance(takes, VideoFiles) else "frames of a stride, rate or size"
             raise UserError(f"reward {name} looks at {what}, and this model makes texts")
         given = self._form(takes)

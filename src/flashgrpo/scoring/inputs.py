@@ -91,6 +91,15 @@ class VideoFiles:
 Input = Pixels | LatentVideos | VideoFiles
 
 
+Kind = Literal["pixels", "latents", "files", "texts"]
+"""What a reward is handed in the end."""
+
+
+def kinds(takes: Input) -> list[Kind]:
+    """Return what a reward may be handed: one that takes all frames as they are takes texts, too."""
+    return ["pixels", "texts"] if takes == Pixels() else [takes.kind]
+
+
 def decoded_for(takes: Sequence[Input]) -> int | None:
     """How many frames, from the first on, have to be decoded for these: 0 for latents alone; None is all of them."""
     pixels = [one for one in takes if not isinstance(one, LatentVideos)]

@@ -13,7 +13,7 @@ import httpx
 from torch import Tensor
 
 from flashgrpo.errors import UserError, suggest
-from flashgrpo.scoring.inputs import Input, Pixels
+from flashgrpo.scoring.inputs import Input, Kind, kinds
 from flashgrpo.serving import wire
 from flashgrpo.serving.http import Endpoint, Transient, all_of, persist, run, warn
 
@@ -157,12 +157,12 @@ class Remote:
         inputs = [Path(file).read_bytes() for file in videos] if kind == "files" else videos
         return wire.pack(id, kind, inputs, prompts, columns, self._encoding)
 
-    def _kind(self, videos: Tensor | Sequence[str]) -> wire.Kind:
-        """Return what is sent: what the reward takes, or texts to one that takes whatever a model makes."""
-        texts = self.takes == Pixels() and not isinstance(videos, Tensor)
-        if not texts and isinstance(videos, Tensor) == (self.takes.kind == "files"):
-            raise ValueError(f"{self._reward} takes {self.takes.kind}")
-        return "texts" if texts else self.takes.kind
+    def _kind(self, videos: Tensor | Sequence[str]) -> Kind:
+        possible = ("pixels", "latents") if isinstance(videos, Tensor) else ("files", "texts")
+        for kind in kinds(self.takes):
+            if kind in possible:
+                return kind
+        raise ValueError(f"{self._reward} takes {self.takes.kind}")
 
     @asynccontextmanager
     async def _place(self, places: Places) -> AsyncIterator[tuple[Endpoint, httpx.AsyncClient]]:

@@ -22,14 +22,14 @@ def to_mp4(video: Float[Tensor, "frames 3 height width"]) -> bytes:
         return (Path(folder) / "video.mp4").read_bytes()
 
 
-def is_mp4(data: bytes | memoryview) -> bool:
-    """Tell whether data begins as an mp4 does. Others (a playlist, say) could make ffmpeg open further files."""
-    return bytes(data[4:8]) == b"ftyp"
+def ending_of(data: bytes | memoryview) -> str:
+    """Return ".mp4" or ".png" of data that begins as such a file does, else nothing.
 
-
-def is_png(data: bytes | memoryview) -> bool:
-    """Tell whether data begins as a PNG does."""
-    return bytes(data[:8]) == b"\x89PNG\r\n\x1a\n"
+    Others (a playlist, say) could make ffmpeg open further files.
+    """
+    if bytes(data[4:8]) == b"ftyp":
+        return ".mp4"
+    return ".png" if bytes(data[:8]) == b"\x89PNG\r\n\x1a\n" else ""
 
 
 def read_mp4(data: bytes | memoryview, video: Float[Tensor, "frames 3 height width"]) -> None:
@@ -38,7 +38,7 @@ def read_mp4(data: bytes | memoryview, video: Float[Tensor, "frames 3 height wid
     Raises:
         ValueError: no video, or one of another shape.
     """
-    if not is_mp4(data):
+    if ending_of(data) != ".mp4":
         raise ValueError("a file is no mp4")
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
         file.write(data)

@@ -28,7 +28,7 @@ import torch
 from flashgrpo.config.recipe import merge_choices, parse_override
 from flashgrpo.errors import UserError, install_hint, printable, system_reason
 from flashgrpo.jsontext import to_json
-from flashgrpo.scoring.inputs import Pixels
+from flashgrpo.scoring.inputs import kinds
 from flashgrpo.scoring.loading import bind, checked_values, declared, load_reward, takes_of
 from flashgrpo.scoring.names import full_name
 from flashgrpo.serving import wire
@@ -157,7 +157,7 @@ class Service:
 
     def _components(self, request: wire.Request) -> dict[str, list[float]]:
         about, name, takes = request.about, self._info.name, self._info.takes
-        if about.kind != takes.kind and not (about.kind == "texts" and takes == Pixels()):
+        if about.kind not in kinds(takes):
             raise ValueError(f"{name} takes {takes.kind}, not {about.kind}")
         parts = []
         for start in range(0, request.count, self._options.batch):
@@ -240,8 +240,7 @@ def listen(options: Options) -> socket.socket:
 
 def serve_on(listener: socket.socket, reward: Reward, name: str, version: str, options: Options, token: str) -> None:
     """Serve a reward until SIGTERM or SIGINT; what is computed then is answered still."""
-    bounds, takes = declared(reward, "score_range"), takes_of(reward)
-    bounds = bounds and tuple(bounds)
+    bounds, takes = tuple(declared(reward, "score_range") or ()) or None, takes_of(reward)
     info = wire.Info(name=name, version=version, takes=takes, score_range=bounds, max_bytes=options.limit)
     service = Service(reward, info, options, token)
     settings: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False, "lifespan": "off"}

@@ -29,9 +29,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from torch import Tensor
 
 from flashgrpo.errors import printable
-from flashgrpo.scoring.inputs import Input
+from flashgrpo.scoring.inputs import Input, Kind
 from flashgrpo.scoring.loading import checked_values
-from flashgrpo.serving.mp4 import is_mp4, is_png, read_mp4, to_mp4
+from flashgrpo.serving import texts
+from flashgrpo.serving.mp4 import ending_of, read_mp4, to_mp4
 
 FORMAT: Literal[3] = 3
 MEDIA_TYPE = "application/x-safetensors"  # not one that a web page may post without being allowed to
@@ -39,7 +40,6 @@ DIGEST = "X-CRC32"
 ABOUT_LIMIT = 4 * 2**20  # bytes of prompts and columns: parsed, they may take thirty times as much
 LAYOUT_LIMIT = 2**20  # bytes of the file's own header: a tensor needs 75
 
-Kind = Literal["pixels", "latents", "files", "texts"]
 Encoding = Literal["uint8", "float32", "mp4"]
 Shown = Annotated[str, Field(max_length=300), AfterValidator(printable)]
 DTYPES = {"pixels": (torch.uint8, torch.float32), "latents": (torch.float32,), "files": (), "texts": ()}
@@ -120,11 +120,10 @@ class Request:
                 read_mp4(file, video)
             yield videos
         elif self.about.kind == "texts":
-            yield [_text(one) for one in some]
+            yield [texts.from_bytes(one) for one in some]
         else:
             with tempfile.TemporaryDirectory(prefix="flashgrpo-reward-") as folder:
-                endings = ["mp4" if is_mp4(file) else "png" for file in some]
-                paths = [Path(folder) / f"{number:04d}.{ending}" for number, ending in enumerate(endings)]
+                paths = [Path(folder) / f"{number:04d}{ending_of(file)}" for number, file in enumerate(some)]
                 for path, file in zip(paths, some, strict=True):
                     path.write_bytes(file)
                 yield [str(path) for path in paths]
@@ -231,8 +230,9 @@ def _videos(about: About, tensors: Mapping[str, Tensor], limit: int) -> Tensor |
     elif names == {str(row) for row in range(count)} and kind != "latents" and _are_bytes(tensors.values()):
         videos = [tensors[str(row)].numpy().data for row in range(count)]
         shape = about.shape or []
-        if kind != "texts" and not all(is_mp4(file) or (kind == "files" and is_png(file)) for file in videos):
-            raise ValueError(f"a file is no mp4{' and no PNG' * (kind == 'files')}")
+        known = {"pixels": (".mp4",), "files": (".mp4", ".png")}.get(kind)
+        if known and not all(ending_of(file) in known for file in videos):
+            raise ValueError("a file is no mp4" + " and no PNG" * (kind == "files"))
     else:
         raise ValueError(f"{count} {kind} must be a tensor videos of five dimensions, or bytes called 0, 1, ...")
     if len(videos) != count or 0 in shape:
@@ -284,18 +284,8 @@ def _encoded(
                 row.copy_(video.mul(255).round_().clamp_(0, 255))
             return {"videos": rounded}, None
         shape, inputs = list(videos.shape[1:]), [to_mp4(video) for video in videos]
-    files = [json.dumps(one).encode() if isinstance(one, str) else one for one in inputs]  # JSON is never empty
+    files = [texts.to_bytes(one) if isinstance(one, str) else one for one in inputs]
     return {str(row): torch.frombuffer(bytearray(file), dtype=torch.uint8) for row, file in enumerate(files)}, shape
-
-
-def _text(data: memoryview) -> str:
-    try:
-        text = json.loads(bytes(data))
-    except (ValueError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError("a text is no JSON string")
-    return text
 
 
 def _dump(about: Mapping[str, Any]) -> bytearray:
