@@ -31,7 +31,7 @@ def test_every_preset_has_one_entry_and_every_block_is_one_of_the_two_sorts():
 @pytest.mark.parametrize("name", PRESETS)
 def test_an_entry_builds_its_preset_from_nothing(name):
     entry = {key: value for key, value in ENTRIES[name].items() if key != "preset"}
-    assert entry.keys() >= (FORWARD if PRESETS[name].explore.kind == "deterministic" else CHOICES)
+    assert entry.keys() >= (CHOICES if PRESETS[name].explore.kind == "stochastic" else FORWARD)
     assert ALGORITHM.validate_python(spelled_out(entry)) == PRESETS[name]
 
 

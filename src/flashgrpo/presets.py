@@ -16,10 +16,11 @@ from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
 from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import Rectified
 from flashgrpo.processes.streaming.settings import Energy, OneLevel, Routing, StreamExplore, StreamScore, Transition
+from flashgrpo.processes.tokens.masked.settings import UnmaskedSteps, Unmasking
 from flashgrpo.settings import default_kind
 
-AnyExplore = Annotated[Explore | StreamExplore, Field(discriminator="kind"), default_kind("stochastic")]
-AnyScore = Annotated[ScoreKind | StreamScore, Field(discriminator="kind"), default_kind("recorded")]
+AnyExplore = Annotated[Explore | StreamExplore | Unmasking, Field(discriminator="kind"), default_kind("stochastic")]
+AnyScore = Annotated[ScoreKind | StreamScore | UnmaskedSteps, Field(discriminator="kind"), default_kind("recorded")]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ KVPO = Algorithm(
 )
 FLASH_STREAM = Algorithm(OneLevel(), Transition())
 
+# Masked tokens: the steps of a sample in the states that they have seen
+AGRPO = Algorithm(
+    Unmasking(temperature=0.6, top_k=150, top_p=0.99),
+    UnmaskedSteps(steps=24),
+    Credit(std="none", combine="raw", clip=1e6),
+    Clipped(clip_range=0.2),
+)
+
 # Flash-GRPO without one or both of its two ideas
 RECTIFICATION_ONLY = replace(FLASH_GRPO, explore=Stochastic(_PER_SAMPLE, LinearSde(eta=1.0)))
 ONE_STEP = replace(RECTIFICATION_ONLY, score=Recorded())
@@ -110,6 +119,7 @@ PRESETS = {
     "awm": AWM,
     "v-grpo": V_GRPO,
     "diffusion-nft": DIFFUSION_NFT,
+    "agrpo": AGRPO,
     "one-step": ONE_STEP,
     "grouping-only": GROUPING_ONLY,
     "rectification-only": RECTIFICATION_ONLY,

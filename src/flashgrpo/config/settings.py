@@ -6,6 +6,7 @@ from pydantic import Field
 
 from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.processes.streaming.settings import StreamRollout, StreamSampling
+from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling
 from flashgrpo.scoring.settings import HeldoutConfig
 from flashgrpo.settings import MANY, Count, Part, PathText
 
@@ -27,8 +28,12 @@ class StreamEvaluation(HeldoutConfig, StreamSampling):
     """Held-out prompts on fixed noise, paired with the base model, by a streaming model."""
 
 
-AnyRollout = Annotated[RolloutConfig | StreamRollout, Field(discriminator="kind")]
-AnyEvaluation = Annotated[EvaluationConfig | StreamEvaluation, Field(discriminator="kind")]
+class MaskedEvaluation(HeldoutConfig, MaskedSampling):
+    """Held-out prompts on fixed random numbers, paired with the base model, by a model that fills masks."""
+
+
+AnyRollout = Annotated[RolloutConfig | StreamRollout | MaskedRollout, Field(discriminator="kind")]
+AnyEvaluation = Annotated[EvaluationConfig | StreamEvaluation | MaskedEvaluation, Field(discriminator="kind")]
 
 
 class CheckpointConfig(Part):

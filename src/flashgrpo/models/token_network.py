@@ -16,11 +16,15 @@ from flashgrpo.files import write_json
 from flashgrpo.models.lora import adapters_off, trained_parameters, weights_replaced
 from flashgrpo.models.network import prepare_network
 from flashgrpo.models.settings import Lora, ModelConfig
-from flashgrpo.types import LoraStyle
+from flashgrpo.processes.tokens.model import Read, Tokens
+from flashgrpo.types import Condition, LoraStyle, Prompt
 
 
 class TokenNetwork(ABC):
     """A network that predicts tokens, made ready to be trained; most of a `TokenModel`. A family's file says the rest.
+
+    Attributes:
+        decoder: what makes media of tokens; empty where nothing does.
 
     Args:
         network: loaded, on the CPU or the meta device.
@@ -41,6 +45,7 @@ class TokenNetwork(ABC):
         self.dtype: torch.dtype = getattr(torch, config.compute_dtype or config.dtype)
         prepare_network(network, config, world, seed)
         self.network: Any = network if world.uses_fsdp else network.to(world.device)
+        self.decoder: nn.Module = nn.Module()
         trained = trained_parameters(network) if keep_reference and not isinstance(config.train, Lora) else {}
         self._base = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
@@ -55,6 +60,10 @@ class TokenNetwork(ABC):
             return adapters_off([self.network])
         assert self._base, "load with keep_reference to compare a fully trained model with its base"
         return weights_replaced(self.network, self._base)
+
+    def decoding_bytes(self, samples: int) -> int:
+        """Count the bytes at the highest of decoding so many samples, of a model on the meta device."""
+        return 0
 
     def published_name(self, module: str) -> str:
         """Return a module's name in the checkpoint's own class."""
@@ -78,6 +87,36 @@ class TokenNetwork(ABC):
         merge_adapters(self.network)
         folder.mkdir(parents=True, exist_ok=True)
         self._save_whole(folder)
+
+    length: int
+    vocabulary: int
+    mask: int | None
+    end: int | None
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Tells the base weights from others, wherever they lie."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """Return what the network is conditioned on, a row for each prompt."""
+
+    @abstractmethod
+    def nothing(self) -> Condition:
+        """Return the condition of an empty prompt, one row."""
+
+    @abstractmethod
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Count the tokens of each text before any are cut off."""
+
+    @abstractmethod
+    def call(self, tokens: Tokens, condition: Condition, read: Read) -> Tensor:
+        """Call the network; see `TokenModel`."""
+
+    @abstractmethod
+    def decode(self, tokens: Tokens, frames: int | None = None) -> Any:
+        """Return media; see `TokenModel`."""
 
     @abstractmethod
     def _save_whole(self, folder: Path) -> None:

@@ -58,7 +58,7 @@ class MaskedProcess:
         self.micro_batch = micro_batch
         self.world = world
         self.logits = GuidedLogits(model, rollout.guidance_scale)
-        self.plan = Plan.of(model.length, rollout.num_steps, rollout.block, rollout.schedule)
+        self.plan = rollout.plan(model.length)
         self.average: Callable[[], AbstractContextManager[None]] = nullcontext
         self._unmasking(self.plan, explore.order, explore.temperature)
         self.sampler()

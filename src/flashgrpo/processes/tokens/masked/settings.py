@@ -1,16 +1,19 @@
 """Settings of masked tokens: how a rollout unmasks, and which of its steps are scored again. Free of torch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from flashgrpo.processes.settings import Chosen, RolloutPart, SamplingPart
 from flashgrpo.processes.subsets import Draw
-from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part, check_number
+from flashgrpo.settings import FORBID_EXTRA, Count, check_number
 
 Order = Literal["random", "low-confidence", "entropy"]
 Schedule = Literal["linear", "cosine"]
+MASKED = "masked-tokens"
 MOST_STEPS = 10_000
 
 
@@ -36,6 +39,7 @@ class Unmasking:
     top_k: int | None = None
     top_p: float = 1.0
     kind: Literal["unmasking"] = "unmasking"
+    process: ClassVar[str] = MASKED
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
@@ -69,6 +73,7 @@ class UnmaskedSteps:
     chance: Literal["uniform", "entropy"] = "uniform"
     state: Literal["exact", "mean-field"] = "exact"
     kind: Literal["unmasked-steps"] = "unmasked-steps"
+    process: ClassVar[str] = MASKED
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
@@ -79,19 +84,11 @@ class UnmaskedSteps:
         return num_steps if self.draw == "all" else self.steps
 
 
-class MaskedRollout(Part):
-    """How the samples of an update are drawn."""
+class MaskedRollout(RolloutPart):
+    """How the samples of an update are drawn from masked tokens."""
 
     kind: Literal["masked-tokens"] = "masked-tokens"
-    """Which of the choices this is."""
-    prompts: Count = 8
-    """Prompt groups per update, P."""
-    group_size: int = Field(default=8, ge=2, le=MANY)
-    """Samples per prompt, G; the baseline of a sample is the mean of its group, so one is not enough."""
-    micro_batch: Count = 64
-    """Samples drawn at once; every call of the network while drawing has as many rows."""
-    decode_micro_batch: Count = 64
-    """Samples decoded at once."""
+    """Which of the choices this is; the algorithm's `explore` decides it."""
     num_steps: int = Field(default=16, ge=1, le=MOST_STEPS)
     """Steps of a sample, shared out evenly among its blocks."""
     block: Count | None = None
@@ -101,10 +98,37 @@ class MaskedRollout(Part):
     guidance_scale: float = Field(default=1.0, ge=1, le=1_000)
     """Classifier-free guidance of the logits, in scoring as in drawing; 1 turns it off."""
 
+    def check(self, chosen: Chosen) -> None:
+        """Refuse choices that cannot work with each other or with these settings, with a ValueError."""
+        if chosen.anchored:
+            raise ValueError(
+                "algorithm.credit.baseline: masked tokens have no anchor, a sample without exploration to hold its "
+                "group against; take algorithm.credit.baseline=mean"
+            )
+        if chosen.coupled or any(not column.startswith("kl") for column in chosen.columns):
+            raise ValueError(
+                "algorithm.objective: of masked tokens there are log-probabilities and divergences; take "
+                "algorithm.objective.kind=clipped or kl-masked"
+            )
 
-class MaskedSampling(Part):
+    def plan(self, length: int) -> "Plan":
+        """Plan samples of `length` tokens; see `Plan.of`."""
+        return Plan.of(length, self.num_steps, self.block, self.schedule)
+
+    def facts(self) -> Mapping[str, str]:
+        """Return what a model card says of the rollout beside its size."""
+        blocks = f"blocks of {self.block}" if self.block else "one block"
+        return {
+            "Steps": f"{self.num_steps}, {self.schedule}, {blocks}",
+            **({"Guidance": f"{self.guidance_scale:g}"} if self.guidance_scale > 1 else {}),
+        }
+
+
+class MaskedSampling(SamplingPart):
     """How samples are drawn in evaluations; what is not given is the rollout's."""
 
+    kind: Literal["masked-tokens"] = "masked-tokens"
+    """Which of the choices this is; the algorithm's `explore` decides it."""
     num_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps of a sample."""
     block: Count | None = None

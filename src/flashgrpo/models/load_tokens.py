@@ -1,0 +1,78 @@
+"""Models of tokens: one file per family. `load_token_model` reads which family a checkpoint is of."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashgrpo.distributed.world import World
+from flashgrpo.errors import UserError, first_line
+from flashgrpo.files import resolve_path
+from flashgrpo.models.load import META, Say
+from flashgrpo.models.settings import ModelConfig
+from flashgrpo.models.token_network import TokenNetwork
+from flashgrpo.types import Prompt
+
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+"""Of a repository on the hub; its code is not among them."""
+
+
+def load_token_model(
+    config: ModelConfig,
+    world: World,
+    seed: int,
+    prompts: Sequence[Prompt] = (),
+    keep_reference: bool = False,
+    say: Say | None = None,
+) -> TokenNetwork:
+    """Load a model that fills masks and prepare its network for training as `config.train` says; see `load_model`.
+
+    Raises:
+        UserError: no such folder, no model of a supported family, or a size that it cannot take.
+    """
+    if world.context > 1:
+        raise UserError("parallel.context: a sample's tokens are too few to be split; leave it out")
+    path = resolve_path(config.path)
+    from flashgrpo.models.llada_network import KNOWN, Sizes, read_sizes  # loads transformers' models
+
+    known = KNOWN.get(path) if config.random_init else None
+    folder = Path(path) if known else _folder(path, config.random_init)
+    if known or _setting(folder / "config.json", "model_type") == "llada":
+        from flashgrpo.models.llada import LladaModel
+
+        sizes = Sizes(path, known) if known else read_sizes(folder)
+        return LladaModel(sizes, None if config.random_init else folder, config, world, seed, keep_reference)
+    raise UserError(f"model.path: {config.path} is no model that fills masks; LLaDA's checkpoints are")
+
+
+def weightless_token_model(config: ModelConfig) -> TokenNetwork:
+    """Build the model in its full size on the meta device."""
+    return load_token_model(config.plain().model_copy(update={"random_init": True}), World(META), seed=0)
+
+
+def _setting(file: Path, name: str) -> Any:
+    """Return a setting of a JSON file, None where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get(name) if isinstance(content, dict) else None
+
+
+def _folder(path: str, random_init: bool) -> Path:
+    """Return a checkpoint's folder, downloaded where it is a name on the hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path: there is no folder {path}")
+    if random_init:
+        raise UserError(f"model.path: the sizes of {path} are not known; give its folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub's client raises a dozen kinds, and all mean this
+        raise UserError(
+            f"model.path: {path} is no folder here and could not be had from the hub: {first_line(error)[:200]}"
+        ) from error
