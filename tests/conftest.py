@@ -13,6 +13,8 @@ import torch
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
 from flashgrpo.models.load import load_model
+from flashgrpo.presets import PRESETS
+from flashgrpo.processes.flow.choices import FLOW
 from flashgrpo.processes.flow.model import VideoModel
 from tests.nursery import Nursery
 
@@ -55,6 +57,13 @@ def small_run(out: Path, *overrides: str) -> RunConfig:
             *overrides,
         ],
     )
+
+
+def by_its_process(name: str, *flow: str) -> list[str]:
+    """Take a preset, with `rollout` and `evaluation` of its process, or with overrides of the flow process."""
+    process = PRESETS[name].explore.process
+    kinds = [f"{part}={{kind: {process}}}" for part in ("rollout", "evaluation")]
+    return [f"algorithm={name}", *(flow if process == FLOW else kinds)]
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from flashgrpo.config.algorithm import algorithm_from, short_name, spelled_out
 from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO, PRESETS, Algorithm
 from flashgrpo.processes.flow.choices import Recorded
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, StepLength
+from tests.conftest import by_its_process
 
 PAGE = (Path(__file__).parent.parent / "docs" / "papers.md").read_text()
 BLOCKS = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
@@ -81,7 +82,7 @@ def test_the_options_are_read_as_the_page_writes_them():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_its_yaml(make_run, tmp_path, name):
-    config = make_run(f"algorithm={name}", "rollout.num_steps=8")
+    config = make_run(*by_its_process(name, "rollout.num_steps=8"))
     assert config.algorithm == PRESETS[name]
     (file := tmp_path / "again.yaml").write_text(config.to_yaml())
     assert RunConfig.load(file) == config

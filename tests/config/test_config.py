@@ -10,11 +10,12 @@ from flashgrpo.config import PRESETS, RunConfig
 from flashgrpo.errors import UserError
 from flashgrpo.processes.flow.noise import FlowSde
 from flashgrpo.processes.flow.steps import AllSteps
+from tests.conftest import by_its_process
 
 
 def test_resolved_settings_start_the_same_run_again(make_run, tmp_path):
     for name in PRESETS:
-        config = make_run(f"algorithm={name}", "rollout.num_steps=20")
+        config = make_run(*by_its_process(name, "rollout.num_steps=20"))
         file = tmp_path / "again.yaml"
         file.write_text(config.to_yaml(), "utf-8")
         assert RunConfig.load(file) == config
@@ -22,7 +23,7 @@ def test_resolved_settings_start_the_same_run_again(make_run, tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), PRESETS.items())
 def test_a_preset_by_name_is_that_value(make_run, name, value):
-    assert make_run(f"algorithm={name}", "rollout.num_steps=20").algorithm == value
+    assert make_run(*by_its_process(name, "rollout.num_steps=20")).algorithm == value
 
 
 def test_published_presets():

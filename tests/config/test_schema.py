@@ -9,6 +9,7 @@ from flashgrpo.config import RunConfig, recipe_schema
 from flashgrpo.config.reading import read_recipe
 from flashgrpo.errors import UserError
 from flashgrpo.presets import PRESETS
+from tests.conftest import by_its_process
 
 jsonschema = pytest.importorskip("jsonschema")  # comes with ray
 
@@ -47,7 +48,7 @@ def test_every_setting_is_described():
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_schema_accepts_a_bare_preset_and_resolved_settings(problems, make_run, name):
     assert problems(recipe_with(name)) == []
-    resolved = make_run(f"algorithm={name}", "rollout.num_steps=20").model_dump(mode="json")
+    resolved = make_run(*by_its_process(name, "rollout.num_steps=20")).model_dump(mode="json")
     assert problems(resolved) == []
 
 

@@ -1,8 +1,8 @@
 """Settings that belong to no part, or to two."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, GetJsonSchemaHandler
 
 from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.processes.streaming.settings import StreamRollout, StreamSampling
@@ -32,8 +32,17 @@ class MaskedEvaluation(HeldoutConfig, MaskedSampling):
     """Held-out prompts on fixed random numbers, paired with the base model, by a model that fills masks."""
 
 
-AnyRollout = Annotated[RolloutConfig | StreamRollout | MaskedRollout, Field(discriminator="kind")]
-AnyEvaluation = Annotated[EvaluationConfig | StreamEvaluation | MaskedEvaluation, Field(discriminator="kind")]
+class ByKind:
+    """Lets a JSON schema accept settings that name no `kind`, which the algorithm decides, and that several fit."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core)
+        schema["anyOf"] = schema.pop("oneOf")
+        return schema
+
+
+AnyRollout = Annotated[RolloutConfig | StreamRollout | MaskedRollout, Field(discriminator="kind"), ByKind()]
+AnyEvaluation = Annotated[EvaluationConfig | StreamEvaluation | MaskedEvaluation, Field(discriminator="kind"), ByKind()]
 
 
 class CheckpointConfig(Part):
