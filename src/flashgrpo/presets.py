@@ -17,10 +17,15 @@ from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import Rectified
 from flashgrpo.processes.streaming.settings import Energy, OneLevel, Routing, StreamExplore, StreamScore, Transition
 from flashgrpo.processes.tokens.masked.settings import UnmaskedSteps, Unmasking
+from flashgrpo.processes.tokens.uniform.settings import TokensAtTimes, UniformTokens
 from flashgrpo.settings import default_kind
 
-AnyExplore = Annotated[Explore | StreamExplore | Unmasking, Field(discriminator="kind"), default_kind("stochastic")]
-AnyScore = Annotated[ScoreKind | StreamScore | UnmaskedSteps, Field(discriminator="kind"), default_kind("recorded")]
+AnyExplore = Annotated[
+    Explore | StreamExplore | Unmasking | UniformTokens, Field(discriminator="kind"), default_kind("stochastic")
+]
+AnyScore = Annotated[
+    ScoreKind | StreamScore | UnmaskedSteps | TokensAtTimes, Field(discriminator="kind"), default_kind("recorded")
+]
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ AGRPO = Algorithm(
     Clipped(clip_range=0.2),
 )
 
+# Uniform tokens: the finished sample, noised again to some times of the sampler
+UDM_GRPO = Algorithm(UniformTokens(), TokensAtTimes(), Credit(), Clipped(clip_range=1e-4, kl_coef=0.05))
+
 # Flash-GRPO without one or both of its two ideas
 RECTIFICATION_ONLY = replace(FLASH_GRPO, explore=Stochastic(_PER_SAMPLE, LinearSde(eta=1.0)))
 ONE_STEP = replace(RECTIFICATION_ONLY, score=Recorded())
@@ -120,6 +128,7 @@ PRESETS = {
     "v-grpo": V_GRPO,
     "diffusion-nft": DIFFUSION_NFT,
     "agrpo": AGRPO,
+    "udm-grpo": UDM_GRPO,
     "one-step": ONE_STEP,
     "grouping-only": GROUPING_ONLY,
     "rectification-only": RECTIFICATION_ONLY,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
@@ -15,82 +15,22 @@ from flashgrpo.distributed.world import World, single_process
 from flashgrpo.errors import UserError
 from flashgrpo.models.load import META
 from flashgrpo.models.lora import trained_parameters
-from flashgrpo.models.settings import Full, Lora, ModelConfig
+from flashgrpo.models.settings import Full, Lora
 from flashgrpo.models.ursa.checkpoint import KNOWN, Ursa
 from flashgrpo.models.ursa.model import UrsaModel
 from flashgrpo.models.ursa.network import ThreeAxisRope, places_of
 from flashgrpo.processes.tokens.uniform.model import UniformModel
 from flashgrpo.processes.tokens.uniform.settings import Metric, Mixture
 from flashgrpo.types import Prompt
+from tests.ursa import CODES, PLACES, TEXT, config, write_checkpoint
 
-TEXT, CODES, PLACES = 12, 8, 5  # tokens of text, codes, places of a prompt
-TRANSFORMER = {
-    "_class_name": "URSATransformer3DModel",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "head_dim": 16,
-    "rope_theta": 1000.0,
-    "vocab_size": TEXT + CODES,
-    "lm_vocab_size": TEXT,
-    "lm_head_size": CODES,
-    "bov_token_id": TEXT - 1,
-}
-VAE = {
-    "_class_name": "AutoencoderVQ",
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-    "num_vq_embeddings": CODES,
-    "vq_embed_dim": 4,
-    "spatial_stride": 2,
-    "attn_up_block": True,
-}
-SCHEDULER = {"_class_name": "KineticOptimalScheduler", "alpha": 0.9, "c": 3, "shift": 5.0}
 LORA = Lora(rank=2, alpha=4, targets=("q_proj", "o_proj", "down_proj"))
 PROMPT = Prompt("two red", {})
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A checkpoint with random weights, as URSA's own code writes one."""
-    settings = Ursa("tiny", {**KNOWN["BAAI/URSA-1.7B-IBQ512"].transformer, **TRANSFORMER}, {**_vae(), **VAE}, SCHEDULER)
-    model = UrsaModel(settings, None, config("tiny", train=Full()), single_process(), 0)
-    torch.manual_seed(0)
-    for parameter in [*model.network.parameters(), *model.decoder.parameters()]:
-        parameter.data += 0.2 * torch.randn(parameter.shape)
-    parts = {"transformer": TRANSFORMER, "vae": VAE, "scheduler": SCHEDULER}
-    for name, content in parts.items():
-        (tmp_path / name).mkdir()
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        (tmp_path / name / file).write_text(json.dumps(content))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "URSAPipeline"}))
-    weights = model.network.state_dict()
-    half = dict(list(weights.items())[:5])
-    rest = {name: tensor for name, tensor in weights.items() if name not in half}
-    save_file(half, tmp_path / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors")
-    save_file(rest, tmp_path / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors")
-    vae = {name: tensor.contiguous() for name, tensor in model.decoder.state_dict().items()}
-    encoder = {"encoder.conv_in.weight": torch.zeros(1), "quant_conv.weight": torch.zeros(1)}
-    save_file({**vae, **encoder}, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
-    torch.save({"path.emb": torch.randn(CODES, 4)}, tmp_path / "scheduler" / "scheduler_model.pth")
-    words = {"<pad>": 0, "two": 1, "red": 2, "cells": 3, "<unk>": 4}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path / "tokenizer")
-    return tmp_path
-
-
-def _vae() -> dict:
-    return dict(KNOWN["BAAI/URSA-1.7B-IBQ512"].vae)
-
-
-def config(path, **settings) -> ModelConfig:
-    size = {"height": 4, "width": 6, "num_frames": 1, "max_sequence_length": PLACES}
-    return ModelConfig(path=str(path), **{**size, **settings})
+    return write_checkpoint(tmp_path / "checkpoint")
 
 
 def load(folder: Path, **settings) -> UrsaModel:

@@ -7,6 +7,7 @@ from pydantic import Field, GetJsonSchemaHandler
 from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.processes.streaming.settings import StreamRollout, StreamSampling
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling
+from flashgrpo.processes.tokens.uniform.settings import UniformRollout, UniformSampling
 from flashgrpo.scoring.settings import HeldoutConfig
 from flashgrpo.settings import MANY, Count, Part, PathText
 
@@ -32,6 +33,10 @@ class MaskedEvaluation(HeldoutConfig, MaskedSampling):
     """Held-out prompts on fixed random numbers, paired with the base model, by a model that fills masks."""
 
 
+class UniformEvaluation(HeldoutConfig, UniformSampling):
+    """Held-out prompts on fixed random numbers, paired with the base model, by a model of uniform tokens."""
+
+
 class ByKind:
     """Lets a JSON schema accept settings that name no `kind`, which the algorithm decides, and that several fit."""
 
@@ -41,8 +46,12 @@ class ByKind:
         return schema
 
 
-AnyRollout = Annotated[RolloutConfig | StreamRollout | MaskedRollout, Field(discriminator="kind"), ByKind()]
-AnyEvaluation = Annotated[EvaluationConfig | StreamEvaluation | MaskedEvaluation, Field(discriminator="kind"), ByKind()]
+AnyRollout = Annotated[
+    RolloutConfig | StreamRollout | MaskedRollout | UniformRollout, Field(discriminator="kind"), ByKind()
+]
+AnyEvaluation = Annotated[
+    EvaluationConfig | StreamEvaluation | MaskedEvaluation | UniformEvaluation, Field(discriminator="kind"), ByKind()
+]
 
 
 class CheckpointConfig(Part):

@@ -13,7 +13,7 @@ from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.token_network import TokenNetwork
 from flashgrpo.types import Prompt
 
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/scheduler_model.pth")
 """Of a repository on the hub; its code is not among them."""
 
 
@@ -25,7 +25,7 @@ def load_token_model(
     keep_reference: bool = False,
     say: Say | None = None,
 ) -> TokenNetwork:
-    """Load a model that fills masks and prepare its network for training as `config.train` says; see `load_model`.
+    """Load a model of tokens and prepare its network for training as `config.train` says; see `load_model`.
 
     Raises:
         UserError: no such folder, no model of a supported family, or a size that it cannot take.
@@ -34,7 +34,10 @@ def load_token_model(
         raise UserError("parallel.context: a sample's tokens are too few to be split; leave it out")
     path = resolve_path(config.path)
     from flashgrpo.models.llada_network import KNOWN, Sizes, read_sizes  # loads transformers' models
+    from flashgrpo.models.ursa import checkpoint as ursa
 
+    if config.random_init and path in ursa.KNOWN:
+        return _ursa(ursa.KNOWN[path], None, config, world, seed, keep_reference)
     known = KNOWN.get(path) if config.random_init else None
     folder = Path(path) if known else _folder(path, config.random_init)
     if known or _setting(folder / "config.json", "model_type") == "llada":
@@ -42,7 +45,16 @@ def load_token_model(
 
         sizes = Sizes(path, known) if known else read_sizes(folder)
         return LladaModel(sizes, None if config.random_init else folder, config, world, seed, keep_reference)
-    raise UserError(f"model.path: {config.path} is no model that fills masks; LLaDA's checkpoints are")
+    if _setting(folder / "model_index.json", "_class_name") == "URSAPipeline":
+        own = None if config.random_init else folder
+        return _ursa(ursa.Ursa.of_folder(folder), own, config, world, seed, keep_reference)
+    raise UserError(f"model.path: {config.path} is no model of tokens; the checkpoints of LLaDA and of URSA are")
+
+
+def _ursa(settings: Any, folder: Path | None, config: ModelConfig, world: World, seed: int, keep: bool) -> TokenNetwork:
+    from flashgrpo.models.ursa.model import UrsaModel
+
+    return UrsaModel(settings, folder, config, world, seed, keep)
 
 
 def weightless_token_model(config: ModelConfig) -> TokenNetwork:

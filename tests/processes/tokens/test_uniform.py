@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashgrpo.distributed.world import single_process
+from flashgrpo.processes.settings import Chosen
 from flashgrpo.processes.tokens import chunks
 from flashgrpo.processes.tokens.uniform.process import UniformModel, UniformTokensProcess
 from flashgrpo.processes.tokens.uniform.settings import (
@@ -15,7 +16,6 @@ from flashgrpo.processes.tokens.uniform.settings import (
     UniformRollout,
     UniformSampling,
     UniformTokens,
-    check_score,
 )
 from flashgrpo.types import Prompt, PromptGroup
 from tests.tokens import TokenPictures
@@ -122,23 +122,34 @@ def test_the_doctor_is_told_of_an_inert_step_and_of_what_is_trained():
         assert 0 <= rounding.numbers["floor"] < 1e-5
 
 
-CHECK = {"columns": (), "coupled": False, "anchored": False, "num_steps": 10}
+CHOSEN = Chosen(
+    explore=UniformTokens(),
+    score=TokensAtTimes(),
+    columns=("kl", "kl_average"),
+    coupled=False,
+    anchored=False,
+    uses=1,
+    held_between=False,
+    frozen=True,
+    offload=False,
+    compiled=False,
+)
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("given", "steps", "named"),
     [
-        ({"anchored": True}, r"algorithm\.credit\.baseline: uniform tokens have no anchor"),
-        ({"coupled": True}, r"algorithm\.objective: of uniform tokens .* take algorithm\.objective\.kind=clipped"),
-        ({"columns": ("toward:1.0",)}, r"algorithm\.objective: of uniform tokens"),
-        ({"columns": ("kl_old",)}, r"algorithm\.objective: of uniform tokens"),
-        ({"num_steps": 4}, r"3 trained steps from one of the first 3 on are more than rollout\.num_steps 4 holds"),
+        ({"anchored": True}, 10, r"algorithm\.credit\.baseline: uniform tokens have no anchor"),
+        ({"coupled": True}, 10, r"algorithm\.objective: of uniform tokens .* take algorithm\.objective\.kind=clipped"),
+        ({"columns": ("toward:1.0",)}, 10, r"algorithm\.objective: of uniform tokens"),
+        ({"columns": ("kl_old",)}, 10, r"algorithm\.objective: of uniform tokens"),
+        ({}, 4, r"3 trained steps from one of the first 3 on are more than rollout\.num_steps 4 holds"),
     ],
 )
-def test_what_cannot_work_is_refused(given, named):
-    check_score(TokensAtTimes(), **{**CHECK, "columns": ("kl", "kl_average")})
+def test_what_cannot_work_is_refused(given, steps, named):
+    UniformRollout().check(CHOSEN)
     with pytest.raises(ValueError, match=named):
-        check_score(TokensAtTimes(), **{**CHECK, **given})
+        UniformRollout(num_steps=steps).check(replace(CHOSEN, **given))
 
 
 @pytest.mark.parametrize(

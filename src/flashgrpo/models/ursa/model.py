@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashgrpo.distributed.live import highest
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.models.architectures import checked_size
@@ -110,6 +111,11 @@ class UrsaModel(TokenNetwork):
         """Return images as videos of one frame, (B, 1, 3, H, W) in [0, 1]."""
         images = self.decoder(tokens.view(-1, *self.grid[1:])).float()
         return (images / 2 + 0.5).clamp(0, 1)[:, None]
+
+    def decoding_bytes(self, samples: int) -> int:
+        """Count the bytes at the highest of decoding so many samples, of a model on the meta device."""
+        tokens = torch.zeros(samples, self.length, dtype=torch.int64, device=self.device)
+        return highest(lambda: self.decode(tokens), [tokens, *self.decoder.parameters()])
 
     # Getting the result out
 

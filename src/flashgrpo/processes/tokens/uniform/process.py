@@ -159,7 +159,7 @@ class UniformTokensProcess:
         calls = [units for slot in slots for units in slot.split(self.micro_batch)]
         for units in calls:
             with torch.enable_grad():  # attention takes other kernels without gradients
-                score, _ = self._score(record.state[units], ())  # type: ignore[arg-type]
+                score, _ = self.scored(record.state[units], ())  # type: ignore[arg-type]
             old.index_copy_(0, to_device(units, self.device), score.detach())
         self.sampler.idle_calls(len(calls))
         return old
@@ -180,9 +180,9 @@ class UniformTokensProcess:
         "kl" and "kl_average" are the divergences of the categorical distributions from those of the base model and of
         the average, sums over all kinds and means over tokens.
         """
-        return [self._score(record.state, columns)]  # type: ignore[arg-type]
+        return [self.scored(record.state, columns)]  # type: ignore[arg-type]
 
-    def _score(self, state: TokensState, columns: Sequence[str]) -> tuple[Tensor, Columns]:
+    def scored(self, state: TokensState, columns: Sequence[str]) -> tuple[Tensor, Columns]:
         """Score at most `micro_batch` units, filled up to so many, so that equal units have equal bits."""
         ((rows, new),) = fixed_batches(len(state), self.micro_batch)
         x, action, condition = index_rows(state.x, rows), index_rows(state.action, rows), state.conditions[rows]

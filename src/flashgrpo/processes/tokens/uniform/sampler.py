@@ -67,7 +67,10 @@ class Sampler:
                 guess = self.guess(x, of_rows, self.numbers("guess", own, k))
                 if keep is not None:
                     keep(Step(k, x[:new], guess[:new]))
-                x = guess if k == steps - 1 else self._jump(x, guess, times[k], times[k + 1], kind, own, k)
+                if k < steps - 1:
+                    draws = self.numbers("jump", own, k), self.numbers("target", own, k)
+                    guess = self.jump(x, guess, times[k], times[k + 1], kind, *draws)
+                x = guess
             outputs.index_copy_(0, to_device(rows[:new], outputs.device), x[:new])
             on_drawn(rows[:new], x[:new])
         self.idle_calls(steps * number_of_calls(len(names), self.micro_batch))
@@ -80,9 +83,8 @@ class Sampler:
     def _guesses(self, uniform: Uniform, hidden: Tensor, head: Head) -> Tensor:
         return by_chunks(hidden, head, self.model.vocabulary, partial(_guess, uniform))
 
-    def _jump(self, x: Tokens, guess: Tokens, t: float, s: float, kind: Jumps, names: Sequence[Name], k: int) -> Tokens:
-        """Draw the tokens at the end of a step, a few at a time."""
-        whether, to = self.numbers("jump", names, k), self.numbers("target", names, k)
+    def jump(self, x: Tokens, guess: Tokens, t: float, s: float, kind: Jumps, whether: Uniform, to: Uniform) -> Tokens:
+        """Draw the tokens at the end of a step from t to s, a few at a time; see `jumped`."""
         parts = [
             jumped(self.path, t, s, x[:, few], guess[:, few], kind, whether[:, few], to[:, few])
             for few in chunks(len(x), self.model.length, self.model.vocabulary)

@@ -1,14 +1,16 @@
 """Settings of the process of uniform tokens: its path, how its samples are drawn, and what is scored of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from flashgrpo.processes.settings import Chosen, RolloutPart, SamplingPart
 from flashgrpo.seeds import keyed_bits
-from flashgrpo.settings import FORBID_EXTRA, MANY, Count, Part, check_number
+from flashgrpo.settings import FORBID_EXTRA, check_number
 
+UNIFORM = "uniform-tokens"
 MOST_STEPS = 10_000
 
 Jumps = Literal["difference", "derivative"]
@@ -52,6 +54,7 @@ class UniformTokens:
     """Explore by drawing: the tokens of each sample begin at random, and guesses and jumps are drawn at every step."""
 
     kind: Literal["uniform-tokens"] = "uniform-tokens"
+    process: ClassVar[str] = UNIFORM
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
 
@@ -72,6 +75,7 @@ class TokensAtTimes:
     state: Literal["forward", "sampler"] = "forward"
     action: Literal["clean", "guess"] = "clean"
     kind: Literal["tokens-at-times"] = "tokens-at-times"
+    process: ClassVar[str] = UNIFORM
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
@@ -89,15 +93,11 @@ class TokensAtTimes:
         return range(first, first + self.times)
 
 
-class UniformRollout(Part):
+class UniformRollout(RolloutPart):
     """How the samples of an update are drawn from uniform tokens."""
 
     kind: Literal["uniform-tokens"] = "uniform-tokens"
-    """The process that this is of."""
-    prompts: Count = 8
-    """Prompt groups per update, P."""
-    group_size: int = Field(default=8, ge=2, le=MANY)
-    """Samples per prompt, G; the baseline of a sample is the mean of its group, so one is not enough."""
+    """Which of the choices this is; the algorithm's `explore` decides it."""
     num_steps: int = Field(default=10, ge=2, le=MOST_STEPS)
     """Steps of the sampler; at the last every token becomes the network's guess."""
     shift: float | None = Field(default=None, ge=0.001, le=1_000)
@@ -107,19 +107,48 @@ class UniformRollout(Part):
     jumps: Jumps = "difference"
     """Whether a step takes the rate of jumps at its beginning times its length (`derivative`, as URSA does, whose first
     step is then inert), or the rate integrated over the step (`difference`)."""
-    micro_batch: Count = 8
-    """Samples drawn at once; the last batch is filled up."""
-    decode_micro_batch: Count = 64
-    """Samples decoded at once."""
+
+    def check(self, chosen: Chosen) -> None:
+        """Refuse choices that cannot work with each other or with these settings, with a ValueError."""
+        if chosen.anchored:
+            raise ValueError(
+                "algorithm.credit.baseline: uniform tokens have no anchor, a sample without exploration to hold its "
+                "group against; take algorithm.credit.baseline=mean"
+            )
+        if chosen.coupled or any(not column.startswith("kl") or column == "kl_old" for column in chosen.columns):
+            raise ValueError(
+                "algorithm.objective: of uniform tokens there are log-probabilities and their divergence from the base "
+                "model or the average; take algorithm.objective.kind=clipped"
+            )
+        score = chosen.score
+        if isinstance(score, TokensAtTimes) and score.starts + score.times - 1 > self.num_steps:
+            raise ValueError(
+                f"algorithm.score: {score.times} trained steps from one of the first {score.starts} on are more than "
+                f"rollout.num_steps {self.num_steps} holds; take fewer times or starts, or more steps"
+            )
+
+    def facts(self) -> Mapping[str, str]:
+        """Return what a model card says of the rollout beside its size."""
+        return {"Steps": f"{self.num_steps}, jumps by {self.jumps}"}
 
 
-class UniformSampling(Part):
+class UniformSampling(SamplingPart):
     """How evaluation, and `flashgrpo sample`, draw from uniform tokens."""
 
+    kind: Literal["uniform-tokens"] = "uniform-tokens"
+    """Which of the choices this is; the algorithm's `explore` decides it."""
     num_steps: int = Field(default=25, ge=2, le=MOST_STEPS)
     """Steps of the sampler."""
     jumps: Jumps | None = None
     """The rollout's when not given."""
+
+    def written_out(self, rollout: Any) -> Mapping[str, Any]:
+        """Return the jumps of an evaluation, which are the rollout's where it has none of its own."""
+        return {"jumps": self.jumps or rollout.jumps}
+
+    def pipeline_arguments(self, rollout: Any) -> Mapping[str, Any]:
+        """Return the steps of an evaluation, and that it has no guidance."""
+        return {"num_inference_steps": self.num_steps, "guidance_scale": 1}
 
 
 def grid(num_steps: int, shift: float) -> list[float]:
@@ -129,28 +158,3 @@ def grid(num_steps: int, shift: float) -> list[float]:
     """
     fractions = [i / num_steps for i in range(num_steps + 1)]
     return [u / (u + shift * (1 - u)) for u in fractions]
-
-
-def check_score(score: TokensAtTimes, columns: Sequence[str], coupled: bool, anchored: bool, num_steps: int) -> None:
-    """Refuse choices of which the one cannot work with the other, with a ValueError.
-
-    Args:
-        columns: that the objective asks a replay for.
-        coupled: whether scores compete inside their group.
-        anchored: whether each group has a sample that is drawn without exploration.
-    """
-    if anchored:
-        raise ValueError(
-            "algorithm.credit.baseline: uniform tokens have no anchor, a sample without exploration to hold its group "
-            "against; take algorithm.credit.baseline=mean"
-        )
-    if coupled or any(not column.startswith("kl") or column == "kl_old" for column in columns):
-        raise ValueError(
-            "algorithm.objective: of uniform tokens there are log-probabilities and their divergence from the base "
-            "model or the average; take algorithm.objective.kind=clipped"
-        )
-    if score.starts + score.times - 1 > num_steps:
-        raise ValueError(
-            f"algorithm.score: {score.times} trained steps from one of the first {score.starts} on are more than "
-            f"rollout.num_steps {num_steps} holds; take fewer times or starts, or more steps"
-        )
