@@ -122,7 +122,7 @@ def test_a_setting_given_twice_is_refused(stored, tmp_path, algorithm, names):
             "algorithm={preset: flow-dppo, clip_range: 0.1}",
             "choose algorithm.objective.kind=clipped or competing for it",
         ),
-        ("algorithm={preset: flow-dppo, score: {times: 2}}", "choose algorithm.score.kind=renoised for it"),
+        ("algorithm={preset: flow-dppo, score: {times: 2}}", "choose algorithm.score.kind=renoised"),
         ("algorithm.behaviour={kind: frozen, slope: 0.1}", "choose algorithm.behaviour.kind=averaged for it"),
         ("algorithm.grouping=group", "algorithm.grouping is a mapping of std, combine, shared_noise, not 'group'"),
         ("algorithm.grouping=null", "algorithm.grouping is a mapping of std, combine, shared_noise, not None"),
