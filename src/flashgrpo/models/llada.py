@@ -37,7 +37,7 @@ class LladaModel(TokenNetwork):
         UserError: the tokenizer is of another vocabulary, or a prompt is too long.
     """
 
-    without = (*TokenNetwork.without, "vae_tiling", "vae_slicing", "condition_cache")
+    without = (*TokenNetwork.without, "vae_tiling", "vae_slicing")
 
     def __init__(
         self, sizes: Sizes, folder: Path | None, config: ModelConfig, world: World, seed: int, keep_reference: bool

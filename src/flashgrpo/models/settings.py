@@ -48,7 +48,7 @@ class ModelConfig(Part):
     """Pixels."""
     num_frames: int = Field(ge=1, le=100_000)
     """Frames of a video."""
-    fps: float = Field(default=16, ge=0.01, le=1_000)
+    fps: float = Field(default=16.0, ge=0.01, le=1_000)
     """Frames a second."""
     length: int | None = Field(default=None, ge=1, le=100_000)
     """Tokens of a text that a language model writes; height, width and num_frames are then left out."""
