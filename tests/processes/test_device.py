@@ -53,6 +53,8 @@ PROCESSES = [
     "addends with a penalty",
     "masked tokens: agrpo",
     "masked tokens: by entropy, guided, masked by divergence, a penalty",
+    "uniform tokens",
+    "uniform tokens: guesses of the sampler, with a penalty",
 ]
 """Of the conformance suite, one of each kind."""
 
