@@ -47,7 +47,7 @@ class UniformMemory:
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.rollout, UniformRollout)
         self._config, self._rollout = config, config.rollout
-        self._model = weightless_token_model(config.model)
+        self._model = weightless_token_model(config.model, config.algorithm.objective.needs_reference)
         self._process = _process(config, self._model, World(META))
         self.network: nn.Module = self._model.network
         self.networks: Sequence[nn.Module] = [self.network]

@@ -57,9 +57,10 @@ def _ursa(settings: Any, folder: Path | None, config: ModelConfig, world: World,
     return UrsaModel(settings, folder, config, world, seed, keep)
 
 
-def weightless_token_model(config: ModelConfig) -> TokenNetwork:
+def weightless_token_model(config: ModelConfig, keep_reference: bool = False) -> TokenNetwork:
     """Build the model in its full size on the meta device."""
-    return load_token_model(config.plain().model_copy(update={"random_init": True}), World(META), seed=0)
+    whole = config.plain().model_copy(update={"random_init": True})
+    return load_token_model(whole, World(META), seed=0, keep_reference=keep_reference)
 
 
 def _setting(file: Path, name: str) -> Any:
