@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError, first_line
@@ -53,7 +53,7 @@ class Ursa:
     """The settings of a checkpoint's components, completed by the defaults of URSA's classes.
 
     Raises:
-        UserError: the parts are of different vocabularies, or its codes are those of videos.
+        UserError: the parts are of different vocabularies.
     """
 
     where: str
@@ -68,13 +68,6 @@ class Ursa:
                 f"model.path: the transformer of {self.where} has {whole} tokens, which are not {text} of text and "
                 f"{head} codes; get its files again"
             )
-        kind = self.vae.get("_class_name", "AutoencoderVQ")
-        if kind != "AutoencoderVQ" or self.vae["_quantizer_name"] != "VQuantizer":
-            raise UserError(
-                f"model.path: {self.where} draws codes of {kind} ({self.vae['_quantizer_name']}), whose decoder is "
-                "missing here: only images in codes of IBQ (AutoencoderVQ with VQuantizer) are decoded; Cosmos-3D's "
-                "decoder of videos is not written yet"
-            )
         if self.vae["num_vq_embeddings"] != head:
             raise UserError(
                 f"model.path: the transformer of {self.where} draws {head} codes and its vae decodes "
@@ -87,9 +80,14 @@ class Ursa:
         parts = {name: _read(folder / name / "config.json") for name in ("transformer", "vae")}
         scheduler = _read(folder / "scheduler" / "scheduler_config.json")
         vae = {**DEFAULTS, **parts["vae"]}
-        if vae.get("_class_name", "AutoencoderVQ") != "AutoencoderVQ":
-            vae["_quantizer_name"] = parts["vae"].get("_quantizer_name", "FSQuantizer")
+        if vae.get("_class_name") == COSMOS["_class_name"]:
+            vae = {**COSMOS, **parts["vae"]}
         return cls(str(folder), {**TRANSFORMER, **parts["transformer"]}, vae, {**DEFAULT_SCHEDULER, **scheduler})
+
+    @property
+    def codec(self) -> str:
+        """Class and quantizer of what its codes are decoded by."""
+        return f"{self.vae.get('_class_name', 'AutoencoderVQ')} ({self.vae['_quantizer_name']})"
 
     @property
     def path(self) -> AnyPath:
@@ -98,10 +96,23 @@ class Ursa:
         return Mixture() if alpha is None else Metric(float(alpha), 3.0 if c is None else float(c))
 
 
+COSMOS: Mapping[str, Any] = {
+    "_class_name": "AutoencoderVQCosmos3D",
+    "_quantizer_name": "FSQuantizer",
+    "num_vq_embeddings": 64_000,
+    "vq_embed_dim": 6,
+    "temporal_stride": 4,
+    "spatial_stride": 8,
+}
+DECODED = "AutoencoderVQ (VQuantizer)"
+"""The codec that `decoder.py` is; FSQ of 8 x 8 x 8 x 5 x 5 x 5 levels by Cosmos-3D is not written."""
+
 KNOWN: Mapping[str, Ursa] = {
     "BAAI/URSA-1.7B-IBQ512": Ursa("BAAI/URSA-1.7B-IBQ512"),
     "BAAI/URSA-1.7B-IBQ1024": Ursa("BAAI/URSA-1.7B-IBQ1024"),
     "BAAI/URSA-0.6B-IBQ1024": Ursa("BAAI/URSA-0.6B-IBQ1024", SMALL),
+    "BAAI/URSA-1.7B-FSQ320": Ursa("BAAI/URSA-1.7B-FSQ320", vae=COSMOS),
+    "BAAI/URSA-0.6B-FSQ320": Ursa("BAAI/URSA-0.6B-FSQ320", SMALL, COSMOS),
 }
 """By hub id: sizes, for random weights without a download."""
 
@@ -130,8 +141,21 @@ def load_network(settings: Ursa, folder: Path | None, dtype: torch.dtype, world:
     return network
 
 
-def load_decoder(settings: Ursa, folder: Path | None, dtype: torch.dtype, world: World) -> IbqDecoder:
+def load_decoder(settings: Ursa, folder: Path | None, dtype: torch.dtype, world: World) -> nn.Module:
+    """Load what makes images of codes; on the meta device, where only bytes are counted, nothing for other codecs.
+
+    Raises:
+        UserError: the codec is not written, or its files are not there or damaged.
+    """
     from accelerate import init_empty_weights
+
+    if settings.codec != DECODED:
+        if world.device.type == "meta":
+            return nn.Module()
+        raise UserError(
+            f"model.path: {settings.where} draws codes of {settings.codec}, whose decoder is missing here: only images "
+            f"in codes of IBQ, {DECODED}, are decoded; the decoder of videos, Cosmos-3D's, is not written yet"
+        )
 
     with init_empty_weights(include_buffers=False):
         decoder = IbqDecoder(settings.vae)

@@ -25,7 +25,15 @@ from flashgrpo.models.architectures import checked_size
 from flashgrpo.models.conditions import fingerprint
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.token_network import TokenNetwork
-from flashgrpo.models.ursa.checkpoint import WEIGHTS, Ursa, load_decoder, load_network, load_tokenizer, read_codes
+from flashgrpo.models.ursa.checkpoint import (
+    DECODED,
+    WEIGHTS,
+    Ursa,
+    load_decoder,
+    load_network,
+    load_tokenizer,
+    read_codes,
+)
 from flashgrpo.models.ursa.network import places_of
 from flashgrpo.processes.tokens.model import Read, Tokens
 from flashgrpo.seeds import keyed_bits
@@ -62,10 +70,11 @@ class UrsaModel(TokenNetwork):
         self.length = self.grid[0] * self.grid[1] * self.grid[2]
         self.tokenizer = None if folder is None else load_tokenizer(folder, settings)
         self.codes = to_device(read_codes(settings, folder, seed), world.device)
+        decoder = load_decoder(settings, folder, getattr(torch, config.vae_dtype), world)
         network = load_network(settings, folder, getattr(torch, config.dtype), world)
         self.places = to_device(places_of(config.max_sequence_length, *self.grid), world.device)
         super().__init__(network, config, world, seed, keep_reference)
-        self.decoder = load_decoder(settings, folder, getattr(torch, config.vae_dtype), world)
+        self.decoder = decoder
 
     @property
     def identity(self) -> str:
@@ -114,6 +123,8 @@ class UrsaModel(TokenNetwork):
 
     def decoding_bytes(self, samples: int) -> int:
         """Count the bytes at the highest of decoding so many samples, of a model on the meta device."""
+        if self.settings.codec != DECODED:
+            return 0
         tokens = torch.zeros(samples, self.length, dtype=torch.int64, device=self.device)
         return highest(lambda: self.decode(tokens), [tokens, *self.decoder.parameters()])
 
