@@ -34,7 +34,12 @@ BILLIONS = {
     "ltx-video": 1.92,
     "ursa-1.7b-images": 1.98,
 }
-CARDS = {"wan21-1.3b-24gb": (1, 24), "ltx-video": (1, 24), "tiny": (1, 2), "ursa-1.7b-images": (8, 40)}  # processes, GiB of each
+CARDS = {  # processes, GiB of each
+    "wan21-1.3b-24gb": (1, 24),
+    "ltx-video": (1, 24),
+    "tiny": (1, 2),
+    "ursa-1.7b-images": (8, 40),
+}
 
 
 def test_what_lives_at_a_time_is_counted():
