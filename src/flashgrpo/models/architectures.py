@@ -51,7 +51,7 @@ class Architecture:
         index = folder / "model_index.json"
         if not index.is_file():
             raise UserError(f"model.path: {folder} is no diffusers pipeline, for it has no model_index.json")
-        content = _read_json(index)
+        content = read_settings(index)
         family = content.get("_class_name")
         if not isinstance(family, str):
             raise UserError(f"model.path: {index} is no readable model_index.json")
@@ -65,7 +65,7 @@ class Architecture:
             if is_component(entry) and all(entry):
                 kind = entry[1]
                 file = "scheduler_config.json" if name == "scheduler" else "config.json"
-                components[name] = (str(kind), _read_json(folder / name / file))
+                components[name] = (str(kind), read_settings(folder / name / file))
         settings = {key: value for key, value in content.items() if not key.startswith("_") and not is_component(value)}
         needed = {"transformer", "vae", "scheduler"}
         needed |= {"transformer_2"} if settings.get("boundary_ratio") is not None else set()
@@ -135,7 +135,12 @@ def fill(module: nn.Module, dtype: torch.dtype, empty: bool) -> None:
         setattr(owner, name.rpartition(".")[2], nn.Parameter(values))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read a component's settings, a mapping in a JSON file.
+
+    Raises:
+        UserError: they cannot be read.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

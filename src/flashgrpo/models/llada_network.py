@@ -4,7 +4,6 @@ The checkpoints come with code of their own, which is not run: only names differ
 read, and changed back when they are written.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flashgrpo.errors import UserError
-from flashgrpo.models.architectures import fill
+from flashgrpo.models.architectures import fill, read_settings
 from flashgrpo.models.weights import load_tensors, read_safetensors
 from flashgrpo.processes.tokens.model import Read
 
@@ -149,12 +148,8 @@ def read_sizes(folder: Path) -> Sizes:
     Raises:
         UserError: it is no LLaDA checkpoint.
     """
-    file = folder / "config.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {folder} has no readable config.json") from error
-    if not isinstance(settings, dict) or settings.get("model_type") != "llada":
+    settings = read_settings(folder / "config.json")
+    if settings.get("model_type") != "llada":
         raise UserError(f"model.path: {folder} is no LLaDA checkpoint")
     return Sizes(str(folder), settings)
 

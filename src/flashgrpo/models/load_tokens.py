@@ -33,28 +33,51 @@ def load_token_model(
     if world.context > 1:
         raise UserError("parallel.context: a sample's tokens are too few to be split; leave it out")
     path = resolve_path(config.path)
-    from flashgrpo.models.llada_network import KNOWN, Sizes, read_sizes  # loads transformers' models
+    settings = _known(path) if config.random_init else None
+    folder = None
+    if settings is None:
+        folder = _folder(path, config.random_init)
+        settings = _read(folder, config.path)
+    given = settings, None if config.random_init else folder, config, world, seed, keep_reference
+    model = _class_of(settings)
+    return model(*given, prompts) if model.encodes_first else model(*given)
+
+
+def _known(path: str) -> Any:
+    """Return the settings of a checkpoint that is known by its name on the hub; None of any other."""
+    from flashgrpo.models import amused, llada_network  # these load transformers' and diffusers' models: seconds
     from flashgrpo.models.ursa import checkpoint as ursa
 
-    if config.random_init and path in ursa.KNOWN:
-        return _ursa(ursa.KNOWN[path], None, config, world, seed, keep_reference)
-    known = KNOWN.get(path) if config.random_init else None
-    folder = Path(path) if known else _folder(path, config.random_init)
-    if known or _setting(folder / "config.json", "model_type") == "llada":
-        from flashgrpo.models.llada import LladaModel
-
-        sizes = Sizes(path, known) if known else read_sizes(folder)
-        return LladaModel(sizes, None if config.random_init else folder, config, world, seed, keep_reference)
-    if _setting(folder / "model_index.json", "_class_name") == "URSAPipeline":
-        own = None if config.random_init else folder
-        return _ursa(ursa.Ursa.of_folder(folder), own, config, world, seed, keep_reference)
-    raise UserError(f"model.path: {config.path} is no model of tokens; the checkpoints of LLaDA and of URSA are")
+    if path in llada_network.KNOWN:
+        return llada_network.Sizes(path, llada_network.KNOWN[path])
+    return amused.KNOWN.get(path) or ursa.KNOWN.get(path)
 
 
-def _ursa(settings: Any, folder: Path | None, config: ModelConfig, world: World, seed: int, keep: bool) -> TokenNetwork:
+def _read(folder: Path, where: str) -> Any:
+    """Read the settings of a folder of any family."""
+    from flashgrpo.models import amused, llada_network
+    from flashgrpo.models.ursa.checkpoint import Ursa
+
+    if _setting(folder / "config.json", "model_type") == "llada":
+        return llada_network.read_sizes(folder)
+    family = _setting(folder / "model_index.json", "_class_name")
+    if family == "AmusedPipeline":
+        return amused.read_parts(folder)
+    if family == "URSAPipeline":
+        return Ursa.of_folder(folder)
+    raise UserError(f"model.path: {where} is no model of tokens; the checkpoints of LLaDA, aMUSEd and URSA are")
+
+
+def _class_of(settings: Any) -> Any:
+    """Return the class of a model by that of its settings."""
+    from flashgrpo.models.amused import AmusedModel, Parts
+    from flashgrpo.models.llada import LladaModel
+    from flashgrpo.models.llada_network import Sizes
+    from flashgrpo.models.ursa.checkpoint import Ursa
     from flashgrpo.models.ursa.model import UrsaModel
 
-    return UrsaModel(settings, folder, config, world, seed, keep)
+    classes: dict[type, Any] = {Sizes: LladaModel, Parts: AmusedModel, Ursa: UrsaModel}
+    return classes[type(settings)]
 
 
 def weightless_token_model(config: ModelConfig, keep_reference: bool = False) -> TokenNetwork:

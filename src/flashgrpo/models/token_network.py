@@ -36,6 +36,8 @@ class TokenNetwork(ABC):
 
     without: ClassVar[Sequence[str]] = ("compile", "attention", "offload", "negative_prompt", "from_image", "shift")
     """Settings of a model that these networks have no use for."""
+    encodes_first: ClassVar[bool] = False
+    """Whether prompts are encoded by a network of their own, before this one is loaded."""
 
     def __init__(self, network: Any, config: ModelConfig, world: World, seed: int, keep_reference: bool) -> None:
         for name in self.without:
