@@ -11,6 +11,7 @@ CASES = [
     Case("train RECIPE rollout.group_size=1", "rollout.group_size"),
     Case("train RECIPE algorithm.steps.window=[0.0,2.0]", "window of OneStep"),
     Case("train RECIPE algorithm.objective.kind=contrast", "contrast compares velocities at re-noised samples"),
+    Case("train RECIPE algorithm.objective.kind=drpo", "scores of flow are no log-probabilities of tokens"),
     Case("train RECIPE algorithm.objective.kind=competing", "competing is for branches whose scores are no"),
     Case("train RECIPE 'algorithm.objective={kind: competing, tau: 0}'", "tau of Competing must be from"),
     Case("train RECIPE algorithm.objective.kind=competing optim.minibatches=900", "optimizer steps cannot share"),

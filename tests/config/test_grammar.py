@@ -136,7 +136,7 @@ def test_a_setting_given_twice_is_refused(stored, tmp_path, algorithm, names):
         ),
         (
             "algorithm.objective.kind=clippd",
-            "algorithm.objective is of the kind 'clipped', 'kl-masked', 'contrast', 'competing', not '",
+            "algorithm.objective is of the kind 'clipped', 'kl-masked', 'drpo', 'contrast', 'competing', not '",
         ),
         (
             "algorithm.score.kind=renoisd",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from flashgrpo.learning.objective import Clipped, Contrast, KlMasked
+from flashgrpo.learning.objective import Clipped, Contrast, Drpo, KlMasked
 from flashgrpo.learning.ratio import policy_losses, ratio_metrics
 from flashgrpo.settings import LARGEST, SMALLEST
 
@@ -202,7 +202,7 @@ def test_a_ratio_beyond_float32_is_a_constant(advantage):
 def test_penalties_come_on_top_of_any_objective():
     columns = {"kl": one(0.3), "kl_average": one(0.2), "kl_old": one(0.0), "toward:1.0": one(1.0), "away:1.0": one(1.0)}
     rows = one(0.0), one(0.0), one(2.0), one(1.0)
-    for kind in (Clipped, KlMasked, Contrast):
+    for kind in (Clipped, KlMasked, Drpo, Contrast):
         plain, penalized = kind(), kind(kl_coef=0.5, average_coef=2.0)
         assert penalized.columns == (*plain.columns, "kl", "kl_average")
         more = penalized.losses(*rows, columns) - plain.losses(*rows, columns)
@@ -213,12 +213,41 @@ def test_penalties_come_on_top_of_any_objective():
 def test_settings_of_the_other_objectives_are_refused_where_they_are_built(wrong):
     for build in (
         lambda: KlMasked(tau=wrong),
+        lambda: Drpo(eps=wrong),
         lambda: Contrast(beta=wrong),
         lambda: Contrast(scale=wrong),
         lambda: Clipped(average_coef=wrong),
     ):
         with pytest.raises(ValueError, match="must be"):
             build()
+
+
+# ---- DRPO ------------------------------------------------------------------------------------------------------------
+
+
+def test_drpo_by_hand():
+    """Old probability 1/2, ratio 1.5, eps 2: -A r + |A| / 2 * (1/4) / 4; by the log-ratio r (-A + |A| / 2 * .5 / 2)."""
+    for advantage, loss, slope in ((-1.0, 1.53125, 1.6875), (1.0, -1.46875, -1.3125)):
+        old = torch.tensor([0.5]).log()
+        score = (old + math.log(1.5)).requires_grad_()
+        found = Drpo(eps=2.0).losses(score, old, torch.tensor([advantage]), one(1.0), {})
+        assert found.item() == pytest.approx(loss, rel=1e-6)
+        assert torch.autograd.grad(found.sum(), score)[0].item() == pytest.approx(slope, rel=1e-5)
+
+
+def test_drpo_begins_as_the_policy_gradient_and_holds_likely_tokens_back():
+    old = torch.tensor([0.9, 0.01]).log()
+    score = old.clone().requires_grad_()
+    weight = torch.tensor([2.0, 1.0])
+    (first,) = torch.autograd.grad(Drpo().losses(score, old, torch.tensor([1.0, -0.5]), weight, {}).sum(), score)
+    assert first.tolist() == pytest.approx([-2.0, 0.5])
+    far = (old + 1.0).requires_grad_()
+    (slope,) = torch.autograd.grad(Drpo(eps=1.0).losses(far, old, torch.ones(2), torch.ones(2), {}).sum(), far)
+    assert slope[0] > 0 > slope[1]
+    rare, certain = (old + 89.0, old - 89.0)
+    for score in (rare, certain):
+        assert Drpo().losses(score, old, torch.ones(2), torch.ones(2), {}).isfinite().all()
+    assert Drpo().metrics(old, old, torch.ones(2), {})["ratio_mean"] == 1
 
 
 # ---- DiffusionNFT ----------------------------------------------------------------------------------------------------
@@ -253,10 +282,13 @@ def test_contrast_reports_its_errors():
     assert objective.smallest_clip is None
 
 
-@pytest.mark.parametrize("kind", [Clipped, KlMasked, Contrast])
+@pytest.mark.parametrize("kind", [Clipped, KlMasked, Drpo, Contrast])
 def test_the_largest_and_the_smallest_coefficients_give_finite_losses(kind):
     """Columns near 1, an advantage clipped to 5, and every pair of bounds."""
-    names = ["average_coef", *{Clipped: ["clip_range"], KlMasked: ["tau"], Contrast: ["beta", "scale"]}[kind]]
+    names = [
+        "average_coef",
+        *{Clipped: ["clip_range"], KlMasked: ["tau"], Drpo: ["eps"], Contrast: ["beta", "scale"]}[kind],
+    ]
     for values in itertools.product((SMALLEST, LARGEST), repeat=len(names)):
         objective = kind(kl_coef=LARGEST, **dict(zip(names, values, strict=True)))
         rows = {name: torch.tensor([1.5, 0.5]).requires_grad_() for name in ("score", *objective.columns)}

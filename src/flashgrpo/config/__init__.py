@@ -93,6 +93,11 @@ class RunConfig(Part):
         algorithm, objective = self.algorithm, self.algorithm.objective
         check_average(objective.average_coef, algorithm.behaviour)
         check_one_process(algorithm, rollout=self.rollout.kind, evaluation=self.evaluation.kind)
+        if objective.needs_probabilities and not self.rollout.scores_are_probabilities:
+            raise ValueError(
+                f"algorithm.objective: {objective.kind} weighs ratios by the probability of a token, and scores of "
+                f"{self.rollout.kind} are no log-probabilities of tokens; take kind=clipped or kl-masked"
+            )
         self.rollout.check(
             Chosen(
                 algorithm.explore,

@@ -32,6 +32,8 @@ from flashgrpo.learning.ratio import (
 )
 from flashgrpo.settings import check_number, default_kind
 
+FAR_RATIO = 1e15  # whose square float32 still holds
+
 
 @dataclass(frozen=True)
 class Clipped(ClipsRatios):
@@ -91,6 +93,43 @@ class KlMasked(Penalized):
 
     def _masked(self, log_ratio: Rows, advantage: Rows, kl_old: Rows) -> Any:
         return (kl_old >= self.tau) & (log_ratio * advantage > 0).detach()
+
+
+@dataclass(frozen=True)
+class Drpo(Penalized):
+    """DRPO, the relative of Flow-DPPO for tokens: far ratios cost, the more the likelier the token was.
+
+        L = mean_i -w A r + w |A| m (r - 1)^2 / (2 eps),    m = exp(old), the probability by the policy that drew
+
+    A ratio of a rare token moves little probability and is left alone; that of a likely one is held back smoothly,
+    where a clip would cut its gradient off. At r = 1 the gradient is that of -w A score. Of scores that are
+    log-probabilities of single tokens only. Formula as in the code of Tencent-Hunyuan/UniRL at 1a7b501.
+
+    With eps 2, A = -1, w = 1, old = log(1/2) and r = 1.5: L = 1.5 + 0.5 * 0.25 / 4 = 1.53125.
+
+    Args:
+        eps: how far ratios may go; the smaller the nearer to 1 they stay.
+    """
+
+    eps: float = 12.5
+    kind: Literal["drpo"] = "drpo"
+    needs_probabilities: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("eps of Drpo", self.eps)
+
+    def losses(self, score: Rows, old: Rows, advantage: Rows, weight: Rows, columns: Columns) -> Rows:
+        """Return the loss of each of T terms, (T,)."""
+        check_rows(score=score, old=old, advantage=advantage, weight=weight)
+        gain, old = (weight * advantage).detach(), old.detach()
+        ratio = finite_ratio(score - old, gain)
+        away = gain.abs() * old.exp() * (ratio.clamp(max=FAR_RATIO) - 1).square() / (2 * self.eps)
+        return self.penalized(away - gain * ratio, columns)
+
+    def metrics(self, score: Rows, old: Rows, advantage: Rows, columns: Columns) -> dict[str, float]:
+        """Return how far the policy has moved."""
+        return {name: float(value) for name, value in moved(score, old).items()}
 
 
 @dataclass(frozen=True)
@@ -223,5 +262,5 @@ class Competing(ClipsRatios):
 
 
 AnyObjective = Annotated[
-    Clipped | KlMasked | Contrast | Competing, Field(discriminator="kind"), default_kind("clipped")
+    Clipped | KlMasked | Drpo | Contrast | Competing, Field(discriminator="kind"), default_kind("clipped")
 ]

@@ -21,6 +21,8 @@ class Penalized:
     kl_coef: float = 0.0
     average_coef: float = 0.0
     coupled: ClassVar[bool] = False
+    needs_probabilities: ClassVar[bool] = False
+    """Whether the exponential of a score has to be a probability."""
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -42,6 +42,8 @@ class Chosen:
 class RolloutPart(Part):
     """How the samples of an update are drawn. A process adds a `kind`, its own name, and what else it draws by."""
 
+    scores_are_probabilities: ClassVar[bool] = False
+    """Whether a term's score is the log-probability of one token."""
     prompts: Count = 8
     """Prompt groups per update, P."""
     group_size: int = Field(default=8, ge=2, le=MANY)

@@ -19,6 +19,7 @@ from flashgrpo.process import Record
 from flashgrpo.processes.flow.choices import FLOW, Recorded, Stochastic
 from flashgrpo.processes.flow.noise import Ode
 from flashgrpo.processes.flow.process import FlowProcess
+from flashgrpo.processes.flow.steps import AllSteps
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, StepLength
 from tests.processes.flow.drawing import PROMPTS, WORLD, draw, perturb
 
@@ -326,3 +327,17 @@ def test_a_kernel_that_differs_where_gradients_are_asked_for_moves_no_ratio(
         assert torch.equal(score, part.old)
     assert not record.state.x_next.requires_grad
     assert not record.old.requires_grad
+
+
+def test_steps_that_were_drawn_weigh_as_they_were_drawn(model):
+    """The factor of a part of all steps, times the weighting's; in the update that they belong to."""
+    steps = AllSteps(0.5, "independent", "early")
+    for update in (0, 4):
+        explore = dataclasses.replace(FLOW_GRPO.explore, steps=steps)
+        algorithm = dataclasses.replace(FLOW_GRPO, explore=explore, score=Recorded(NoiseLevel()))
+        process, _, record = draw(model, algorithm, groups=1, size=2, steps=7, update=update)
+        factors = steps.factors(0, update, 7)
+        plain = NoiseLevel().weights(process.source.table, steps.candidates(7), record.slot)
+        assert sorted(set(record.slot.tolist())) == sorted(factors)
+        expected = plain * torch.tensor([factors[k] for k in record.slot.tolist()])
+        torch.testing.assert_close(record.weight, expected)

@@ -211,3 +211,44 @@ def test_settings_without_meaning_are_refused(make, named):
 def test_steps_that_a_rollout_does_not_have_are_refused(steps, num_steps, named):
     with pytest.raises(UserError, match=named):
         steps.mask(0, 0, groups(2, 2), num_steps)
+
+
+DRAWN = [
+    AllSteps(0.3, "stratified"),
+    AllSteps(0.3, "stratified", "early"),
+    AllSteps(0.3, "independent", "early"),
+    AllSteps(0.3),
+]
+
+
+@pytest.mark.parametrize("steps", DRAWN)
+def test_a_part_of_all_steps_stands_for_all(steps):
+    """The weighted mean over the trained steps, over many updates, is the mean over all 9 of 10 steps."""
+    f = [1.0, 5.0, 2.0, 8.0, 3.0, 4.0, 7.0, 6.0, 9.0]
+    found = []
+    for update in range(400):
+        factors = steps.factors(3, update, 10)
+        trained = steps.trained(3, update, torch.tensor([0, 1]), 10)
+        assert trained[0].nonzero().flatten().tolist() == trained[1].nonzero().flatten().tolist() == sorted(factors)
+        found.append(sum(weight * f[k] for k, weight in factors.items()) / len(factors))
+    spread = torch.tensor(found).std() / len(found) ** 0.5
+    assert abs(sum(found) / len(found) - 5) < 4 * spread
+
+
+def test_spread_steps_are_one_of_each_third():
+    for update in range(20):
+        drawn = sorted(AllSteps(1 / 3, "stratified").factors(0, update, 10))
+        assert [k // 3 for k in drawn] == [0, 1, 2]
+
+
+def test_early_steps_are_drawn_more_often_and_weigh_less():
+    factors = [AllSteps(0.3, "independent", "early").factors(0, update, 10) for update in range(300)]
+    drawn = torch.tensor([sum(k in one for one in factors) for k in range(9)])
+    assert drawn[0] > 2 * drawn[7]
+    once = next(one for one in factors if len(one) == 3)
+    assert once == pytest.approx({k: 45 / (9 * (9 - k)) for k in once})
+
+
+def test_chances_need_a_draw_that_can_repeat():
+    with pytest.raises(ValueError, match=r"chance of AllSteps: steps that are dealt without replacement"):
+        AllSteps(0.5, chance="early")

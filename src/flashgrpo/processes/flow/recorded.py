@@ -60,15 +60,17 @@ class RecordedSteps(Source):
         """With several uses the velocities of the weights that draw are kept where the ratio or a column needs them."""
         keep_v = (self.score.ratio.needs_old_velocity or needs_old_velocity(columns)) and uses > 1
         recorder = Recorder(self.graphs_for(seed) if uses == 1 else None, keep_v)
-        return RecordedDrawing(self, samples, names_of(samples, seed), condition, recorder)
+        return RecordedDrawing(self, samples, names_of(samples, seed), condition, recorder, seed)
 
-    def record(self, samples: Sequence[Sample], state: FlowState) -> Record:
+    def record(self, samples: Sequence[Sample], state: FlowState, seed: int) -> Record:
         """Return the record of a state of all units of these samples."""
         device = self.model.device
         weight, old = torch.empty(0, device=device), state.log_prob
         if len(state):
-            candidates = self.explore.steps.candidates(self.exact.grid.num_steps)
-            weight = to_device(self.score.weighting.weights(self.table, candidates, state.k), device)
+            steps, num_steps, update = self.explore.steps, self.exact.grid.num_steps, samples[0].group.update
+            weight = self.score.weighting.weights(self.table, steps.candidates(num_steps), state.k)
+            factors = steps.factors(seed, update, num_steps)
+            weight = to_device(weight * torch.tensor([factors.get(k, 1.0) for k in state.k.tolist()]), device)
             _, old = self.score.ratio.scores(self.table, state.k, state.log_prob, state.log_prob, state.x, state.x)
         key, channel = group_of(samples)[state.sample], torch.zeros_like(state.sample)
         return Record(state.k, torch.arange(len(state)), state.sample, key, channel, weight, old, state)
@@ -145,6 +147,7 @@ class RecordedDrawing:
     names: Names
     condition: Condition
     recorder: "Recorder"
+    seed: int
 
     def act(self, batch: MicroBatch) -> "StochasticStep":
         """Return what makes and records the stochastic steps of a micro-batch."""
@@ -157,7 +160,7 @@ class RecordedDrawing:
     def record(self, latents: Latents) -> Record:
         """Return the recorded steps, by sample, then by step."""
         shape, device = self.source.model.latent_shape, self.source.model.device
-        return self.source.record(self.samples, self.recorder.state(self.condition, shape, device))
+        return self.source.record(self.samples, self.recorder.state(self.condition, shape, device), self.seed)
 
 
 @dataclass(frozen=True)

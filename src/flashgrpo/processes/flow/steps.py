@@ -17,13 +17,14 @@ tensor([[0, 0, 1, 0, 0, 0],
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Bool, Int
 
 from flashgrpo.errors import UserError
+from flashgrpo.processes.subsets import draw_units
 from flashgrpo.seeds import keyed_bits
 from flashgrpo.settings import FORBID_EXTRA, MANY, check_number
 
@@ -39,16 +40,29 @@ class AllSteps:
     to the nearest, at least 1: 19 steps at 0.6 are 11. DanceGRPO's code draws the fraction for each sample; here the
     samples of an update share it, so that a group's advantages always weigh the same steps.
 
+    However steps are drawn, the expected gradient is that of training all of them: what is drawn too often weighs less
+    (`processes/subsets.py`).
+
     Args:
         fraction: of the steps but the last, those that are trained in an update.
+        draw: "shuffled" deals them without replacement; "stratified" draws one in each of so many equal parts of the
+            rollout, which spreads them over it; "independent" draws each by itself. The last two may draw a step twice,
+            which is then trained once and weighs double.
+        chance: all steps are as likely ("even"), or step k of N as likely as N - 1 - k ("early").
     """
 
     fraction: float = 1.0
+    draw: Literal["shuffled", "stratified", "independent"] = "shuffled"
+    chance: Literal["even", "early"] = "even"
     kind: Literal["all"] = "all"
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
     def __post_init__(self) -> None:
         check_number("fraction of AllSteps", self.fraction, highest=1)
+        if self.draw == "shuffled" and self.chance != "even":
+            raise ValueError(
+                "chance of AllSteps: steps that are dealt without replacement are all as likely; take draw=stratified"
+            )
 
     def candidates(self, num_steps: int) -> list[int]:
         return _all_but_last(num_steps)
@@ -61,9 +75,19 @@ class AllSteps:
     def trained(
         self, seed: int, update: int, group_ids: GroupIds, num_steps: int, members: GroupIds | None = None
     ) -> StepMask:
+        return _same_for_all(group_ids, num_steps, list(self.factors(seed, update, num_steps)))
+
+    def factors(self, seed: int, update: int, num_steps: int) -> Mapping[int, float]:
+        """Return the trained steps of an update, and by how much each counts more for being drawn so."""
         candidates = self.candidates(num_steps)
         count = max(1, round(self.fraction * len(candidates)))
-        return _same_for_all(group_ids, num_steps, _shuffled(candidates, "fraction", seed, update)[:count])
+        if self.draw == "shuffled":
+            return dict.fromkeys(_shuffled(candidates, "fraction", seed, update)[:count], 1.0)
+        chances = [float(num_steps - 1 - k) if self.chance == "early" else 1.0 for k in candidates]
+        found: defaultdict[int, float] = defaultdict(float)
+        for unit, weight in draw_units(chances, count, self.draw, "fraction", seed, update):
+            found[candidates[unit]] += weight / count
+        return {k: len(found) * weight for k, weight in found.items()}  # an update's loss is the mean over its units
 
 
 @dataclass(frozen=True)
@@ -124,6 +148,10 @@ class Window:
         self, seed: int, update: int, group_ids: GroupIds, num_steps: int, members: GroupIds | None = None
     ) -> StepMask:
         return self.mask(seed, update, group_ids, num_steps, members)
+
+    def factors(self, seed: int, update: int, num_steps: int) -> Mapping[int, float]:
+        """Return nothing: no step counts more than another for being drawn."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -194,6 +222,10 @@ class OneStep:
         self, seed: int, update: int, group_ids: GroupIds, num_steps: int, members: GroupIds | None = None
     ) -> StepMask:
         return self.mask(seed, update, group_ids, num_steps, members)
+
+    def factors(self, seed: int, update: int, num_steps: int) -> Mapping[int, float]:
+        """Return nothing: no step counts more than another for being drawn."""
+        return {}
 
     def _draw(self, starts: list[int], number: int, *key: int) -> int:
         """The draw of the `number`-th drawer (a group of an update, or a member of a group) that `key` names."""

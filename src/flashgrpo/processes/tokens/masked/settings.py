@@ -87,6 +87,7 @@ class UnmaskedSteps:
 class MaskedRollout(RolloutPart):
     """How the samples of an update are drawn from masked tokens."""
 
+    scores_are_probabilities: ClassVar[bool] = True
     kind: Literal["masked-tokens"] = "masked-tokens"
     """Which of the choices this is; the algorithm's `explore` decides it."""
     num_steps: int = Field(default=16, ge=1, le=MOST_STEPS)
@@ -108,7 +109,7 @@ class MaskedRollout(RolloutPart):
         if chosen.coupled or any(not column.startswith("kl") for column in chosen.columns):
             raise ValueError(
                 "algorithm.objective: of masked tokens there are log-probabilities and divergences; take "
-                "algorithm.objective.kind=clipped or kl-masked"
+                "algorithm.objective.kind=clipped, kl-masked or drpo"
             )
 
     def plan(self, length: int) -> "Plan":
