@@ -11,10 +11,23 @@ from flashgrpo.models.settings import Lora
 from flashgrpo.run.progress import describe
 
 Format = Literal["diffusers", "comfyui", "merged"]
+Library = Literal["diffusers", "peft"] | None
+
+
+WITH_PEFT = """from peft import PeftModel
+
+network = PeftModel.from_pretrained(network, ".")
+"""
 
 
 def model_card(
-    config: RunConfig, format: Format, files: Sequence[str], update: int, evaluated: dict[str, Any] | None, image: bool
+    config: RunConfig,
+    format: Format,
+    files: Sequence[str],
+    update: int,
+    evaluated: dict[str, Any] | None,
+    image: bool,
+    library: Library = "diffusers",
 ) -> str:
     """Write what a reader of the files needs to know; it names no folder of the machine that trained.
 
@@ -22,12 +35,14 @@ def model_card(
         files: of the adapters, none of a whole pipeline.
         evaluated: the line of evaluations.jsonl that tells of this update.
         image: whether the model starts from one.
+        library: that loads the files; None where only the code of the base model does.
     """
     train = config.model.train
     what = f"LoRA, rank {train.rank}, alpha {train.alpha}" if isinstance(train, Lora) else "every weight"
     rewards = [f"{code(name)} ({_calls(reward.call)})" for name, reward in config.rewards.items() if not reward.watched]
     pixels, frames = f"{config.model.width} x {config.model.height}", config.model.num_frames
     size = {"Images": pixels} if frames == 1 else {"Videos": f"{pixels}, {frames} frames"}
+    size = {"Texts": f"{config.model.length} tokens"} if config.model.length else size
     facts = {
         "Base": code(public(config.model.path)),
         "Trained": f"{what}; {update} updates of {config.rollout.prompts} x {config.rollout.group_size} samples",
@@ -39,12 +54,12 @@ def model_card(
     }
     algorithm = write_yaml(config.model_dump(mode="json")["algorithm"])
     parts = [
-        f"---\n{write_yaml(_metadata(config, format, image))}---",
+        f"---\n{write_yaml(_metadata(config, format, image, library))}---",
         "# Aligned with Flash-GRPO",
         _result(evaluated),
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         "## Use",
-        _in_comfyui(files) if format == "comfyui" else f"```python\n{_program(config, files, image)}```",
+        _use(config, format, files, image, library),
         "## Algorithm",
         f"```yaml\n{algorithm}```",
     ]
@@ -75,18 +90,29 @@ def public(text: str) -> str:
     return f"{kind}{colon}{Path(name).name if Path(name).is_absolute() else name}"
 
 
-def _metadata(config: RunConfig, format: Format, image: bool) -> dict[str, Any]:
+def _metadata(config: RunConfig, format: Format, image: bool, library: Library) -> dict[str, Any]:
     """Return the front matter that the hub reads."""
     task = f"{'image' if image else 'text'}-to-{'image' if config.model.num_frames == 1 else 'video'}"
-    lora = isinstance(config.model.train, Lora)
-    tags = [task, "diffusers", *(["lora"] if lora else []), "flash-grpo", "grpo", "reinforcement-learning"]
+    task = "text-generation" if config.model.length else task
+    lora = ["lora"] if isinstance(config.model.train, Lora) else []
+    tags = [task, *([library] if library else []), *lora, "flash-grpo", "grpo", "reinforcement-learning"]
     return {
         "base_model": public(config.model.path),
         "base_model_relation": "finetune" if format == "merged" else "adapter",
-        "library_name": "diffusers",
+        **({"library_name": library} if library else {}),
         "pipeline_tag": task,
         "tags": tags,
     }
+
+
+def _use(config: RunConfig, format: Format, files: Sequence[str], image: bool, library: Library) -> str:
+    if format == "comfyui":
+        return _in_comfyui(files)
+    if library == "diffusers":
+        return f"```python\n{_program(config, files, image)}```"
+    if library == "peft":
+        return f"With `network`, loaded by the code of {code(public(config.model.path))}:\n\n```python\n{WITH_PEFT}```"
+    return f"The folder is laid out as that of {code(public(config.model.path))} and is loaded by the same code."
 
 
 def _result(evaluated: dict[str, Any] | None) -> str:

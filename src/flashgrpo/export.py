@@ -1,13 +1,14 @@
 """Getting the result out: adapters for diffusers and ComfyUI, or a merged pipeline, with a model card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flashgrpo.assembly import make_process
-from flashgrpo.card import Format, model_card
+from flashgrpo.card import Format, Library, model_card
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
-from flashgrpo.files import write_aside
+from flashgrpo.files import read_object, write_aside
 from flashgrpo.models.settings import Lora
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
@@ -48,9 +49,20 @@ def export(
         else:
             files = process.save_lora(aside, averaged, style=format)
         told = evaluated(directory, update)
-        card = model_card(config, format, files, update, told, process.takes_image)
+        card = model_card(config, format, files, update, told, process.takes_image, library_of(aside, files))
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def library_of(folder: Path, files: Sequence[str]) -> Library:
+    """Return what loads adapters, or a folder without any; None where it is the code of the base model alone."""
+    if files:
+        return "peft" if "adapter_config.json" in files else "diffusers"
+    import diffusers  # which is loaded by now
+
+    index = folder / "model_index.json"
+    kind = read_object(index).get("_class_name") if index.is_file() else None
+    return "diffusers" if hasattr(diffusers, str(kind)) else None
 
 
 def evaluated(directory: RunDirectory, update: int) -> dict[str, Any] | None:

@@ -73,10 +73,13 @@ def test_train_resume_evaluate_sample_export(tmp_path):
     result = CliRunner().invoke(app, ["sample", str(run), "two red", *options])
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "a.png").size == (6 + 4 + 6, 4)  # the base beside it
-    assert (export(run, "diffusers") / "adapter_model.safetensors").is_file()
+    adapters = export(run, "diffusers")
+    assert (adapters / "adapter_model.safetensors").is_file()
+    assert 'PeftModel.from_pretrained(network, ".")' in (adapters / "README.md").read_text()
     merged = export(run, "merged", tmp_path / "merged")
     assert (merged / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
     assert (merged / "scheduler" / "scheduler_model.pth").is_file()
+    assert "is laid out as that of `model` and is loaded by the same code" in (merged / "README.md").read_text()
 
 
 def test_all_weights_on_two_processes_that_hold_the_network_between_them(tmp_path, nursery):

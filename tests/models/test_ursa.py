@@ -241,6 +241,11 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(folder):
 
 
 def test_a_file_that_is_missing_or_damaged_gets_one_sentence(folder):
+    settings = (folder / "vae" / "config.json").read_text()
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"vae/config\.json cannot be read"):
+        load(folder)
+    (folder / "vae" / "config.json").write_text(settings)
     codes = folder / "scheduler" / "scheduler_model.pth"
     torch.save({"path.emb": torch.zeros(9, 4)}, codes)
     with pytest.raises(UserError, match="has embeddings of 9 codes and the transformer draws 8"):

@@ -1,6 +1,5 @@
 """What a checkpoint of URSA is made of: the settings and the weights of its components, read without its own code."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError, first_line
+from flashgrpo.files import read_object
 from flashgrpo.models.architectures import fill
 from flashgrpo.models.network import channels_last
 from flashgrpo.models.ursa.decoder import DEFAULTS, IbqDecoder
@@ -76,9 +76,13 @@ class Ursa:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Ursa":
-        """Read a checkpoint's folder; a component's settings that a file leaves out are those of URSA's classes."""
-        parts = {name: _read(folder / name / "config.json") for name in ("transformer", "vae")}
-        scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+        """Read a checkpoint's folder; a component's settings that a file leaves out are those of URSA's classes.
+
+        Raises:
+            UserError: a file of settings is missing or damaged, or parts do not belong together.
+        """
+        parts = {name: read_object(folder / name / "config.json") for name in ("transformer", "vae")}
+        scheduler = read_object(folder / "scheduler" / "scheduler_config.json")
         vae = {**DEFAULTS, **parts["vae"]}
         if vae.get("_class_name") == COSMOS["_class_name"]:
             vae = {**COSMOS, **parts["vae"]}
@@ -115,16 +119,6 @@ KNOWN: Mapping[str, Ursa] = {
     "BAAI/URSA-0.6B-FSQ320": Ursa("BAAI/URSA-0.6B-FSQ320", SMALL, COSMOS),
 }
 """By hub id: sizes, for random weights without a download."""
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {file} is no readable {file.name}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"model.path: {file} is no readable {file.name}")
-    return content
 
 
 def load_network(settings: Ursa, folder: Path | None, dtype: torch.dtype, world: World) -> UrsaNetwork:
