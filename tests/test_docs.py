@@ -38,6 +38,7 @@ import flashgrpo
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
 from flashgrpo.config.algorithm import read_tree
+from flashgrpo.config.processes import process_of
 from flashgrpo.config.recipe import find_recipe, merge_choices
 from flashgrpo.files import resolve_path
 from flashgrpo.scoring.rewards import Rewards
@@ -63,6 +64,7 @@ README_NOT_RUN = {
     "flashgrpo compare": "runs for minutes; tests/compare/test_compare.py does",
 }
 TREE = yaml.safe_load(find_recipe("tiny").read_text())
+TREE_OF = process_of(TREE["algorithm"])
 HELDOUT = Path(resolve_path(TREE["prompts"]["heldout"])).read_text("utf-8").splitlines(keepends=True)[:2]
 
 
@@ -187,7 +189,10 @@ def check_settings(text: str, where: str) -> RunConfig | None:
         settings = {"algorithm": settings}
     if not settings.keys() <= RunConfig.model_fields.keys():
         return None
-    return RunConfig.parse(merge_choices(read_tree(TREE, "tiny"), read_tree(settings, where)), where)
+    whole = merge_choices(read_tree(TREE, "tiny"), read_tree(settings, where))
+    if process_of(whole["algorithm"]) != TREE_OF:
+        whole |= {part: settings.get(part, {}) for part in ("rollout", "evaluation")}
+    return RunConfig.parse(whole, where)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,4 +1,4 @@
-"""Makes the countdown puzzles that ship: `python -m tools.countdown` writes prompts/countdown-{train,heldout}.jsonl again.
+"""Makes the countdown puzzles that ship: `python -m tools.countdown` writes prompts/countdown-*.jsonl again.
 
 Three numbers from 1 to 50 and a target from 10 to 100 that an expression of + - * / makes of them, each used once.
 """

@@ -33,12 +33,16 @@ BILLIONS = {
     "wan22-a14b": 2 * 14.29,
     "ltx-video": 1.92,
     "ursa-1.7b-images": 1.98,
+    "amused-256": 0.617,
+    "llada-8b": 8.18,
 }
 CARDS = {  # processes, GiB of each
     "wan21-1.3b-24gb": (1, 24),
     "ltx-video": (1, 24),
     "tiny": (1, 2),
     "ursa-1.7b-images": (8, 40),
+    "amused-256": (1, 24),
+    "llada-8b": (8, 40),
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from flashgrpo.settings import Count, Part, PathText
 
@@ -84,6 +84,13 @@ class ModelConfig(Part):
     """Folder of computed text embeddings; `$FLASHGRPO_CACHE` or ~/.cache/flashgrpo when not given."""
     random_init: bool = False
     """Random weights in place of the checkpoint's, to measure shapes, memory and speed without a download."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Require no size in a recipe's schema: texts have none, and of others it is asked for when they are read."""
+        schema = handler(core)
+        handler.resolve_ref_schema(schema)["required"] = ["path"]
+        return schema
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """Answers of language models, checked by code: countdown, and numbers of word problems. Nothing is run of a text.
 
-A text answers inside of <answer> and </answer>. How they are gamed: form alone earns a part, so a run may learn to write
-the tags and nothing else; `solved` and `right` count nothing but the answer. Watch those.
+A text answers inside of <answer> and </answer>. How they are gamed: form alone earns a part, so a run may learn to
+write the tags and nothing else; `solved` and `right` count nothing but the answer. Watch those.
 """
 
 import ast
@@ -120,9 +120,9 @@ def _pair(columns: dict[str, Any], better: str) -> PlantedPair:
     return PlantedPair(Prompt("solve it", columns), worse="I do not know", better=f"so it is <answer>{better}</answer>")
 
 
-for _reward in (countdown, solved):
-    _reward.planted_pair = _pair({"numbers": [3, 5, 7], "target": 26}, "3 * 7 + 5")  # type: ignore[attr-defined]
-for _reward in (exact, right):
-    _reward.planted_pair = _pair({"answer": 42}, "42")  # type: ignore[attr-defined]
-countdown.score_range = exact.score_range = (0.0, 4.0)  # type: ignore[attr-defined]
-solved.score_range = right.score_range = (0.0, 1.0)  # type: ignore[attr-defined]
+for _puzzle in (countdown, solved):
+    _puzzle.planted_pair = _pair({"numbers": [3, 5, 7], "target": 26}, "3 * 7 + 5")  # type: ignore[attr-defined]
+for _problem in (exact, right):
+    _problem.planted_pair = _pair({"answer": 42}, "42")  # type: ignore[attr-defined]
+for _reward, _range in {countdown: (0.0, 4.0), exact: (0.0, 4.0), solved: (0.0, 1.0), right: (0.0, 1.0)}.items():
+    _reward.score_range = _range  # type: ignore[attr-defined]
