@@ -40,6 +40,7 @@ from flashgrpo.models.lora import trained_parameters
 from flashgrpo.process import Record
 from flashgrpo.processes.calls import number_of_calls
 from flashgrpo.processes.flow.rollout import calls_of
+from flashgrpo.processes.tokens import chunks
 from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.checkpoint import Progress, Writer, read_into
 from flashgrpo.run.checkpoint import updates as saved_updates
@@ -69,6 +70,12 @@ def tell(error: BaseException) -> int:
 def train(recipe: str, *overrides: str) -> str:
     """Train a whole run."""
     return str(training(RunConfig.load(recipe, overrides)))
+
+
+def train_in_chunks(recipe: str, *overrides: str) -> str:
+    """Train a whole run of a model of tokens, with logits of four tokens at a time where there are eight kinds."""
+    chunks.AT_ONCE = 2 * 8 * 4
+    return train(recipe, *overrides)
 
 
 def train_and_die(recipe: str, write: int) -> str:

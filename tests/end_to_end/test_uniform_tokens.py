@@ -82,11 +82,13 @@ def test_train_resume_evaluate_sample_export(tmp_path):
     assert "is laid out as that of `model` and is loaded by the same code" in (merged / "README.md").read_text()
 
 
-def test_all_weights_on_two_processes_that_hold_the_network_between_them(tmp_path, nursery):
-    path, overrides = recipe(tmp_path), ["updates=1", "model.train={kind: full}"]
+@pytest.mark.parametrize("train", ["{kind: full}", "{kind: lora, rank: 2, targets: [q_proj, down_proj]}"])
+def test_on_two_processes_that_hold_the_network_between_them(tmp_path, nursery, train):
+    """Logits are computed again in the backward pass a few at a time, and so are the blocks."""
+    path, overrides = recipe(tmp_path), ["updates=1", f"model.train={train}", "model.gradient_checkpointing=true"]
     alone = Path(nursery.run("train", path, f"out={tmp_path}/alone", *overrides))
     for name, more in (("beside", []), ("between", ["parallel.shard=2"])):
-        run = Path(nursery.run("train", path, f"out={tmp_path}/{name}", *overrides, *more, size=2))
+        run = Path(nursery.run("train_in_chunks", path, f"out={tmp_path}/{name}", *overrides, *more, size=2))
         found, expected = (read_lines(one / "metrics.jsonl")[0] for one in (run, alone))
         assert found["drift"] == 0
         for key in ("reward", "grad_norm", "kl"):

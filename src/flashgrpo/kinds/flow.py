@@ -90,7 +90,7 @@ class FlowMemory:
     @property
     def sample(self) -> float:
         """Bytes of a sample that has been drawn: its latents and its condition."""
-        return self._bytes_of_latents(1)
+        return self._bytes_of_latents(1.0)
 
     def kept(self, samples: int) -> Mapping[str, int]:
         """Count what is kept of samples from the rollout to the end of the update, and graphs that are to be kept.
