@@ -128,7 +128,7 @@ class FlowMemory:
     def _branches_of_replay(self) -> int:
         return branches_of_replay(self._score, self._rollout)
 
-    def _bytes_of_latents(self, latents: float) -> float:
+    def _bytes_of_latents(self, latents: float | int) -> float:
         """Count the bytes of so many latents of a sample, and of its condition."""
         return math.prod(self._model.latent_shape) * 4 * latents + size_of(self._model.nothing().tensors.values())
 
