@@ -49,15 +49,16 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 def demo(
     out: Annotated[
         Path | None,
-        typer.Option(**PATH, help="The run directory; runs/demo-seedS when not given."),
+        typer.Option(**PATH, help="The run directory; runs/demo-seedS or the like when not given."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts, steps and noise.")] = 0,
+    process: Annotated[str, typer.Option(help="Whose bundled model: flow, uniform-tokens or masked-tokens.")] = "flow",
 ) -> None:
-    """Align the bundled model on this machine, from start to report, in minutes and without a GPU."""
+    """Align a bundled model on this machine, from start to report, in minutes and without a GPU."""
     from flashgrpo.demo import demo as run_demo
     from flashgrpo.run.progress import Reporter, describe
 
-    report, record = run_demo(out, seed, Reporter())
+    report, record = run_demo(out, seed, Reporter(), process)
     print(describe(record))
     print(f"report: {report}")
 

@@ -1,21 +1,31 @@
-"""The bundled run: train the bundled model on its bundled reward, evaluate on held-out prompts, write the report."""
+"""The bundled runs: train a bundled model on its bundled reward, evaluate on held-out prompts, write the report."""
 
 from pathlib import Path
 from typing import Any
 
 from flashgrpo.config import RunConfig
+from flashgrpo.errors import UserError, suggest
 from flashgrpo.report import write_report
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
 from flashgrpo.train import train
 
+RECIPES = {"flow": "tiny", "uniform-tokens": "tiny-uniform-tokens", "masked-tokens": "tiny-masked-tokens"}
+"""Process -> the recipe of its bundled run."""
 
-def demo(out: Path | None, seed: int, reporter: Reporter) -> tuple[Path, dict[str, Any]]:
-    """Run `recipes/tiny.yaml`, or resume it where it was interrupted.
+
+def demo(out: Path | None, seed: int, reporter: Reporter, process: str = "flow") -> tuple[Path, dict[str, Any]]:
+    """Run the bundled recipe of a process, or resume it where it was interrupted.
 
     Returns:
         The report, and the record of the best update on noise that selected nothing.
+
+    Raises:
+        UserError: no bundled run is of such a process.
     """
-    folder = out or Path("runs") / f"demo-seed{seed}"
-    run = train(RunConfig.load("tiny", [f"seed={seed}"]).model_copy(update={"out": str(folder)}), reporter)
+    if process not in RECIPES:
+        raise UserError(f"--process: there is no bundled run of {process!r}; {suggest(process, RECIPES)}")
+    name = "demo" if process == "flow" else f"demo-{process}"
+    folder = out or Path("runs") / f"{name}-seed{seed}"
+    run = train(RunConfig.load(RECIPES[process], [f"seed={seed}"]).model_copy(update={"out": str(folder)}), reporter)
     return write_report(run), RunDirectory(run).result()
