@@ -30,7 +30,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """A tiny LLaDA."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return llada.write(tmp_path_factory.mktemp("llada") / "model", llada.Plain())
 
@@ -108,7 +108,7 @@ def test_what_does_not_go_together_is_refused(texts, tmp_path, overrides, senten
 
 
 def test_a_mask_that_the_vocabulary_lacks_and_another_tokenizer_are_refused(texts, tmp_path):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         plain = llada.Plain()
     mask = llada.write(tmp_path / "mask", plain, mask_token_id=99)
     other = llada.write(tmp_path / "other", plain, [*llada.WORDS, *"efghij"])

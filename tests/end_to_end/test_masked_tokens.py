@@ -33,7 +33,7 @@ def words(texts, prompts, **columns):
 def recipe(tmp_path_factory) -> Path:
     """A recipe of two groups of two texts of four tokens."""
     folder = tmp_path_factory.mktemp("agrpo")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         write(folder / "model", Plain())
     (folder / "reward.py").write_text(REWARD)
@@ -99,6 +99,16 @@ def test_the_result_is_sampled_and_exported(finished, tmp_path):
     plain.load_state_dict(load_file(Path(config.model.path) / "model.safetensors"))
     found = PeftModel.from_pretrained(plain, adapters)(torch.tensor([[2, 7, 8, 3, 4, 2, 4, 1, 1, 5]]))[:, -4:]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_killed_at_any_write_it_ends_with_the_same_weights(recipe, finished, tmp_path, nursery):
+    settings = yaml.safe_load(recipe.read_text()) | {"out": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    for write_number in (20, 45):
+        assert nursery.start("train_and_die", tmp_path / "recipe.yaml", write_number).wait() != [0]
+    run = Path(nursery.run("train", tmp_path / "recipe.yaml"))
+    one, other = (checkpoint.load(each / "checkpoints", 2) for each in (finished, run))
+    assert all(torch.equal(tensor, other[kind][name]) for kind in one for name, tensor in one[kind].items())
 
 
 def test_two_processes_train_what_one_does(recipe, finished, tmp_path, nursery):

@@ -88,7 +88,7 @@ class Plain(nn.Module):
 
 @pytest.fixture(scope="module")
 def plain() -> Plain:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Plain()
 

@@ -23,21 +23,28 @@ from torch import Tensor
 
 from flashgrpo.distributed.world import single_process
 from flashgrpo.learning.experience import Drawn, compare
+from flashgrpo.learning.objective import Clipped
 from flashgrpo.learning.optim import Optimizer
 from flashgrpo.learning.settings import Credit, OptimConfig
 from flashgrpo.learning.update import policy_update
 from flashgrpo.models.load import load_model
+from flashgrpo.models.load_tokens import load_token_model
 from flashgrpo.models.lora import trained_parameters, weights_replaced
+from flashgrpo.models.settings import ModelConfig
 from flashgrpo.presets import FLASH_GRPO, FLOW_GRPO
 from flashgrpo.process import Process
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.processes.flow.solvers import Euler, UniPC
+from flashgrpo.processes.tokens.masked.process import MaskedProcess
+from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, UnmaskedSteps, Unmasking
 from flashgrpo.scoring.scoring import decode
 from flashgrpo.train import train
 from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
 from tests.conftest import small_run
 from tests.families import KINDS
+from tests.models import test_amused as amused
+from tests.models import test_llada as llada
 from tests.processes.test_conformance import CASES, GUARD, tiny
 
 Numbers = dict[str, float]
@@ -60,6 +67,8 @@ def go_round(process: Process, prompts: list[Prompt], objective: Any, count: Any
     count("draw")
     assert outputs.device == process.device == world.device
     videos = decode(process.media, outputs, 2)
+    if isinstance(videos, list):  # of texts, as many numbers as samples
+        videos = torch.tensor([float(len(text)) for text in videos]).view(-1, 1, 1, 1, 1)
     count("decode")
     rewards = RewardTable(("mean",), videos.mean(dim=(1, 2, 3, 4)).double()[:, None], torch.ones(1).double())
     compared = compare(Drawn(0, 0, outputs, record, rewards), process.channels, Credit(std="group"), world)
@@ -100,6 +109,25 @@ def family(name: str, folder: str, **settings: Any) -> Numbers:
     flow = FlowProcess(model, algorithm.explore, algorithm.score, rollout, sampling, 2, single_process())
     numbers = go_round(flow, prompts, algorithm.objective)
     flow.save_lora(Path(tempfile.mkdtemp()), trained_parameters(flow.network))
+    return numbers
+
+
+def token_model(name: str, folder: str) -> Numbers:
+    """Go round with a tiny model that fills masks, by its checkpoint, with guidance and a penalty."""
+    place = Path(folder) / name
+    if not place.exists():
+        {"llada": lambda: llada.write(place, llada.Plain()), "amused": lambda: amused.write(place)}[name]()
+    size = {"length": 4} if name == "llada" else {"height": 8, "width": 8, "num_frames": 1}
+    train_lora = llada.LORA if name == "llada" else amused.LORA
+    kept = {"max_sequence_length": 12, "condition_cache": tempfile.mkdtemp()}
+    config = ModelConfig.model_validate({"path": str(place), "train": train_lora, **size, **kept})
+    prompts = [Prompt(text, {}) for text in ("sum of a b", "of c")]
+    model = load_token_model(config, single_process(), 0, prompts)
+    rollout = MaskedRollout(num_steps=2, guidance_scale=2.0, micro_batch=2)
+    explore, score = Unmasking(top_k=8, top_p=0.9), UnmaskedSteps(2, chance="entropy")
+    made = MaskedProcess(model, explore, score, rollout, MaskedSampling(), 2, single_process())
+    numbers = go_round(made, prompts, Clipped(clip_range=0.2, kl_coef=0.1))
+    made.save_lora(Path(tempfile.mkdtemp()), trained_parameters(made.network))
     return numbers
 
 
@@ -151,7 +179,8 @@ def planted(mistake: str) -> dict[str, int]:
         FlowProcess.replay = real  # type: ignore[method-assign]
 
 
-JOBS: dict[str, Callable[..., Any]] = {job.__name__: job for job in (process, family, whole_run, phases, planted)}
+RUNS = (process, family, token_model, whole_run, phases, planted)
+JOBS: dict[str, Callable[..., Any]] = {job.__name__: job for job in RUNS}
 
 
 def answer(request: str) -> Any:
