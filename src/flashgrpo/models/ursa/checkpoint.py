@@ -1,21 +1,23 @@
 """What a checkpoint of URSA is made of: the settings and the weights of its components, read without its own code."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError, first_line
 from flashgrpo.files import read_object
 from flashgrpo.models.architectures import fill
 from flashgrpo.models.network import channels_last
+from flashgrpo.models.ursa import video
 from flashgrpo.models.ursa.decoder import DEFAULTS, IbqDecoder
 from flashgrpo.models.ursa.network import UrsaNetwork
+from flashgrpo.models.ursa.video import CosmosDecoder
 from flashgrpo.models.weights import load_tensors, read_safetensors
 from flashgrpo.processes.tokens.uniform.settings import AnyPath, Metric, Mixture
 from flashgrpo.seeds import generator
@@ -84,8 +86,8 @@ class Ursa:
         parts = {name: read_object(folder / name / "config.json") for name in ("transformer", "vae")}
         scheduler = read_object(folder / "scheduler" / "scheduler_config.json")
         vae = {**DEFAULTS, **parts["vae"]}
-        if vae.get("_class_name") == COSMOS["_class_name"]:
-            vae = {**COSMOS, **parts["vae"]}
+        if vae.get("_class_name") == video.DEFAULTS["_class_name"]:
+            vae = {**video.DEFAULTS, **parts["vae"]}
         return cls(str(folder), {**TRANSFORMER, **parts["transformer"]}, vae, {**DEFAULT_SCHEDULER, **scheduler})
 
     @property
@@ -100,16 +102,13 @@ class Ursa:
         return Mixture() if alpha is None else Metric(float(alpha), 3.0 if c is None else float(c))
 
 
-COSMOS: Mapping[str, Any] = {
-    "_class_name": "AutoencoderVQCosmos3D",
-    "_quantizer_name": "FSQuantizer",
-    "num_vq_embeddings": 64_000,
-    "vq_embed_dim": 6,
-    "temporal_stride": 4,
-    "spatial_stride": 8,
+COSMOS: Mapping[str, Any] = {**video.DEFAULTS, "sample_frames": 49}
+"""Of videos of 49 frames, as URSA's are."""
+DECODERS: Mapping[str, Callable[[Mapping[str, Any]], IbqDecoder | CosmosDecoder]] = {
+    "AutoencoderVQ (VQuantizer)": IbqDecoder,
+    "AutoencoderVQCosmos3D (FSQuantizer)": CosmosDecoder,
 }
-DECODED = "AutoencoderVQ (VQuantizer)"
-"""The codec that `decoder.py` is; FSQ of 8 x 8 x 8 x 5 x 5 x 5 levels by Cosmos-3D is not written."""
+"""By class and quantizer."""
 
 KNOWN: Mapping[str, Ursa] = {
     "BAAI/URSA-1.7B-IBQ512": Ursa("BAAI/URSA-1.7B-IBQ512"),
@@ -135,24 +134,21 @@ def load_network(settings: Ursa, folder: Path | None, dtype: torch.dtype, world:
     return network
 
 
-def load_decoder(settings: Ursa, folder: Path | None, dtype: torch.dtype, world: World) -> nn.Module:
-    """Load what makes images of codes; on the meta device, where only bytes are counted, nothing for other codecs.
+def load_decoder(settings: Ursa, folder: Path | None, dtype: torch.dtype, world: World) -> IbqDecoder | CosmosDecoder:
+    """Load what makes images or videos of codes.
 
     Raises:
         UserError: the codec is not written, or its files are not there or damaged.
     """
     from accelerate import init_empty_weights
 
-    if settings.codec != DECODED:
-        if world.device.type == "meta":
-            return nn.Module()
+    if settings.codec not in DECODERS:
         raise UserError(
-            f"model.path: {settings.where} draws codes of {settings.codec}, whose decoder is missing here: only images "
-            f"in codes of IBQ, {DECODED}, are decoded; the decoder of videos, Cosmos-3D's, is not written yet"
+            f"model.path: {settings.where} draws codes of {settings.codec}, whose decoder is missing here; known are "
+            f"those of {' and '.join(DECODERS)}"
         )
-
     with init_empty_weights(include_buffers=False):
-        decoder = IbqDecoder(settings.vae)
+        decoder = DECODERS[settings.codec](settings.vae)
     if folder is None:
         fill(decoder, dtype, world.device.type == "meta")
     else:

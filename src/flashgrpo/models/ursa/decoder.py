@@ -6,7 +6,6 @@ The names of its weights are those of diffusers' autoencoders, whose `Decoder` i
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.autoencoders.vae import Decoder
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -27,6 +26,10 @@ DEFAULTS: Mapping[str, Any] = {
 """What a checkpoint means that leaves them out."""
 
 
+Codes = Int64[Tensor, "batch frames rows columns"]
+Pictures = Float[Tensor, "batch video_frames 3 height width"]
+
+
 class Codebook(nn.Module):
     """Embeddings of codes."""
 
@@ -38,12 +41,16 @@ class Codebook(nn.Module):
 class IbqDecoder(nn.Module):
     """Decodes grids of codes to images.
 
+    Attributes:
+        frames: of codes, that it decodes at once at most.
+
     Args:
         settings: of the checkpoint's `vae/config.json`, completed by `DEFAULTS`.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__()
+        self.frames = 1
         channels = tuple(settings["block_out_channels"])
         first = "AttnUpDecoderBlock2D" if settings["attn_up_block"] else "UpDecoderBlock2D"
         self.quantizer = Codebook(settings["num_vq_embeddings"], settings["vq_embed_dim"])
@@ -57,9 +64,8 @@ class IbqDecoder(nn.Module):
             norm_num_groups=settings["norm_num_groups"],
         )
 
-    @torch.no_grad()
-    def forward(self, codes: Int64[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 3 height width"]:
-        """Return images in [-1, 1], which rounding may leave."""
-        latents = self.quantizer.embedding(codes).permute(0, 3, 1, 2)
+    def forward(self, codes: Codes) -> Pictures:
+        """Return images in [-1, 1], which rounding may leave, as videos of one frame."""
+        latents = self.quantizer.embedding(codes[:, 0]).permute(0, 3, 1, 2)
         images: Tensor = self.decoder(self.post_quant_conv(latents))
-        return images
+        return images[:, None]

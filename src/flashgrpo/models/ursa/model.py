@@ -3,7 +3,7 @@
 | checkpoint | what it draws | here |
 |---|---|---|
 | BAAI/URSA-1.7B-IBQ512, -IBQ1024, URSA-0.6B-IBQ1024 | images, 16 x 16 pixels a code | drawn, decoded, trained |
-| BAAI/URSA-1.7B-FSQ320, URSA-0.6B-FSQ320 | videos, 4 x 8 x 8 a code | refused: Cosmos-3D's decoder is missing |
+| BAAI/URSA-1.7B-FSQ320, URSA-0.6B-FSQ320 | videos, 4 x 8 x 8 a code | the same |
 
 A folder has `transformer`, `vae`, `scheduler` and `tokenizer`; its own code is not run. What is trained is written as
 that code and peft read it.
@@ -26,7 +26,6 @@ from flashgrpo.models.conditions import fingerprint
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.token_network import TokenNetwork
 from flashgrpo.models.ursa.checkpoint import (
-    DECODED,
     WEIGHTS,
     Ursa,
     load_decoder,
@@ -71,6 +70,9 @@ class UrsaModel(TokenNetwork):
         self.tokenizer = None if folder is None else load_tokenizer(folder, settings)
         self.codes = to_device(read_codes(settings, folder, seed), world.device)
         decoder = load_decoder(settings, folder, getattr(torch, config.vae_dtype), world)
+        if self.grid[0] > decoder.frames:
+            most = (decoder.frames - 1) * settings.vae["temporal_stride"] + 1
+            raise UserError(f"model.num_frames: the decoder of {config.path} makes {most} frames at most")
         network = load_network(settings, folder, getattr(torch, config.dtype), world)
         self.places = to_device(places_of(config.max_sequence_length, *self.grid), world.device)
         super().__init__(network, config, world, seed, keep_reference)
@@ -117,14 +119,12 @@ class UrsaModel(TokenNetwork):
 
     @torch.no_grad()
     def decode(self, tokens: Tokens, frames: int | None = None) -> Videos:
-        """Return images as videos of one frame, (B, 1, 3, H, W) in [0, 1]."""
-        images = self.decoder(tokens.view(-1, *self.grid[1:])).float()
-        return (images / 2 + 0.5).clamp(0, 1)[:, None]
+        """Return videos (B, F, 3, H, W) in [0, 1], images as videos of one frame; all frames are decoded together."""
+        pictures = self.decoder(tokens.view(-1, *self.grid)).float()[:, :frames]
+        return (pictures / 2 + 0.5).clamp(0, 1)
 
     def decoding_bytes(self, samples: int) -> int:
         """Count the bytes at the highest of decoding so many samples, of a model on the meta device."""
-        if self.settings.codec != DECODED:
-            return 0
         tokens = torch.zeros(samples, self.length, dtype=torch.int64, device=self.device)
         return highest(lambda: self.decode(tokens), [tokens, *self.decoder.parameters()])
 
