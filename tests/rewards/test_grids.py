@@ -36,10 +36,10 @@ def test_the_edges_of_a_cell_and_faint_noise_do_not_count():
 @pytest.mark.parametrize(
     ("cells", "count", "rest"),
     [
-        (with_red((0, 0), (0, 1), (0, 2)), 1.0, 1.0),
-        (with_red((0, 0), (5, 5)), 2 / 3, 1.0),
-        (with_red(*[(0, column) for column in range(6)]), 0.0, 1.0),
-        (BLUE, 0.0, 1.0),
+        (with_red((0, 0), (0, 1), (0, 2)), 1.0, 33 / 33),
+        (with_red((0, 0), (5, 5)), 2 / 3, 32 / 33),
+        (with_red(*[(0, column) for column in range(6)]), 0.0, 30 / 33),
+        (BLUE, 0.0, 30 / 33),
         (with_red((0, 0), (0, 1), (0, 2), rest=torch.full((6, 6), 3)), 1.0, 0.0),
         (torch.zeros(6, 6, dtype=torch.int64), 0.0, 0.0),
     ],

@@ -96,8 +96,8 @@ def _read_text(text: str) -> Tensor:
 def agreement(videos: Tensor | Sequence[str], prompts: list[str], **columns: Any) -> dict[str, list[float]]:
     """Whether a grid shows what its caption says, in two parts from 0 to 1.
 
-    `count` is 1 - |seen - asked| / asked, at least 0, of the cells of the first colour; `rest` the share of the other
-    cells that have the second colour.
+    `count` is 1 - |seen - asked| / asked, at least 0, of the cells of the first colour, and `rest` the same of the
+    second, of which all other cells are asked. Gamed by leaving the first colour out: `rest` is then 2/3 or more.
 
     Args:
         videos: images (B, 1, 3, H, W) in [0, 1], or B texts.
@@ -105,9 +105,9 @@ def agreement(videos: Tensor | Sequence[str], prompts: list[str], **columns: Any
     found: dict[str, list[float]] = {"count": [], "rest": []}
     for cells, caption in zip(read_cells(videos), prompts, strict=True):
         asked, color, rest = parse_caption(caption)
-        seen = int((cells == color).sum())
-        found["count"].append(max(0.0, 1 - abs(seen - asked) / asked))
-        found["rest"].append(int((cells == rest).sum()) / (cells.numel() - seen) if seen < cells.numel() else 0.0)
+        for part, number, wanted in (("count", color, asked), ("rest", rest, cells.numel() - asked)):
+            seen = int((cells == number).sum())
+            found[part].append(max(0.0, 1 - abs(seen - wanted) / wanted))
     return found
 
 
