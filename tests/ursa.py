@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flashgrpo.distributed.world import single_process
+from flashgrpo.distributed.world import World
 from flashgrpo.models.settings import Full, ModelConfig
 from flashgrpo.models.ursa.checkpoint import KNOWN, Ursa
 from flashgrpo.models.ursa.model import UrsaModel
@@ -52,7 +52,7 @@ def write_checkpoint(folder: Path) -> Path:
     """Write the folder; its weights lie in two files."""
     known = KNOWN["BAAI/URSA-1.7B-IBQ512"]
     settings = Ursa("tiny", {**known.transformer, **TRANSFORMER}, {**known.vae, **VAE}, SCHEDULER)
-    model = UrsaModel(settings, None, config("tiny", train=Full()), single_process(), 0)
+    model = UrsaModel(settings, None, config("tiny", train=Full()), World(torch.device("cpu")), 0)
     torch.manual_seed(0)
     for parameter in [*model.network.parameters(), *model.decoder.parameters()]:
         parameter.data += 0.2 * torch.randn(parameter.shape)

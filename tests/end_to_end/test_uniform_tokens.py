@@ -82,6 +82,16 @@ def test_train_resume_evaluate_sample_export(tmp_path):
     assert "is laid out as that of `model` and is loaded by the same code" in (merged / "README.md").read_text()
 
 
+def test_killed_at_any_write_it_ends_with_the_same_weights(tmp_path, nursery):
+    path = recipe(tmp_path)
+    whole = train(RunConfig.load(path, [f"out={tmp_path}/whole"]))
+    for write in (20, 45):
+        assert nursery.start("train_and_die", path, write).wait() != [0]
+    run = Path(nursery.run("train", path))
+    found, expected = weights(run, 2), weights(whole, 2)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("train", ["{kind: full}", "{kind: lora, rank: 2, targets: [q_proj, down_proj]}"])
 def test_on_two_processes_that_hold_the_network_between_them(tmp_path, nursery, train):
     """Logits are computed again in the backward pass a few at a time, and so are the blocks."""

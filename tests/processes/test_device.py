@@ -90,6 +90,15 @@ def test_a_model_that_fills_masks_runs_as_on_the_cpu(ask, name, tmp_path):
     assert answer["result"] == pytest.approx(runs.token_model(name, str(tmp_path)), rel=1e-3, abs=1e-6)
 
 
+def test_a_model_of_uniform_tokens_runs_as_on_the_cpu(ask, tmp_path):
+    from tests.stand_in import runs
+
+    answer = ask("uniform_model", tmp_path)
+    assert not answer["error"], answer["error"]
+    assert answer["result"]["drift"] == 0
+    assert answer["result"] == pytest.approx(runs.uniform_model(str(tmp_path)), rel=1e-3, abs=1e-6)
+
+
 def test_a_whole_run(ask, tmp_path):
     """`train` with its preflight, rewards in threads, evaluations, checkpoints and the export."""
     answer = ask("whole_run", tmp_path, "rollout.solver.kind=unipc", "model.offload=true")

@@ -38,9 +38,13 @@ from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.processes.flow.solvers import Euler, UniPC
 from flashgrpo.processes.tokens.masked.process import MaskedProcess
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, UnmaskedSteps, Unmasking
+from flashgrpo.processes.tokens.uniform.model import UniformModel
+from flashgrpo.processes.tokens.uniform.process import UniformTokensProcess
+from flashgrpo.processes.tokens.uniform.settings import TokensAtTimes, UniformRollout, UniformSampling, UniformTokens
 from flashgrpo.scoring.scoring import decode
 from flashgrpo.train import train
 from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
+from tests import ursa
 from tests.conftest import small_run
 from tests.families import KINDS
 from tests.models import test_amused as amused
@@ -131,6 +135,24 @@ def token_model(name: str, folder: str) -> Numbers:
     return numbers
 
 
+def uniform_model(folder: str) -> Numbers:
+    """Go round with a tiny URSA, by its checkpoint, with a penalty; images are decoded, adapters written."""
+    place = Path(folder) / "ursa"
+    if not place.exists():
+        ursa.write_checkpoint(place)
+    lora = {"kind": "lora", "rank": 2, "targets": ["q_proj", "down_proj"]}
+    config = ModelConfig.model_validate({**ursa.config(place).model_dump(), "train": lora})
+    prompts = [Prompt(text, {}) for text in ("two red", "red cells")]
+    model = load_token_model(config, single_process(), 0, prompts)
+    assert isinstance(model, UniformModel)
+    rollout, score = UniformRollout(num_steps=3, micro_batch=2), TokensAtTimes(times=2, starts=2)
+    how = UniformTokens(), score, rollout, UniformSampling(num_steps=3)
+    made = UniformTokensProcess(model, *how, 2, single_process())
+    numbers = go_round(made, prompts, Clipped(clip_range=0.2, kl_coef=0.1))
+    made.save_lora(Path(tempfile.mkdtemp()), trained_parameters(made.network))
+    return numbers
+
+
 def whole_run(folder: str, *overrides: str) -> list[dict[str, Any]]:
     """Train, evaluate and save as the command does; the lines of metrics.jsonl."""
     run = train(small_run(Path(folder) / "run", "updates=1", *overrides))
@@ -179,7 +201,7 @@ def planted(mistake: str) -> dict[str, int]:
         FlowProcess.replay = real  # type: ignore[method-assign]
 
 
-RUNS = (process, family, token_model, whole_run, phases, planted)
+RUNS = (process, family, token_model, uniform_model, whole_run, phases, planted)
 JOBS: dict[str, Callable[..., Any]] = {job.__name__: job for job in RUNS}
 
 
