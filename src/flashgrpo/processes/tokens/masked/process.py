@@ -60,8 +60,7 @@ class MaskedProcess:
         self.logits = GuidedLogits(model, rollout.guidance_scale)
         self.plan = rollout.plan(model.length)
         self.average: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._unmasking(self.plan, explore.order, explore.temperature)
-        self.sampler()
+        self.sampler()  # refuses what cannot be drawn
 
     def _unmasking(self, plan: Plan, order: settings.Order, temperature: float) -> Unmasking:
         if self.model.mask is None:
@@ -77,6 +76,12 @@ class MaskedProcess:
         temperature = self.explore.temperature if own.temperature is None else own.temperature
         guided = GuidedLogits(self.model, own.guidance_scale or rollout.guidance_scale)
         return self._unmasking(plan, own.order or self.explore.order, temperature), guided
+
+    @property
+    def unmasking(self) -> Unmasking:
+        """How the samples of an update are drawn."""
+        drawn = self._unmasking(self.plan, self.explore.order, self.explore.temperature)
+        return replace(drawn, measures=self.score.chance == "entropy")
 
     @property
     def scores(self) -> StepScores:
@@ -125,8 +130,7 @@ class MaskedProcess:
         """Unmask samples, and draw which of their steps are scored again; see `Process`."""
         condition = self._condition([sample.group.prompt for sample in samples])
         names = [(seed, "unmask", *sample.name) for sample in samples]
-        unmasking = self._unmasking(self.plan, self.explore.order, self.explore.temperature)
-        unmasked = self._unmask(unmasking, self.logits, names, condition, on_drawn)
+        unmasked = self._unmask(self.unmasking, self.logits, names, condition, on_drawn)
         record = self._record(samples, seed, unmasked, condition)
         return unmasked.tokens, self._with_old(record, "kl_old" in columns) if uses > 1 else record
 

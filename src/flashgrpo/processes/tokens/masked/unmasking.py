@@ -66,6 +66,7 @@ class Unmasking:
     Args:
         mask, end: tokens that stand for one not drawn yet, and for the end of a text; a sample of whose block all
             tokens are `end` is filled up with it, and nothing more is drawn.
+        measures: whether the entropy of what is drawn is wanted; it is 0 otherwise.
     """
 
     plan: Plan
@@ -75,6 +76,7 @@ class Unmasking:
     top_p: float
     mask: int
     end: int | None
+    measures: bool = False
 
     @torch.no_grad()
     def draw(
@@ -104,7 +106,7 @@ class Unmasking:
             block, count = self.plan.at(step)
             watch(step, tokens)
             places = torch.arange(block.start, block.stop).expand(rows, -1)
-            log_p, ids = self._candidates(logits(tokens, places))
+            log_p, ids = self.candidates(logits(tokens, places))
             if ids is not None and kept is None:
                 kept = torch.full((rows, length, ids.shape[-1]), -1, dtype=torch.int32, device=device)
             picked, chosen = self._choose(log_p, ids, tokens[:, block] == self.mask, count, names, step)
@@ -113,7 +115,9 @@ class Unmasking:
             step_of[:, block] = torch.where(chosen, step, step_of[:, block])
             if kept is not None and ids is not None:
                 kept[:, block] = torch.where(chosen[..., None], ids, kept[:, block])
-            uncertain[:, step] = (entropy(log_p) * chosen).sum(1)
+            if self.measures:
+                uncertain[:, step] = (entropy(log_p) * chosen).sum(1)
+            del log_p, ids  # not beside the next call's activations
             steps = torch.where(ended, steps, step + 1)
             if self.end is not None and (step + 1) % len(self.plan.counts) == 0:
                 now = (tokens[:, block] == self.end).all(1) & ~ended
@@ -123,7 +127,8 @@ class Unmasking:
                     break
         return Unmasked(tokens, step_of.cpu(), steps.cpu(), kept, uncertain.double().cpu())
 
-    def _candidates(self, logits: Tensor) -> tuple[Tensor, Kept | None]:
+    def candidates(self, logits: Tensor) -> tuple[Tensor, Kept | None]:
+        """Return the log-probabilities that are drawn from, and the ids of candidates; None where all are."""
         if self.temperature == 0:
             return logits.float().log_softmax(-1), None
         return truncated(logits, self.temperature, self.top_k, self.top_p)
