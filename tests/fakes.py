@@ -19,7 +19,7 @@ from flashgrpo.models.lora import weights_replaced
 from flashgrpo.process import Cost, Record
 from flashgrpo.processes.calls import fixed_batches
 from flashgrpo.seeds import generator, keyed_bits, normal
-from flashgrpo.types import REWARD, Condition, index_rows, to_device
+from flashgrpo.types import REWARD, WHOLE, Condition, index_rows, to_device
 
 WIDTH = 8  # numbers that stand for a text
 STD = 0.5  # of a colour around the policy's mean
@@ -36,6 +36,7 @@ class Fake:
     """
 
     channels: Sequence[str] = (REWARD,)
+    views: Sequence[str] = (WHOLE,)
     addends = 1
     identity = "fake"
     takes_image = False
@@ -48,7 +49,7 @@ class Fake:
         self.network.to(self.device)
         self.inputs, self.outputs, self.micro_batch = inputs, outputs, micro_batch
         self.prompts, self.group_size = prompts, group_size
-        self._base = {name: weight.detach().clone() for name, weight in self.network.named_parameters()}
+        self.base = {name: weight.detach().clone() for name, weight in self.network.named_parameters()}
 
     def set_average(self, weights):
         """Have no use for averaged weights."""
@@ -66,6 +67,9 @@ class Fake:
         rows = [normal((1, WIDTH), prompt.text, "text") for prompt in prompts]
         return Condition({"text": to_device(torch.cat([torch.empty(0, WIDTH), *rows]), self.device)})
 
+    def clips(self, view, prompt, sample):
+        raise AssertionError("rewards look at whole samples")
+
     def token_counts(self, texts):
         return [len(text.split()) for text in texts]
 
@@ -74,7 +78,7 @@ class Fake:
         return [record[rows[first : first + self.micro_batch]] for first in range(0, len(record), self.micro_batch)]
 
     def reference(self) -> AbstractContextManager[None]:
-        return weights_replaced(self.network, self._base)
+        return weights_replaced(self.network, self.base)
 
     def stage(self, slot):
         return self.network

@@ -50,7 +50,7 @@ from flashgrpo.scoring.scoring import Scoring
 from flashgrpo.scoring.settings import RewardConfig
 from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
 from tests.filesystem import death, failing
-from tests.streams import Stream
+from tests.streams import Stream, number_of
 
 torch.set_num_threads(1)
 
@@ -292,10 +292,11 @@ def learn_from_branches(folder: str, parallel: dict, updates: int, dies: bool) -
     """
     config, objective = OptimConfig(lr=0.05, weight_decay=0.0, passes=2), Competing(tau=0.2, kl_coef=0.1)
     with process_group(ParallelConfig(**parallel)) as world:
-        process = Stream(micro_batch=3, prompts=3)
-        whole = Stream(micro_batch=3, prompts=3)  # draws: calls of the network in its drawing are not those of others
+        process = Stream(True, micro_batch=3, prompts=3, group_size=3)
+        # it draws: calls of the network in its drawing are not those of others
+        whole = Stream(True, micro_batch=3, prompts=3, group_size=3)
         place(process.network, world, None)
-        process._base = {name: weight.detach().clone() for name, weight in process.network.named_parameters()}
+        process.model.base = {name: weight.detach().clone() for name, weight in process.network.named_parameters()}
         optimizer = Optimizer(trained_parameters(process.network), config, world)
         state, done = optimizer.state(), max(saved_updates(Path(folder)), default=0)
         if done:
@@ -333,7 +334,7 @@ class Redness:
         self.world, self.own = world, {}
 
     def add(self, rows: torch.Tensor, outputs: torch.Tensor) -> None:
-        self.own |= dict(zip(rows.tolist(), outputs[:, :1].tolist(), strict=True))
+        self.own |= dict(zip(rows.tolist(), number_of(outputs).tolist(), strict=True))
 
     def table(self) -> RewardTable:
         told = self.world.gather([self.own[row] for row in sorted(self.own)])
@@ -349,12 +350,18 @@ def compared_branches(process: Stream, update: int, world: World) -> Record:
     return compare(drawn, process.channels, credit, world).record
 
 
+def no_clips(view, number):
+    raise AssertionError("rewards look at whole samples")
+
+
 def score_texts_for_others(total: int, micro_batch: int, parallel: dict) -> list[float]:
     """Score samples that are texts, each worth the number that it names."""
     with process_group(ParallelConfig(**parallel)) as world:
         rewards = Rewards({"value": RewardConfig(call="tests.jobs:named")})
         rewards.load(world)
-        scoring = Scoring(rewards, numbered, world, [Prompt("a", {})] * total, watched=True, micro_batch=micro_batch)
+        scoring = Scoring(
+            rewards, numbered, no_clips, world, [Prompt("a", {})] * total, watched=True, micro_batch=micro_batch
+        )
         own = world.share(total)
         scoring.add(torch.arange(len(own)), torch.arange(own.start, own.stop).view(-1, 1))
         table = scoring.table()
@@ -377,7 +384,7 @@ def score_for_others(total: int, micro_batch: int, parallel: dict) -> list[dict]
         rewards = Rewards({"value": RewardConfig(call="tests.jobs:value", args={"seen": (seen := [])})})
         rewards.load(world)
         prompts = [Prompt(f"video {number}", {}) for number in range(total)]
-        scoring = Scoring(rewards, grey, world, prompts, watched=True, micro_batch=micro_batch)
+        scoring = Scoring(rewards, grey, no_clips, world, prompts, watched=True, micro_batch=micro_batch)
         own = world.share(total)
         with LiveBytes() as live:
             for rows in torch.arange(len(own)).flip(0).split(micro_batch):  # in any order

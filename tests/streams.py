@@ -1,170 +1,124 @@
-"""A streaming process that fits on a page: branches, contexts, and scores of several addends that compete.
+"""A streaming model that fits on a page, and the streaming process over it, whose branches compete."""
 
-`Stream` draws a video block by block, each from the context that the blocks before it leave. The branches of a prompt
-share all of their noise, and differ by what they see of the context from a fork on. A branch is scored in the clean
-context, by how far the network's own predictions there are from those of the branch.
-"""
-
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from flashgrpo.process import Cost, Record
-from flashgrpo.seeds import keyed_bits, normal
-from flashgrpo.types import index_rows, to_device
-from tests.fakes import WIDTH, Fake, whole_score
+from flashgrpo.distributed.world import current_device, single_process
+from flashgrpo.models.lora import weights_replaced
+from flashgrpo.processes.streaming.cache import CachedBlock, Context
+from flashgrpo.processes.streaming.process import StreamingProcess
+from flashgrpo.processes.streaming.settings import Energy, Routing, StreamRollout
+from flashgrpo.processes.streaming.window import Window
+from flashgrpo.seeds import normal
+from flashgrpo.types import Condition, to_device
 
-SIZE = 4  # numbers of a block, and of a context
-BLOCKS, ROUTED = 5, 2  # of a video; that a branch draws in another context
-SIGMAS = (1.0, 0.5)  # noise levels of a block; a gradient goes through the first alone
+WIDTH, CHANNELS, BLOCK, FRAMES = 8, 4, 2, 12  # numbers of a text; of a frame, which is a pixel; of a block; of a video
+ROUTED = Routing(blocks=2, routed=1, nearest=2, reach=4, earliest=4)
 
 
 @dataclass(frozen=True)
-class Branches:
-    """Keep what `Stream` needs to score U branches again.
+class Remembered:
+    """What the decoder remembers: the sum of all frames so far."""
 
-    Args:
-        x, predicted: (U, BLOCKS, levels, SIZE) what the network was given, and what it said in the branch's context.
-        text, context: (U, WIDTH) and (U, SIZE), at the fork.
+    total: Tensor
+
+    def expanded(self, rows: int) -> "Remembered":
+        """Return that of equal videos."""
+        return Remembered(self.total.expand(rows, -1))
+
+
+class StreamDouble:
+    """A `StreamingModel` of random weights: a block's velocity, from itself, its text, and what it attends to.
+
+    A frame is remembered by what the network says of it at level 0: contexts depend on the weights, as keys do.
     """
 
-    x: Tensor
-    predicted: Tensor
-    text: Tensor
-    context: Tensor
+    identity = "stream double"
+    recomputes = False
+    stride = 1
 
-    def __getitem__(self, units: Tensor) -> "Branches":
-        return Branches(*(index_rows(rows, units) for rows in (self.x, self.predicted, self.text, self.context)))
-
-
-class Stream(Fake):
-    """A unit is a branch with one term, its slot is the fork: replays of one slot make equally many calls.
-
-    Args:
-        anchored: whether each group has a sample that sees the context as it is; `cost` counts it.
-    """
-
-    addends = (BLOCKS - 1) * len(SIGMAS)
-
-    def __init__(self, anchored=False, **settings):
-        super().__init__(inputs=WIDTH + 2 * SIZE, outputs=SIZE, **settings)
-        self.anchored = anchored
+    def __init__(self):
+        self.window, self.levels = Window(sink=1, local=4, block=BLOCK), (1.0, 0.5)
+        self.latent_shape = (CHANNELS, FRAMES, 1, 1)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            self.network.append(torch.nn.Tanh())
-            self.network.append(torch.nn.Linear(SIZE, SIZE))
+            torch.manual_seed(0)
+            own = CHANNELS * BLOCK
+            self.network = nn.Sequential(nn.Linear(own + CHANNELS + WIDTH + 4, own), nn.Tanh(), nn.Linear(own, own))
+        self.device = current_device()
         self.network.to(self.device)
-        self._base = {name: weight.detach().clone() for name, weight in self.network.named_parameters()}
+        self.base = {name: weight.detach().clone() for name, weight in self.network.named_parameters()}
 
-    # ---- drawing
+    def encode(self, prompts):
+        rows = [normal((1, WIDTH), prompt.text, "text") for prompt in prompts]
+        return Condition({"text": to_device(torch.cat([torch.empty(0, WIDTH), *rows]), self.device)})
 
-    @torch.no_grad()
-    def draw(self, samples, seed, on_drawn, uses=1, columns=()):
-        forks = torch.tensor([fork(seed, *sample.name[:2]) for sample in samples], dtype=torch.int64)
-        names = [(seed, *sample.name[:2]) for sample in samples]
-        routes = [
-            torch.zeros(SIZE) if sample.is_anchor else normal((SIZE,), seed, "route", *sample.name)
-            for sample in samples
-        ]
-        outputs, state = self._stream([s.group.prompt for s in samples], names, forks.tolist(), routes)
-        on_drawn(torch.arange(len(samples)), outputs)
-        member = torch.tensor([row for row, sample in enumerate(samples) if not sample.is_anchor], dtype=torch.int64)
-        group = torch.tensor([sample.group.group for sample in samples], dtype=torch.int64)[member]
-        unit, weight = torch.arange(len(member)), torch.ones(len(member), device=self.device)
-        record = Record(forks[member], unit, member, group, 0 * unit, weight, None, state[member])
-        return outputs, replace(record, old=self._scores(record))
+    def token_counts(self, texts):
+        return [len(text.split()) for text in texts]
 
-    def _stream(self, prompts, names, forks, routes) -> tuple[Tensor, Branches]:
-        """Draw videos, (B, 3), and what a replay needs of each, from the noise of its name."""
-        text = self.encode(prompts).tensors["text"]
-        shape = (len(names), BLOCKS, len(SIGMAS), SIZE)
-        x, predicted = (torch.zeros(shape, device=self.device) for _ in range(2))
-        noise = torch.stack([torch.zeros(shape[1:]), *(normal(shape[1:], "noise", *name) for name in names)])[1:]
-        noise, context = to_device(noise, self.device), torch.zeros(len(names), SIZE, device=self.device)
-        at_fork, total = context.clone(), context.clone()
-        for block in range(BLOCKS):
-            seen = context.clone()
-            for row, first in enumerate(forks):
-                at_fork[row] = context[row] if block == first else at_fork[row]
-                if first <= block < first + ROUTED:
-                    seen[row] += to_device(routes[row], self.device)
-            for level, sigma in enumerate(SIGMAS):
-                clean = predicted[:, block, level - 1] if level else 0.0
-                x[:, block, level] = (1 - sigma) * clean + sigma * noise[:, block, level]
-                predicted[:, block, level] = self.exact(torch.cat([text, seen, x[:, block, level]], dim=1))
-            context, total = left(context, predicted[:, block, -1]), total + predicted[:, block, -1]
-        return total[:, :3].sigmoid(), Branches(x, predicted, text, at_fork)
+    def nothing(self):
+        return Condition({"text": torch.zeros(1, WIDTH, device=self.device)})
 
-    def _scores(self, record: Record) -> Tensor:
-        """Score what was drawn as a replay does, without gradient, as the first of two passes has none."""
-        scores = torch.empty(len(record), device=self.device)
-        for slot in record.slot.unique():
-            for units in (record.slot == slot).nonzero().flatten().split(self.micro_batch):
-                scores[units] = whole_score(self, record[units])
-        return scores
-
-    # ---- scoring again
-
-    def micro_batches(self, record):
-        return [record[units] for units in torch.arange(len(record)).split(self.micro_batch) if len(units)]
-
-    def replay(self, record, columns):
-        scores = self._energies(record)
-        if "score_base" not in columns:
-            yield from ((score, {}) for score in scores)
-            return
-        base = self._energies(record)
-        for score in scores:
-            with torch.no_grad(), self.reference():
-                by_base = next(base)
-            yield score, {"score_base": by_base}
-
-    def _energies(self, record: Record) -> Iterator[Tensor]:
-        """Hand out the score of each call, which the weights of the moment compute in a context of their own."""
-        state: Branches = record.state
-        context = state.context
-        for block in range(int(record.slot[0]), BLOCKS):
-            for level in range(len(SIGMAS)):
-                x = torch.cat([state.text, context, state.x[:, block, level]], dim=1)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and level == 0):
-                    predicted = self.exact(x)
-                    score = -sum((state.predicted[:, block, level] - predicted).square().unbind(1)) / (2 * SIZE)
-                yield score
-            context = left(context, predicted.detach())
-
-    def idle(self, slot, columns):
-        """Make the calls of a replay of the slot."""
-        for _ in range(slot, BLOCKS):
-            for level in range(len(SIGMAS)):
-                with torch.set_grad_enabled(torch.is_grad_enabled() and level == 0):
-                    yield from super().idle(slot, columns)
-                if "score_base" in columns:
-                    with torch.no_grad(), self.reference():
-                        super().idle(slot, columns)
+    def velocity(self, x, sigma, start, context, condition):
+        if context is None:
+            seen = torch.zeros(len(x), CHANNELS, device=self.device)
+        else:
+            seen = context.keys[0].mean(dim=1).flatten(1).expand(len(x), -1)
+        level = torch.full((len(x), 4), sigma, device=self.device)
+        given = torch.cat([x.flatten(1), seen, condition.tensors["text"], level], dim=1)
+        return self.network(given).view_as(x)
 
     @torch.no_grad()
-    def sample(self, prompts, names, on_drawn, num_steps=None):
-        outputs, _ = self._stream(prompts, names, [BLOCKS] * len(names), [torch.zeros(SIZE)] * len(names))
-        on_drawn(torch.arange(len(prompts)), outputs)
-        return outputs
+    def commit(self, cache, x0, context, condition):
+        seen = self.velocity(x0, 0.0, cache.end, context, condition)
+        keys = seen[..., 0, 0].transpose(1, 2).unsqueeze(2)
+        frames = range(cache.end, cache.end + x0.shape[2])
+        return cache.append(CachedBlock(frames, Context((keys,), (keys,))))
 
-    def cost(self, seed, update, passes, columns, uses=1):
-        """Count two replays of each branch, the first without gradient, and by both weights where a column asks."""
-        samples = self.prompts * self.group_size
-        scored = sum(BLOCKS - fork(seed, update, group) for group in range(self.prompts)) * self.group_size
-        forwards = scored * len(SIGMAS)
-        replays = forwards * (1 + ("score_base" in columns)) + forwards + 2 * scored
-        drawn = samples + self.prompts * self.anchored
-        return Cost(drawn * BLOCKS * len(SIGMAS) + forwards, replays * passes)
+    def recache(self, cache, x0, condition):
+        renewed = cache.before(cache.end - x0.shape[2])
+        for block in x0.split(self.window.block, dim=2):
+            renewed = self.commit(renewed, block, None, condition)
+        return renewed
+
+    def decode(self, latents, state=None):
+        """Paint frames (B, F, 3, 1, 1), each by what has been seen so far."""
+        before = torch.zeros(len(latents), CHANNELS, device=self.device) if state is None else state.total
+        total = before[:, :, None] + latents[..., 0, 0].cumsum(dim=2)
+        video = total[:, :3].sigmoid().transpose(1, 2)[..., None, None]
+        return video, Remembered(total[:, :, -1])
+
+    def reference(self) -> AbstractContextManager[None]:
+        return weights_replaced(self.network, self.base)
+
+    def save_lora(self, folder: Path, tensors, style="diffusers"):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "policy.safetensors")
+        return ["policy.safetensors"]
+
+    def save_merged(self, folder: Path, tensors):
+        self.save_lora(folder, tensors)
 
 
-def fork(seed: int, update: int, group: int) -> int:
-    """Return the block at which the branches of a group part."""
-    return 1 + keyed_bits("fork", seed, update, group) % 2
+class Stream(StreamingProcess):
+    """The process over the double: a unit is a branch with one term, its slot is the fork's frame.
+
+    Args:
+        anchored: whether each group has a sample that sees the past as it is; `cost` counts it.
+    """
+
+    def __init__(self, anchored=False, micro_batch=4, prompts=2, group_size=4, explore=ROUTED, score=None):
+        rollout = StreamRollout(
+            prompts=prompts, group_size=group_size, micro_batch=micro_batch, sink=1, local=4, block=BLOCK
+        )
+        score = score or Energy(trained_levels=1)
+        super().__init__(StreamDouble(), explore, score, rollout, micro_batch, anchored, single_process())
 
 
-def left(context: Tensor, block: Tensor) -> Tensor:
-    """Return the context that a block leaves."""
-    return 0.5 * context + 0.5 * block
+def number_of(outputs: Tensor) -> Tensor:
+    """Return a number of each video, (B, 1), by which tests judge it: the mean over the end of its first channel."""
+    return outputs[:, 0, -4:].flatten(1).mean(dim=1, keepdim=True)

@@ -28,7 +28,7 @@ from flashgrpo.prompts import prompt_groups, read_prompts, trained_on
 from flashgrpo.scoring.heldout import Evaluator
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, Watch, untimed, unwatched
-from flashgrpo.types import Prompt, PromptGroup, representable
+from flashgrpo.types import Clip, Prompt, PromptGroup, Sample, representable
 
 
 class Assembly:
@@ -56,6 +56,7 @@ class Assembly:
             self.process = make_process(config, world, self.used, say)
         self.trained_on = trained_on(self.heldout, self.prompts, self.process.takes_image)
         self.rewards.check_channels(self.process.channels)
+        self.rewards.check_views(self.process.views)
         self.rewards.load(world)  # after the prompts' encoders have made room, and before anything is drawn
         self.objective = config.algorithm.objective
         self.optimizer = Optimizer(trained_parameters(self.process.network), config.optim, world)
@@ -75,7 +76,7 @@ class Assembly:
             uses: how often the update will replay each unit, where it is not as often as `optim` says.
         """
         config = self.config
-        scoring = self.scoring([sample.group.prompt for group in groups for sample in group.samples], clock)
+        scoring = self.scoring([sample for group in groups for sample in group.samples], clock)
         uses = uses or config.uses
         drawing = self._behaviours_weights() if self.behaviour.draws else nullcontext()
         cure = "rollout.micro_batch, or optim.micro_batch, which the trained steps are computed by"
@@ -87,11 +88,17 @@ class Assembly:
     def _behaviours_weights(self) -> AbstractContextManager[None]:
         return weights_replaced(self.process.network, self.behaviour.weights)
 
-    def scoring(self, prompts: Sequence[Prompt], clock: Phases = untimed) -> Scoring:
+    def scoring(self, samples: Sequence[Sample], clock: Phases = untimed) -> Scoring:
         """Return the trained rewards of samples that are about to be drawn, of all ranks."""
         batch, deferred = self.config.rollout.decode_micro_batch, self.config.model.offload
         watch = self._watch if clock is not untimed else lambda done, of: None  # what is scored again is not drawn
-        return Scoring(self.rewards, self.process.media, self.world, prompts, False, batch, (), deferred, clock, watch)
+        prompts = [sample.group.prompt for sample in samples]
+
+        def clips(view: str, number: int) -> Sequence[Clip]:
+            return self.process.clips(view, prompts[number], (samples[number], self.config.seed))
+
+        rewards, process = self.rewards, self.process
+        return Scoring(rewards, process.media, clips, self.world, prompts, False, batch, (), deferred, clock, watch)
 
     def compare(self, drawn: Drawn) -> Compared:
         """Compare the samples of all ranks within their keys."""

@@ -10,7 +10,12 @@ from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
 from flashgrpo.train import train
 
-RECIPES = {"flow": "tiny", "uniform-tokens": "tiny-uniform-tokens", "masked-tokens": "tiny-masked-tokens"}
+RECIPES = {
+    "flow": "tiny",
+    "streaming": "tiny-streaming",
+    "uniform-tokens": "tiny-uniform-tokens",
+    "masked-tokens": "tiny-masked-tokens",
+}
 """Process -> the recipe of its bundled run."""
 
 

@@ -129,6 +129,8 @@ PRESETS = {
     "diffusion-nft": DIFFUSION_NFT,
     "agrpo": AGRPO,
     "udm-grpo": UDM_GRPO,
+    "kvpo": KVPO,
+    "flash-stream": FLASH_STREAM,
     "one-step": ONE_STEP,
     "grouping-only": GROUPING_ONLY,
     "rectification-only": RECTIFICATION_ONLY,

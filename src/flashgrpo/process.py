@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from flashgrpo.seeds import Name
-from flashgrpo.types import Condition, LoraStyle, Media, Prompt, Sample, index_rows
+from flashgrpo.types import Clip, Condition, LoraStyle, Media, Prompt, Sample, index_rows
 
 Outputs = Any
 """What a process draws, one row for each sample on the device: latents of videos, tokens."""
@@ -212,6 +212,20 @@ class Process(Protocol):
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """Return what the network is conditioned on, a row for each prompt."""
+        ...
+
+    @property
+    def views(self) -> Sequence[str]:
+        """What rewards may look at: "whole" samples, and parts of videos if there are such; see `clips`."""
+        ...
+
+    def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
+        """Return the parts of a video that a reward with this view looks at, one or more.
+
+        Args:
+            view: another than "whole".
+            sample: of an update, with the seed of the run; None of an evaluation.
+        """
         ...
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:

@@ -117,6 +117,19 @@ REWARD = "reward"
 """The channel of rewards that name none, and the only one of a process that judges a sample as a whole."""
 
 
+WHOLE = "whole"
+"""What rewards look at that do not say otherwise: all of a sample."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames `first` to `stop` - 1 of a video that a reward looks at, and the prompt by which it judges them."""
+
+    first: int
+    stop: int
+    prompt: Prompt
+
+
 @dataclass(frozen=True)
 class PlantedPair:
     """Two videos (F, 3, H, W), or texts, of which a reward should prefer the second, with the prompt and its columns.

@@ -91,8 +91,8 @@ def test_each_phase_takes_what_is_counted(make_run, phase, algorithm):
     run = make_run(*sizes, *batch, "evaluation.num_steps=2", f"algorithm={algorithm}", *ALGORITHMS[algorithm])
     parts = Assembly(run, single_process())
     groups = parts.prompt_groups(0)
-    scoring = parts.scoring([group.prompt for group in groups for _ in range(group.size)])
     samples = [Sample(group, member) for group in groups for member in range(group.size)]
+    scoring = parts.scoring(samples)
     weights = [*parts.process.network.parameters(), *parts.process.model.pipeline.vae.parameters()]
     state = [tensor for named in parts.optimizer.state().values() for tensor in named.values()]
     before = MOMENTS * sum(tensor.nbytes for tensor in parts.optimizer.weights().values())

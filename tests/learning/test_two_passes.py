@@ -12,10 +12,12 @@ from flashgrpo.learning.optim import GradientSum
 from flashgrpo.learning.settings import OptimConfig
 from flashgrpo.learning.update import policy_update
 from flashgrpo.process import Columns, Record
+from flashgrpo.processes.streaming.cache import Context, KVCache
+from flashgrpo.processes.streaming.source import StreamState
 from flashgrpo.types import Prompt, PromptGroup, Sample
 from tests.fakes import Colour, InTwo, Painted, Program
 from tests.learning.toy import CPU, FirstOfTwo, SecondOfTwo
-from tests.streams import Branches, Stream
+from tests.streams import BLOCK, CHANNELS, Stream
 
 WORLD = single_process(computes=False)
 
@@ -52,23 +54,31 @@ def moved(process):
 def in_float64(process, record: Record) -> Record:
     """The same process and record, computed in float64."""
     process.network.double()
-    process._base = {name: base.double() for name, base in process._base.items()}
+    holder = process.model if isinstance(process, Stream) else process
+    holder.base = {name: base.double() for name, base in holder.base.items()}
     state = record.state
-    names = ("x", "action") if isinstance(state, Painted) else ("x", "predicted", "text", "context")
-    assert isinstance(state, Painted | Branches)
-    return replace(record, state=type(state)(*(getattr(state, name).double() for name in names)))
+    if isinstance(state, Painted):
+        return replace(record, state=Painted(state.x.double(), state.action.double()))
+    assert isinstance(state, StreamState)
+    forks = [replace(fork, cache=cache_in_float64(fork.cache)) for fork in state.forks]
+    return replace(record, state=replace(state, forks=forks, recorded=state.recorded.double()))
+
+
+def cache_in_float64(cache: KVCache) -> KVCache:
+    def double(context: Context) -> Context:
+        return Context(*(tuple(one.double() for one in side) for side in (context.keys, context.values)))
+
+    return KVCache(tuple(replace(block, written=double(block.written)) for block in cache.blocks))
 
 
 def scored(process, record: Record, columns) -> dict[str, Tensor]:
     """Scores and columns of all terms with their graphs, as sums of their addends, slot by slot."""
     found: dict[str, list[Tensor]] = {}
     for slot in record.slot.unique():
-        addends = [
-            {"score": score, **more}
-            for score, more in process.replay(record[(record.slot == slot).nonzero()[:, 0]], columns)
-        ]
-        for name in addends[0]:
-            found.setdefault(name, []).append(sum(addend[name] for addend in addends))
+        for part in process.micro_batches(record[(record.slot == slot).nonzero()[:, 0]]):
+            addends = [{"score": score, **more} for score, more in process.replay(part, columns)]
+            for name in addends[0]:
+                found.setdefault(name, []).append(sum(addend[name] for addend in addends))
     order = torch.cat([(record.slot == slot).nonzero()[:, 0] for slot in record.slot.unique()]).argsort()
     return {name: torch.cat(values)[order] for name, values in found.items()}
 
@@ -140,9 +150,10 @@ class Alive:
 def test_never_more_than_the_graph_of_one_forward_is_in_memory(objective):
     """Counted by the hooks for saved tensors, while any number of branches, blocks and levels is learnt from."""
     process = Stream(micro_batch=2)
-    record, rows = drawn(process), torch.zeros(2, process.inputs)
+    record, x = drawn(process), torch.zeros(2, CHANNELS, BLOCK, 1, 1)
+    text = process.encode([Prompt("a", {})] * 2)
     with Alive() as one:
-        score = process.exact(rows).square().sum()
+        score = process.model.velocity(x, 1.0, 0, None, text).square().sum()
     assert one.most > 0
     del score
     assert one.now == 0
@@ -211,18 +222,6 @@ def test_keys_stay_whole_in_every_optimizer_step():
                 torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-14)
         assert metrics["ratio_mean"] == pytest.approx(1)  # keys of the second pass are others than those of the first
         assert metrics["largest_share"] < 0.9
-
-
-def test_a_branch_in_the_clean_context_has_the_score_zero_which_is_the_highest():
-    process = Stream(micro_batch=4)
-    record = drawn(process)
-    assert bool((record.old < 0).all())
-    names = [(0, 0, group) for group in range(2)]
-    prompts = [Prompt("a red wall", {}), Prompt("a blue door", {})]
-    with torch.no_grad():
-        _, state = process._stream(prompts, names, [1, 1], [torch.zeros(4)] * 2)
-        clean = replace(record[torch.tensor([0, 1])], slot=torch.ones(2, dtype=torch.int64), state=state)
-        assert torch.equal(process._scores(clean), torch.zeros(2))
 
 
 def test_a_loss_that_is_no_number_reaches_all_parts():

@@ -17,7 +17,7 @@ from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.types import Prompt, PromptGroup, RewardTable
 from tests.fakes import Colour, Program
-from tests.streams import Stream
+from tests.streams import Stream, number_of
 
 WORLD = single_process()
 TARGETS = {"red": 0, "green": 1, "blue": 2}
@@ -109,7 +109,7 @@ class Redness:
         self.sign, self.values = sign, torch.zeros(count, 1, dtype=torch.float64)
 
     def add(self, rows, outputs):
-        self.values[rows] = self.sign * outputs[:, :1].double().cpu()
+        self.values[rows] = self.sign * number_of(outputs).double().cpu()
 
     def table(self):
         return RewardTable(("red",), self.values, torch.ones(1, dtype=torch.float64))
@@ -132,7 +132,7 @@ def test_branches_that_compete_teach_what_is_drawn_without_them(sign, credit):
         )
         assert metrics["drift"] == 0
         clean = process.sample(PROMPTS * 4, [("clean", n) for n in range(4 * len(PROMPTS))], lambda rows, outputs: None)
-        reds.append(float(clean[:, 0].mean()))
+        reds.append(float(number_of(clean).mean()))
     assert sign * (reds[-1] - reds[0]) > 0.2
     assert 1 / SIZE < metrics["largest_share"] < 0.9
     assert metrics["kl"] > 0

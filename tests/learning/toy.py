@@ -44,6 +44,7 @@ class Toy(Process):
         idled: the slots of calls on nothing.
     """
 
+    views = ("whole",)
     channels = ("good", "short")
     device = CPU
     micro_batch = 2

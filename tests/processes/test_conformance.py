@@ -27,6 +27,7 @@ from flashgrpo.processes.flow.choices import Recorded
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.weighting import NormalizedRatio, StepLength
+from flashgrpo.processes.streaming.settings import Energy, OneLevel, Transition
 from flashgrpo.processes.tokens.masked.process import MaskedProcess
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, UnmaskedSteps, Unmasking
 from flashgrpo.processes.tokens.uniform.process import UniformTokensProcess
@@ -34,7 +35,7 @@ from flashgrpo.processes.tokens.uniform.settings import TokensAtTimes, UniformRo
 from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
 from tests.conftest import EXACT
 from tests.fakes import Colour, InTwo, Program, whole_score
-from tests.streams import Stream
+from tests.streams import ROUTED, Stream
 from tests.tokens import TokenDouble, TokenPictures
 
 WORLD = single_process()
@@ -91,11 +92,14 @@ def fake(kind: type) -> Case:
     return Case(lambda micro_batch: kind(micro_batch=micro_batch, prompts=len(PROMPTS), group_size=SIZE))
 
 
-def stream(objective: Competing) -> Case:
-    def make(micro_batch: int, anchored: bool = False) -> Process:
-        return Stream(anchored, micro_batch=micro_batch, prompts=len(PROMPTS), group_size=SIZE)
+def stream(objective: AnyObjective, **how) -> Case:
+    """Streaming video, with a model that fits on a page."""
 
-    return replace(fake(Stream), make=make, objective=objective, anchored=partial(make, anchored=True))
+    def make(micro_batch: int, anchored: bool = False) -> Process:
+        return Stream(anchored, micro_batch, prompts=len(PROMPTS), group_size=SIZE, **how)
+
+    case = Case(make, objective, frozenset({"old", "outputs"}))
+    return replace(case, anchored=partial(make, anchored=True)) if objective.coupled else case
 
 
 def masked(explore: Unmasking, score: UnmaskedSteps, objective: AnyObjective = OBJECTIVE, **rollout) -> Case:
@@ -153,8 +157,13 @@ CASES = {
     "program": fake(Program),
     "addends": fake(InTwo),
     "addends with a penalty": replace(fake(InTwo), objective=Clipped(kl_coef=0.1)),
-    "stream": stream(Competing(tau=0.2)),
-    "stream with a penalty": stream(Competing(tau=0.2, kl_coef=0.1)),
+    "streaming: kvpo": stream(Competing(tau=0.2)),
+    "streaming: all levels in x0, with a penalty": stream(
+        Competing(tau=0.2, kl_coef=0.1), explore=replace(ROUTED, plan="independent"), score=Energy("x0", 2)
+    ),
+    "streaming: one level, with a penalty": stream(
+        Clipped(clip_range=0.2, kl_coef=0.1), explore=OneLevel(), score=Transition()
+    ),
     "uniform tokens": uniform(TokensAtTimes(times=2, starts=2)),
     "uniform tokens: guesses of the sampler, with a penalty": uniform(
         TokensAtTimes(times=2, starts=2, state="sampler", action="guess"),

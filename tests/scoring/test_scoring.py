@@ -93,11 +93,15 @@ def test_frames_by_stride_rate_and_size():
             Pixels(**wrong)
 
 
+def no_clips(view, number):
+    raise AssertionError("rewards look at whole samples")
+
+
 def score(configs, model, batches=((0, 1), (2, 3, 4), (5,)), **settings) -> object:
     rewards = Rewards(configs, fps=8.0)
     rewards.load(single_process(computes=False))
     scoring = Scoring(
-        rewards, model.media, single_process(computes=False), PROMPTS, watched=True, micro_batch=2, **settings
+        rewards, model.media, no_clips, single_process(computes=False), PROMPTS, watched=True, micro_batch=2, **settings
     )
     for rows in batches:
         rows = torch.tensor(rows)
@@ -240,7 +244,7 @@ def test_a_reward_sees_one_micro_batch_and_the_host_holds_few(deferred):
     globals()["late"] = late
     world, rewards = single_process(computes=False), Rewards({"late": config("late")}, fps=8.0)
     rewards.load(world)
-    scoring = Scoring(rewards, Ahead().media, world, prompts, watched=True, micro_batch=2, deferred=deferred)
+    scoring = Scoring(rewards, Ahead().media, no_clips, world, prompts, watched=True, micro_batch=2, deferred=deferred)
     one = 9 * 3 * 32 * 32 * 4  # bytes of a video
     with LiveBytes() as live:
         for rows in torch.arange(20).split(2):

@@ -7,8 +7,10 @@ frame: then colour, shape, direction and speed become those of the new one; size
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,17 @@ from torch import Tensor
 
 from flashgrpo.rewards.shapes import COLORS, DIRECTIONS, SHAPES, SPEEDS, coverage
 from flashgrpo.rewards.streams import LAP
-from tools.tiny.world import GREYS, JITTER, OBJECT_SIZES, SIZE, Combination
+from tools.tiny.world import (
+    GREYS,
+    JITTER,
+    OBJECT_SIZES,
+    PROMPTS,
+    SIZE,
+    Combination,
+    caption,
+    heldout_combinations,
+    train_combinations,
+)
 
 BLOCK = 3
 """Latent frames that are drawn together."""
@@ -25,6 +37,10 @@ LATENT_FRAMES = BLOCK * BLOCKS
 STRIDE = 4
 """Video frames of a latent frame; the first has one."""
 FRAMES = 1 + STRIDE * (LATENT_FRAMES - 1)
+
+
+SWITCHED = (4, 5)
+"""Blocks at which the prompts of the bundled recipe switch."""
 
 
 class Script(NamedTuple):
@@ -99,3 +115,18 @@ def place_on_lane(combination: Combination, frame: int) -> float:
     """Return the pixels from the lane's middle in a frame, counted from the beginning of a lap."""
     frames = lap_frames(combination)
     return SPEEDS[combination.speed] * (frame % frames - (frames - 1) / 2)
+
+
+def write_prompts(folder: Path = PROMPTS) -> None:
+    """Write the prompts of long videos: each combination is the first of one, which switches to another."""
+    for name, combinations, seed in (("train", train_combinations(), 0), ("heldout", heldout_combinations(), 1)):
+        lines = []
+        for script in draw_scripts(combinations, len(combinations), 1.0, SWITCHED, seed):
+            frame, second = first_video_frame(script.switch), caption(script.second)
+            switch = {"frame": frame, "prompt": second}
+            lines.append(json.dumps({"prompt": caption(script.first), "switches": [switch]}) + "\n")
+        (folder / f"streaming-{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_prompts()

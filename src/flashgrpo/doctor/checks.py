@@ -175,6 +175,10 @@ def advantage_signs(parts: Assembly, trial: Trial) -> Finding:
     if not advantages.any():
         sentence = "all advantages are 0: no group has rewards that differ"
         return Finding("advantages", "warning", sentence, {"positive_share": share})
+    if not 0 < share < 1 and parts.config.algorithm.credit.anchored:
+        which = "better" if share else "worse"
+        sentence = f"all samples are {which} than their anchors, in {trial.groups} group{'s'[: trial.groups - 1]}"
+        return Finding("advantages", "warning", sentence, {"positive_share": share})
     if not 0 < share < 1:
         return Finding("advantages", "unsound", "all advantages have the same sign", {"positive_share": share})
     return Finding("advantages", "sound", f"{share:.0%} of the advantages are positive", {"positive_share": share})

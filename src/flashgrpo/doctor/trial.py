@@ -121,7 +121,7 @@ def try_out(parts: Assembly, groups: int, group_size: int, thorough: bool) -> Tr
 
 def _scored_again(parts: Assembly, groups: Sequence[PromptGroup], drawn: Drawn) -> Tensor:
     """Score what was drawn once more; (B, R)."""
-    scoring = parts.scoring([sample.group.prompt for group in groups for sample in group.samples])
+    scoring = parts.scoring([sample for group in groups for sample in group.samples])
     for rows in torch.arange(len(drawn.outputs)).split(parts.config.rollout.micro_batch):  # as they were drawn
         scoring.add(rows, drawn.outputs[rows])
     return scoring.table().values

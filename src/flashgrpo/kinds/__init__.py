@@ -10,7 +10,7 @@ from torch import nn
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import World
-from flashgrpo.kinds import flow, masked_tokens, uniform_tokens
+from flashgrpo.kinds import flow, masked_tokens, streaming, uniform_tokens
 from flashgrpo.models.load import Say
 from flashgrpo.process import Cost, Process
 from flashgrpo.types import Prompt
@@ -88,7 +88,12 @@ class Kind(Protocol):
         ...
 
 
-KINDS: Mapping[str, Kind] = {"flow": flow, "masked-tokens": masked_tokens, "uniform-tokens": uniform_tokens}
+KINDS: Mapping[str, Kind] = {
+    "flow": flow,
+    "streaming": streaming,
+    "masked-tokens": masked_tokens,
+    "uniform-tokens": uniform_tokens,
+}
 
 
 def kind_of(config: RunConfig) -> Kind:

@@ -44,6 +44,7 @@ class CausalWan:
         window: which past frames a block attends to.
         levels: noise levels that a block is drawn at, the first is 1.
         latent_shape: (C, F, H, W) of a whole video.
+        stride: video frames of a latent frame, but for the first, which has one.
     """
 
     def __init__(self, wan: WanModel, window: Window, file: Path | None = None) -> None:
@@ -52,6 +53,7 @@ class CausalWan:
         self.window = window
         self.levels = shifted_levels(SHIFT if wan.config.shift is None else wan.config.shift)
         self.latent_shape = wan.latent_shape
+        self.stride = int(wan.pipeline.vae.config.scale_factor_temporal)
         self._causal = CausalNetwork(wan.network, wan.dtype)
         self._decoder = StreamDecoder(wan.pipeline.vae)
 
@@ -69,6 +71,12 @@ class CausalWan:
     def device(self) -> torch.device:
         """Where the network is."""
         return self._wan.device
+
+    @property
+    def vae(self) -> nn.Module:
+        """The autoencoder."""
+        found: nn.Module = self._wan.pipeline.vae
+        return found
 
     @property
     def offloads(self) -> bool:

@@ -14,7 +14,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.media import suffix_of, write_medium
 from flashgrpo.prompts import columns_of
 from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels, VideoFiles, kinds
-from flashgrpo.scoring.loading import told
+from flashgrpo.scoring.loading import checked_values, told
 from flashgrpo.types import Media, Prompt, Reward
 
 Columns = Mapping[str, Sequence[float]]
@@ -55,6 +55,15 @@ class Batch:
                 self._media = self._latents = None
                 if self._folder is not None:
                     self._folder.cleanup()
+
+    def values(self, name: str, reward: Reward, takes: Input) -> Columns:
+        """Return what the reward finds of each sample, by component.
+
+        Raises:
+            UserError: as `scored_by`.
+            ValueError: it returned something else than numbers.
+        """
+        return checked_values(self.scored_by(name, reward, takes), len(self.prompts), f"reward {name}")
 
     def scored_by(self, name: str, reward: Reward, takes: Input) -> Any:
         """Return what the reward returns for this batch.

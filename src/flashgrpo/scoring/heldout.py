@@ -18,7 +18,7 @@ from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, Watch, unwatched
 from flashgrpo.scoring.settings import HeldoutConfig, RewardConfig
 from flashgrpo.seeds import Name
-from flashgrpo.types import Prompt, RewardTable
+from flashgrpo.types import Clip, Prompt, RewardTable
 
 EXTREMES = 2  # samples at either end that are kept beside those that are chosen without a look at their rewards
 
@@ -74,7 +74,11 @@ class Evaluator:
         every = self._prompts[: None if limit is None else limit * self._settings.samples_per_prompt]
         rows, process = self._world.share(len(every)), self._process
         settings = self._decode_batch, [] if fresh else self._shown_rows(), self._deferred
-        scoring = Scoring(self._rewards, process.media, self._world, every, True, *settings, watch=self._watch)
+
+        def clips(view: str, number: int) -> Sequence[Clip]:
+            return process.clips(view, every[number], None)
+
+        scoring = Scoring(self._rewards, process.media, clips, self._world, every, True, *settings, watch=self._watch)
         process.sample([every[row] for row in rows], self._names(rows, fresh), scoring.add)
         return Evaluation(every, scoring.table(), scoring.kept, self._trained_on)
 

@@ -15,19 +15,19 @@ from pydantic import TypeAdapter
 from flashgrpo.distributed.world import World, current_device, use_in_thread
 from flashgrpo.errors import SharedError, UserError, first_line, suggest
 from flashgrpo.scoring.batch import Batch, Columns
+from flashgrpo.scoring.clips import ClipBatch
 from flashgrpo.scoring.inputs import Input, LatentVideos
 from flashgrpo.scoring.loading import (
     bind,
     check_arguments,
     check_columns,
-    checked_values,
     declared,
     load_reward,
     makes_reward,
     takes_of,
 )
 from flashgrpo.scoring.settings import RewardConfig
-from flashgrpo.types import Media, PlantedPair, Prompt, Reward, RewardTable
+from flashgrpo.types import WHOLE, Media, PlantedPair, Prompt, Reward, RewardTable
 
 FEWEST_GUARDED = 8  # held-out prompts: of fewer, what they have in common by chance would end runs
 Results = Mapping[str, Any]
@@ -108,6 +108,22 @@ class Rewards:
             if own:
                 self._components[reward] = {name[len(reward) + 1 :] for name in own}
 
+    def check_views(self, views: Sequence[str]) -> None:
+        """Whether every reward looks at what the model has to show.
+
+        Raises:
+            UserError: one does not.
+        """
+        for name, config in self.configs.items():
+            if config.looks_at not in views:
+                raise UserError(
+                    f"rewards.{name}.looks_at: this model shows no {config.looks_at}; {suggest(config.looks_at, views)}"
+                )
+
+    def view(self, name: str) -> str:
+        """Return what of a sample the reward looks at."""
+        return self.configs[name].looks_at
+
     def load(self, world: World) -> None:
         """Load what the rewards need, on the ranks that score, before anything is drawn; all learn what each takes.
 
@@ -121,6 +137,9 @@ class Rewards:
 
         takes = next(takes for takes in world.on_all(load) if takes)
         self._takes = {name: kinds.validate_python(value) for name, value in takes.items()}
+        for name, value in self._takes.items():
+            if isinstance(value, LatentVideos) and self.view(name) != WHOLE:
+                raise UserError(f"rewards.{name}.looks_at: latents are handed over whole; leave looks_at out")
 
     def reward(self, name: str) -> Reward:
         """Return the reward, which is loaded when it is first asked for."""
@@ -153,7 +172,7 @@ class Rewards:
         made = {name: pair() if callable(pair) else pair for name, pair in pairs.items() if pair is not None}
         return {name: pair for name, pair in made.items() if not isinstance(self.takes(name), LatentVideos)}
 
-    def submit(self, batch: Batch, names: Sequence[str]) -> dict[str, Future[Columns]]:
+    def submit(self, batch: Batch | ClipBatch, names: Sequence[str]) -> dict[str, Future[Columns]]:
         """Have the batch scored by these rewards; each takes it when it is done with those before."""
         batch.wanted_by(len(names))
         return {name: self._thread(name).submit(self._score, name, self.reward(name), batch) for name in names}
@@ -234,11 +253,11 @@ class Rewards:
         return self._threads[name]
 
     @torch.no_grad()  # gradient mode belongs to a thread, so the caller's does not reach here
-    def _score(self, name: str, reward: Reward, batch: Batch) -> Columns:
+    def _score(self, name: str, reward: Reward, batch: Batch | ClipBatch) -> Columns:
         try:
             if name in self._failed:  # the samples cannot all be scored any more, so it need not be waited for again
                 raise self._failed[name]
-            return checked_values(batch.scored_by(name, reward, self.takes(name)), len(batch.prompts), f"reward {name}")
+            return batch.values(name, reward, self.takes(name))
         except UserError as error:
             self._failed[name] = error
             raise

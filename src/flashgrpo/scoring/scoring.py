@@ -14,9 +14,10 @@ from flashgrpo.distributed.world import World
 from flashgrpo.media import Medium
 from flashgrpo.process import MakesMedia, Outputs
 from flashgrpo.scoring.batch import Batch, Columns
+from flashgrpo.scoring.clips import ClipBatch
 from flashgrpo.scoring.inputs import LatentVideos, decoded_for
 from flashgrpo.scoring.rewards import Results, Rewards
-from flashgrpo.types import Media, Prompt, RewardTable, index_rows
+from flashgrpo.types import WHOLE, Clip, Media, Prompt, RewardTable, index_rows
 
 AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
 
@@ -39,6 +40,7 @@ class Scoring:
 
     Args:
         media: makes what rewards look at of what was drawn; see `Process.media`.
+        clips: what rewards with another view than "whole" look at, by the view and the number of the sample.
         prompts: of all samples, of which this rank draws `world.share`.
         watched: whether watched rewards are computed too.
         micro_batch: outputs decoded at once.
@@ -52,6 +54,7 @@ class Scoring:
         self,
         rewards: Rewards,
         media: MakesMedia,
+        clips: Callable[[str, int], Sequence[Clip]],
         world: World,
         prompts: Sequence[Prompt],
         watched: bool,
@@ -65,8 +68,10 @@ class Scoring:
         self._rewards, self._media, self._world, self._prompts = rewards, media, world, prompts
         self._micro_batch, self._keep, self._clock = micro_batch, set(keep), clock
         self._names = rewards.names(watched)
-        takes = [rewards.takes(name) for name in self._names]
+        self._clips, self._views = clips, {rewards.view(name) for name in self._names}
+        takes = [rewards.takes(name) for name in self._names if rewards.view(name) == WHOLE]
         self._frames = None if keep else decoded_for(takes)
+        self._decodes = self._frames != 0 or self._views != {WHOLE}
         self._hands_latents = any(isinstance(one, LatentVideos) for one in takes)
         self._deferred = deferred or bool(world.reward_ranks)
         self._first, self._own = world.share(len(prompts)).start, len(world.share(len(prompts)))
@@ -131,7 +136,7 @@ class Scoring:
     def _pass_on(self, piece: Piece, outputs: Outputs | None) -> None:
         media = None if outputs is None else self._decode(outputs, piece.numbers)
         with self._clock("reward"):
-            if self._frames != 0:
+            if self._decodes:
                 media = hand_over(self._world, media, piece)
             if self._hands_latents:
                 outputs = hand_over(self._world, outputs, piece)
@@ -151,21 +156,32 @@ class Scoring:
         with self._clock("reward"):
             wait(self._behind())
         self._scored += numbers
-        prompts = [self._prompts[number] for number in numbers]
-        batch = Batch(
-            prompts,
-            self._rewards.fps,
-            media,
-            outputs if self._hands_latents else None,
-        )
-        for name, future in self._rewards.submit(batch, self._names).items():
-            self._futures[name].append(future)
+        for view in sorted(self._views):
+            names = [name for name in self._names if self._rewards.view(name) == view]
+            for name, future in self._rewards.submit(self._seen(view, numbers, media, outputs), names).items():
+                self._futures[name].append(future)
+
+    def _seen(
+        self, view: str, numbers: Sequence[int], media: Media | None, outputs: Outputs | None
+    ) -> Batch | ClipBatch:
+        """Return what rewards with a view are given of some samples."""
+        if view == WHOLE:
+            prompts = [self._prompts[number] for number in numbers]
+            return Batch(prompts, self._rewards.fps, media, outputs if self._hands_latents else None)
+        assert isinstance(media, Tensor)
+        return ClipBatch(media, [self._clips(view, number) for number in numbers], self._rewards.fps)
+
+    def _frames_for(self, numbers: Sequence[int]) -> int | None:
+        """Return how many frames, from the first on, rewards look at in these samples; None is all of them."""
+        parts = [self._clips(view, number) for view in self._views - {WHOLE} for number in numbers]
+        last = max((clip.stop for of_sample in parts for clip in of_sample), default=0)
+        return None if self._frames is None else max(self._frames, last)
 
     def _decode(self, outputs: Outputs, numbers: Sequence[int]) -> Media | None:
-        if self._frames == 0:
+        if not self._decodes:
             return None
         with self._clock("decode"), explain_shortage("rollout.decode_micro_batch, or set model.vae_tiling"):
-            media = decode(self._media, outputs, self._micro_batch, self._frames)
+            media = decode(self._media, outputs, self._micro_batch, self._frames_for(numbers))
         kept = {n: media[i] for i, n in enumerate(numbers) if n in self._keep}
         self.kept |= {n: one.clone() if isinstance(one, Tensor) else one for n, one in kept.items()}
         return media

@@ -1,7 +1,7 @@
 """Settings of rewards and of held-out evaluation."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,9 @@ class RewardConfig(Part):
     """`package.module:function`, `path/to/file.py:function`, or `http://host:port` of a server; several with commas."""
     channel: str = "reward"
     """What the reward is credited to, of a model that judges parts of a sample apart; most have this one only."""
+    looks_at: Literal["whole", "chunk", "clips"] = "whole"
+    """Which part of a sample: all of it, or of a streaming video the `chunk` in which branches differ (at evaluation
+    its clips), or its `clips`. A part is judged under its own prompt; of several parts the mean counts."""
     weight: float = Field(default=1.0, ge=-LARGEST, le=LARGEST)
     """Negative to train against a quantity."""
     watched: bool = False

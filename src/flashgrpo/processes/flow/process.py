@@ -34,7 +34,7 @@ from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders
 from flashgrpo.processes.flow.source import Source, names_of
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, Condition, Latents, LoraStyle, Prompt, Sample, Videos
+from flashgrpo.types import REWARD, WHOLE, Clip, Condition, Latents, LoraStyle, Prompt, Sample, Videos
 
 
 class FlowProcess:
@@ -46,6 +46,7 @@ class FlowProcess:
     """
 
     channels: Sequence[str] = (REWARD,)
+    views: Sequence[str] = (WHOLE,)
     addends = 1
 
     def __init__(
@@ -131,6 +132,10 @@ class FlowProcess:
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """Return the rows of the prompts' texts, and of their images where the family takes them."""
         return self.model.encode(prompts)
+
+    def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
+        """Return nothing: rewards look at whole samples."""
+        raise AssertionError(f"no view is called {view!r}")
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any are cut off."""

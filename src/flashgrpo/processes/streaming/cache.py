@@ -25,6 +25,11 @@ class Context:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
+    def row(self, number: int) -> "Context":
+        """Return that of one row; where there is but one, of that."""
+        rows = slice(None) if len(self.keys[0]) == 1 else slice(number, number + 1)
+        return Context(tuple(key[rows] for key in self.keys), tuple(value[rows] for value in self.values))
+
     @staticmethod
     def stack(contexts: Sequence["Context"]) -> "Context":
         """Join contexts of equal length along the batch: a row for each branch."""
@@ -61,6 +66,25 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all tensors; those that several caches share are counted in each."""
         return sum(block.written.nbytes for block in self.blocks)
+
+    @property
+    def rows(self) -> int:
+        """Videos that it is of; 1 also where it serves a batch of any size."""
+        return max((len(block.written.keys[0]) for block in self.blocks), default=1)
+
+    def row(self, number: int) -> "KVCache":
+        """Return the cache of one video."""
+        return KVCache(tuple(CachedBlock(block.frames, block.written.row(number)) for block in self.blocks))
+
+    @staticmethod
+    def stack(caches: Sequence["KVCache"]) -> "KVCache":
+        """Join caches of one row and the same frames along the batch; one of which all are the same serves as it is."""
+        if all(cache is caches[0] for cache in caches):
+            return caches[0]
+        blocks = zip(*(cache.blocks for cache in caches), strict=True)
+        return KVCache(
+            tuple(CachedBlock(each[0].frames, Context.stack([block.written for block in each])) for each in blocks)
+        )
 
     def append(self, block: CachedBlock) -> "KVCache":
         """Return the cache with one block more, which begins where the last one ends."""

@@ -67,6 +67,19 @@ class Routing:
             )
         return found
 
+    def places(self, frames: int, window: Window, levels: int) -> list[tuple[int, int]]:
+        """Return where branches may part: a frame, and a level of its block."""
+        return [(frame, 0) for frame in self.forks(frames, window)]
+
+    def shared_levels(self, level: int) -> int:
+        """Return how many levels of the fork's block are drawn once for all branches."""
+        return 0
+
+    @property
+    def remembered(self) -> int:
+        """Last frames of the video before the fork that branches may attend to."""
+        return self.reach
+
     def _enough(self, fork: int, window: Window) -> bool:
         return len(self.pool(fork, window)) > self.routed  # with as many, all branches are alike
 
@@ -84,6 +97,8 @@ class OneLevel:
     """
 
     earliest: int = 0
+    remembered: ClassVar[int] = 0
+    blocks: ClassVar[int] = 1
     kind: Literal["one-level"] = "one-level"
     process: ClassVar[str] = STREAMING
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -91,22 +106,23 @@ class OneLevel:
     def __post_init__(self) -> None:
         check_number("earliest of OneLevel", self.earliest, 0, LONGEST)
 
+    def places(self, frames: int, window: Window, levels: int) -> list[tuple[int, int]]:
+        """Return where members may part: a frame, and a level of its block whose prediction is noised again.
 
-@dataclass(frozen=True)
-class BlockNoise:
-    """Explore by all noise of one block: the members of a group share what comes before it.
+        Raises:
+            ValueError: nowhere.
+        """
+        blocks = range(-(-self.earliest // window.block) * window.block, frames, window.block)
+        if not blocks:
+            raise ValueError(
+                f"algorithm.explore.earliest: no block of a video of {frames} latent frames begins at {self.earliest} "
+                "or later; lower it"
+            )
+        return [(frame, level) for frame in blocks for level in range(levels - 1)]
 
-    Args:
-        earliest: first frame of the first block that may be chosen.
-    """
-
-    earliest: int = 0
-    kind: Literal["block-noise"] = "block-noise"
-    process: ClassVar[str] = STREAMING
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-
-    def __post_init__(self) -> None:
-        check_number("earliest of BlockNoise", self.earliest, 0, LONGEST)
+    def shared_levels(self, level: int) -> int:
+        """Return how many levels of the chosen block are drawn once for all members."""
+        return level + 1
 
 
 @dataclass(frozen=True)
@@ -218,7 +234,7 @@ def check_pair(explore: Any, score: Any, coupled: bool, anchored: bool, columns:
         )
 
 
-StreamExplore = Routing | OneLevel | BlockNoise
+StreamExplore = Routing | OneLevel
 StreamScore = Energy | Transition
 
 

@@ -25,7 +25,7 @@ from flashgrpo.processes.tokens.masked.state import MaskedState
 from flashgrpo.processes.tokens.masked.unmasking import Unmasked, Unmasking
 from flashgrpo.processes.tokens.model import TokenModel
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, Condition, LoraStyle, Media, Prompt, Sample, to_device
+from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Media, Prompt, Sample, to_device
 
 
 class MaskedProcess:
@@ -39,6 +39,7 @@ class MaskedProcess:
     """
 
     channels: Sequence[str] = (REWARD,)
+    views: Sequence[str] = (WHOLE,)
     addends = 1
     takes_image = False
 
@@ -118,6 +119,10 @@ class MaskedProcess:
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """Return what the network is conditioned on, a row for each prompt."""
         return self.model.encode(prompts)
+
+    def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
+        """Return nothing: rewards look at whole samples."""
+        raise AssertionError(f"no view is called {view!r}")
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any are cut off."""

@@ -30,7 +30,7 @@ from flashgrpo.processes.tokens.uniform.settings import (
 )
 from flashgrpo.processes.tokens.uniform.state import TokensState
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, Condition, LoraStyle, Media, Prompt, Sample, index_rows, to_device
+from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Media, Prompt, Sample, index_rows, to_device
 
 
 class UniformTokensProcess:
@@ -43,6 +43,7 @@ class UniformTokensProcess:
     """
 
     channels: Sequence[str] = (REWARD,)
+    views: Sequence[str] = (WHOLE,)
     addends = 1
     takes_image = False
 
@@ -99,6 +100,10 @@ class UniformTokensProcess:
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """Return the rows of the prompts' texts."""
         return self.model.encode(prompts) if prompts else self.model.nothing()
+
+    def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
+        """Return nothing: rewards look at whole samples."""
+        raise AssertionError(f"no view is called {view!r}")
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any are cut off."""

@@ -1,0 +1,145 @@
+"""Streaming models of videos: `processes/streaming`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashgrpo.config import RunConfig
+from flashgrpo.distributed.live import highest, size_of
+from flashgrpo.distributed.world import World
+from flashgrpo.models.causal_wan import CausalWan, load_causal_wan
+from flashgrpo.models.load import META, Say
+from flashgrpo.models.settings import ModelConfig
+from flashgrpo.process import Cost
+from flashgrpo.processes.streaming.cache import Context, KVCache
+from flashgrpo.processes.streaming.cost import recorded_blocks, update_cost
+from flashgrpo.processes.streaming.process import StreamingProcess
+from flashgrpo.processes.streaming.scenes import texts_of
+from flashgrpo.processes.streaming.settings import StreamExplore, StreamRollout, StreamScore
+from flashgrpo.processes.streaming.window import Window
+from flashgrpo.types import Condition, Prompt
+
+
+def make_process(
+    config: RunConfig, world: World, prompts: Sequence[Prompt], say: Say | None = None
+) -> StreamingProcess:
+    """Load the model of a run, with the process that draws from it; see `Kind`."""
+    rollout, credit = _rollout(config), config.algorithm.credit
+    keep = config.algorithm.objective.needs_reference
+    every = [scene for prompt in prompts for scene in texts_of(prompt)]
+    model = load_causal_wan(config.model, world, config.seed, every, keep, say, rollout.window)
+    return StreamingProcess(model, *_chosen(config), rollout, config.optim.micro_batch, credit.anchored, world)
+
+
+def planned_cost(config: RunConfig, update: int) -> Cost:
+    """Return what an update will cost, before weights are loaded."""
+    model = _weightless(config.model, _rollout(config).window)
+    return update_cost(
+        *_chosen(config),
+        _rollout(config),
+        model.latent_shape[1],
+        len(model.levels),
+        config.algorithm.credit.anchored,
+        config.seed,
+        update,
+        config.optim.passes,
+        config.algorithm.objective.columns,
+        config.uses,
+        config.model.gradient_checkpointing,
+    )
+
+
+@lru_cache(maxsize=8)
+def _weightless(model: ModelConfig, window: Window) -> CausalWan:
+    plain = model.plain().model_copy(update={"random_init": True})
+    return load_causal_wan(plain, World(META), seed=0, window=window)
+
+
+class StreamMemory:
+    """What a streaming model takes, counted on its full size without weights; see `Memory`."""
+
+    further_weights = 0
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._rollout = config, _rollout(config)
+        self._explore, self._score = _chosen(config)
+        self._model: Any = _weightless(config.model, self._rollout.window)
+        self.network: nn.Module = self._model.network
+        self.networks: Sequence[nn.Module] = [self.network]
+        self.decoder: nn.Module = self._model.vae
+        self._call = cache(self._count_call)
+
+    @property
+    def sample(self) -> float:
+        """Bytes of a sample that has been drawn: its latents and its condition."""
+        return math.prod(self._model.latent_shape) * 4 + size_of(self._model.nothing().tensors.values())
+
+    def kept(self, samples: int) -> Mapping[str, int]:
+        """Count the latents, what is recorded of them, and the keys and values at the forks of their groups."""
+        model, rollout = self._model, self._rollout
+        of_block = math.prod(model.latent_shape) * 4 * rollout.block // model.latent_shape[1]
+        blocks = recorded_blocks(self._explore, len(model.levels))
+        groups = -(-samples // (rollout.group_size + self._config.algorithm.credit.anchored))
+        context = model.cache_bytes(rollout.window.frames + rollout.block)
+        return {"samples": round(samples * (self.sample + of_block * blocks)), "keys and values": groups * context}
+
+    def drawing(self, samples: int) -> int:
+        """Count a call on a micro-batch of branches, with the frames that each remembers."""
+        rows = min(samples, self._rollout.micro_batch, self._rollout.group_size)
+        frames = max(self._rollout.window.frames, self._explore.remembered) + self._rollout.block
+        return self._call(rows) + rows * int(self._model.cache_bytes(frames))
+
+    def update(self, samples: int) -> int:
+        """Count a replay of a micro-batch with its backward pass, and the keys and values that its branches write."""
+        rows = min(samples, self._config.optim.micro_batch, self._rollout.group_size)
+        written = rows * int(self._model.cache_bytes(self._rollout.window.frames))
+        return self._call(rows, backward=True) + written
+
+    def sampling(self, samples: int) -> int:
+        """Count a call on a micro-batch of an evaluation, with the frames that each remembers."""
+        rows = min(samples, self._rollout.micro_batch)
+        return self._call(rows) + rows * int(self._model.cache_bytes(self._rollout.window.frames + self._rollout.block))
+
+    def decoding(self, samples: int) -> int:
+        """Count decoding a micro-batch, whose videos are whole on the device."""
+        rows, model = min(samples, self._rollout.decode_micro_batch), self._model
+        latents = torch.zeros(rows, *model.latent_shape, device=META)
+        return highest(lambda: model.decode(latents), self.decoder.parameters())
+
+    def _count_call(self, rows: int, backward: bool = False) -> int:
+        """Count a block's call on rows that attend to a whole window."""
+        model, window, block = self._model, self._rollout.window, self._rollout.block
+        channels, _, height, width = model.latent_shape
+        x = torch.zeros(rows, channels, block, height, width, device=META)
+        condition = Condition({n: t.expand(rows, *t.shape[1:]) for n, t in model.nothing().tensors.items()})
+        written = model.commit(KVCache(), x[:1], None, model.nothing()).blocks[0].written
+        repeats = -(-(window.frames - block) // block)
+        keys, values = (tuple(torch.cat([t] * repeats, dim=1) for t in s) for s in (written.keys, written.values))
+        context = Context(keys, values)
+
+        def call() -> None:
+            v = model.velocity(x, 1.0, window.frames, context if repeats else None, condition)
+            if backward:
+                v.square().mean().backward()
+
+        outside = [*self.network.parameters(), x, *condition.tensors.values(), *context.keys, *context.values]
+        return highest(call, outside, backward)
+
+
+memory = StreamMemory
+
+
+def _rollout(config: RunConfig) -> StreamRollout:
+    assert isinstance(config.rollout, StreamRollout)
+    return config.rollout
+
+
+def _chosen(config: RunConfig) -> tuple[StreamExplore, StreamScore]:
+    explore, score = config.algorithm.explore, config.algorithm.score
+    assert isinstance(explore, StreamExplore)
+    assert isinstance(score, StreamScore)
+    return explore, score

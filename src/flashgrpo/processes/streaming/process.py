@@ -1,0 +1,275 @@
+"""The streaming process: videos drawn block by block, whose branches part at a fork and are scored again."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flashgrpo.distributed.world import World
+from flashgrpo.errors import UserError
+from flashgrpo.process import Cost, Finding, OnDrawn, Outputs, Record
+from flashgrpo.processes.calls import number_of_calls
+from flashgrpo.processes.streaming.checks import branches_differ
+from flashgrpo.processes.streaming.clips import clips_of, video_frame
+from flashgrpo.processes.streaming.cost import place_of, update_cost
+from flashgrpo.processes.streaming.decoding import decode
+from flashgrpo.processes.streaming.drawing import BlockName, Script, Stream
+from flashgrpo.processes.streaming.energy import RoutedBranches
+from flashgrpo.processes.streaming.model import StreamingModel
+from flashgrpo.processes.streaming.rollout import Groups, missing_calls
+from flashgrpo.processes.streaming.scenes import scenes_of
+from flashgrpo.processes.streaming.settings import (
+    Energy,
+    OneLevel,
+    Routing,
+    StreamExplore,
+    StreamRollout,
+    StreamScore,
+    Transition,
+)
+from flashgrpo.processes.streaming.source import Addend, Source, StreamState
+from flashgrpo.processes.streaming.transition import OneTransition
+from flashgrpo.seeds import Name
+from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Prompt, Sample, Videos
+
+
+class StreamingProcess:
+    """A streaming video model as a `Process`.
+
+    Attributes:
+        source: where branches part, how they differ, and what is scored of them.
+        micro_batch: units replayed at once, and rows of every call of the network whose result is judged.
+    """
+
+    channels: Sequence[str] = (REWARD,)
+    views: Sequence[str] = (WHOLE, "chunk", "clips")
+    takes_image = False
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        explore: StreamExplore,
+        score: StreamScore,
+        rollout: StreamRollout,
+        micro_batch: int,
+        anchored: bool,
+        world: World,
+    ) -> None:
+        self.model, self.rollout, self.world = model, rollout, world
+        self.micro_batch = min(micro_batch, rollout.group_size)
+        self.anchored = anchored
+        self.explore, self.score = explore, score
+        self.source = self._source()
+
+    def _source(self) -> Source:
+        explore, score, model = self.explore, self.score, self.model
+        try:
+            explore.places(model.latent_shape[1], model.window, len(model.levels))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if isinstance(explore, Routing) and isinstance(score, Energy):
+            return RoutedBranches(self.model, explore, score, self.micro_batch)
+        assert isinstance(explore, OneLevel), "refused by `check_pair`"
+        assert isinstance(score, Transition), "refused by `check_pair`"
+        return OneTransition(self.model, explore, score, self.micro_batch)
+
+    def exploring(self, explore: StreamExplore, score: StreamScore) -> "StreamingProcess":
+        """Return the same model, not copied or loaded again, that draws and scores otherwise."""
+        other = copy.copy(self)
+        other.explore, other.score = explore, score
+        other.source = other._source()
+        other.source.average = self.source.average
+        return other
+
+    def set_average(self, weights: Callable[[], AbstractContextManager[None]]) -> None:
+        """Say in which context the network has the averaged weights that an objective stays near."""
+        self.source.average = weights
+
+    @property
+    def network(self) -> nn.Module:
+        """The network."""
+        return self.model.network
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.model.device
+
+    @property
+    def identity(self) -> str:
+        """Tells the base weights from others, wherever they lie."""
+        return self.model.identity
+
+    @property
+    def addends(self) -> int:
+        """How many addends a replay hands out."""
+        return self.source.addends
+
+    # Drawing
+
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """Return a row for each prompt, of its first scene."""
+        return self.model.encode(prompts)
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text before any are cut off."""
+        return self.model.token_counts(texts)
+
+    def script(self, prompt: Prompt) -> Script:
+        """Return the scenes of a prompt, encoded."""
+        model = self.model
+        scenes = scenes_of(prompt, model.latent_shape[1], model.window.block, model.stride)
+        condition = self.model.encode([scene.prompt for scene in scenes])
+        rows = [condition[slice(row, row + 1)] for row in range(len(scenes))]
+        return Script([scene.start for scene in scenes], rows)
+
+    @torch.no_grad()
+    def draw(
+        self, samples: Sequence[Sample], seed: int, on_drawn: OnDrawn, uses: int = 1, columns: Sequence[str] = ()
+    ) -> tuple[Outputs, Record]:
+        """Draw samples, group by group: a prefix once, then the branches, and the anchor; see `Process`."""
+        groups = Groups(self.model, self.source, self.explore, self.rollout.micro_batch, self.world, seed)
+        outputs, state, members = groups.draw(samples, self.script, on_drawn)
+        return outputs, self._record(state, members, samples, uses)
+
+    def _record(self, state: StreamState, members: list[int], samples: Sequence[Sample], uses: int) -> Record:
+        """Record a term for each branch."""
+        sample = torch.tensor(members, dtype=torch.int64)
+        key = torch.tensor([samples[row].group.group for row in members], dtype=torch.int64)
+        slot = torch.tensor([self.source.slot(fork) for fork in state.of_units], dtype=torch.int64)
+        weight = torch.tensor([self.source.weight(fork) for fork in state.of_units], device=self.device)
+        unit = torch.arange(len(sample))
+        record = Record(slot, unit, sample, key, torch.zeros_like(sample), weight.float(), None, state)
+        return record if uses == 1 else replace(record, old=self._scores(record))
+
+    def _scores(self, record: Record) -> Tensor:
+        """Score what was drawn by the weights that drew, as a replay does; ranks make equally many calls."""
+        scores = torch.empty(len(record), device=self.device)
+        counts = {int(slot): int((record.slot == slot).sum()) for slot in record.slot.unique()}
+        calls = {slot: number_of_calls(count, self.micro_batch) for slot, count in counts.items()}
+        for slot, most in self._most_calls(calls):
+            units = (record.slot == slot).nonzero().flatten()
+            for part in units.split(self.micro_batch) if len(units) else ():
+                addends = [score for score, _ in self.replay(record[part], ())]
+                scores[part] = sum(addends[1:], addends[0])
+            for _ in range(most - calls.get(slot, 0)):
+                list(self.source.idle(slot, ()))
+        return scores
+
+    def _most_calls(self, calls: Mapping[int, int]) -> list[tuple[int, int]]:
+        """Return the slots of all ranks, and how many calls the busiest of them makes of each."""
+        most: dict[int, int] = {}
+        for theirs in self.world.gather({str(slot): count for slot, count in calls.items()}):
+            for slot, count in theirs.items():
+                most[int(slot)] = max(most.get(int(slot), 0), count)
+        return sorted(most.items())
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Prompt], names: Sequence[Name], on_drawn: OnDrawn, num_steps: int | None = None
+    ) -> Outputs:
+        """Draw un-routed videos; see `Process`. A streaming model has its own levels, so `num_steps` is refused."""
+        if num_steps is not None:
+            raise UserError("--num-steps: a streaming model draws at the levels that it was trained at; leave it out")
+        outputs = torch.empty(len(prompts), *self.model.latent_shape, device=self.device)
+        scripts = [self.script(prompt) for prompt in prompts]
+        parts = list(self._alike(scripts))
+        frames = self.model.latent_shape[1]
+        calls = sum(scripts[part[0]].calls(0, frames, self.model) for part in parts)
+        missing = missing_calls(self.world, calls)
+        for part in parts:
+            stream = Stream.begun(self.model, Script.joined([scripts[row] for row in part]), len(part))
+            outputs[part] = stream.until(frames, [evaluation_name(names[row]) for row in part]).latents
+            on_drawn(torch.tensor(part), outputs[part])
+        self.source.call_on_nothing(missing)
+        return outputs
+
+    def _alike(self, scripts: Sequence[Script]) -> Iterator[list[int]]:
+        """Cut rows into micro-batches of scripts whose scenes begin at the same frames."""
+        order = sorted(range(len(scripts)), key=lambda row: (tuple(scripts[row].starts), row))
+        for _, rows in groupby(order, key=lambda row: tuple(scripts[row].starts)):
+            alike = list(rows)
+            for first in range(0, len(alike), self.rollout.micro_batch):
+                yield alike[first : first + self.rollout.micro_batch]
+
+    def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
+        """Return videos (B, F, 3, H, W) in [0, 1] of latents; with `frames` at least the first of F."""
+        return decode(self.model, outputs, frames)
+
+    def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
+        """Return the "chunk" in which branches differ, or the "clips" of a video; of an evaluation, its clips."""
+        model = self.model
+        frames, block = model.latent_shape[1], model.window.block
+        scenes = scenes_of(prompt, frames, block, model.stride)
+        if view == "clips" or sample is None:
+            return clips_of(scenes, frames, model.stride, self.rollout.clip)
+        (drawn, seed), script = sample, Script([scene.start for scene in scenes], ())
+        frame, _ = place_of(self.source.forks(script), seed, drawn.group.update, drawn.group.group)
+        last = frame + self.explore.blocks * block
+        prompt = scenes[script.scene(frame)].prompt
+        return [Clip(video_frame(frame, model.stride), video_frame(last, model.stride), prompt)]
+
+    # Scoring again
+
+    def micro_batches(self, record: Record) -> Sequence[Record]:
+        """Cut the units of one slot into batches of `micro_batch`."""
+        return [record[units] for units in torch.arange(len(record)).split(self.micro_batch) if len(units)]
+
+    def replay(self, record: Record, columns: Sequence[str]) -> Iterator[Addend]:
+        """Score units again by the weights that there are now; see `source`."""
+        state: StreamState = record.state  # type: ignore[assignment]
+        return self.source.replay(state, columns)
+
+    def stage(self, slot: int) -> nn.Module:
+        """Return the network, which computes every slot."""
+        return self.model.network
+
+    def idle(self, slot: int, columns: Sequence[str]) -> Iterator[Tensor]:
+        """Take part in the collectives of a replay, without a gradient of one's own."""
+        return self.source.idle(slot, columns)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside this context the network is the base model."""
+        return self.model.reference()
+
+    # What it costs, whether it is sound, getting the result out
+
+    def cost(self, seed: int, update: int, passes: int, columns: Sequence[str], uses: int = 1) -> Cost:
+        """Forwards of an update, commits among them; see `cost.py`. Prompts that switch are cached anew besides."""
+        model = self.model
+        return update_cost(
+            self.explore,
+            self.score,
+            self.rollout,
+            model.latent_shape[1],
+            len(model.levels),
+            self.anchored,
+            seed,
+            update,
+            passes,
+            columns,
+            uses,
+            model.recomputes,
+        )
+
+    def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
+        """Whether the branches of a group differ."""
+        return [branches_differ(record, outputs)]
+
+    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
+        """Write trained adapters as the family's own pipeline loads them, or as ComfyUI does."""
+        return self.model.save_lora(folder, tensors, style)
+
+    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a whole pipeline with the trained parameters in it."""
+        self.model.save_merged(folder, tensors)
+
+
+def evaluation_name(name: Name) -> BlockName:
+    """Return the names of the noise of a sample whose own name this is."""
+    return lambda frame, level: (*name, "stream", frame, level)
