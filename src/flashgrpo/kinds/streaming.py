@@ -18,7 +18,7 @@ from flashgrpo.process import Cost
 from flashgrpo.processes.streaming.cache import Context, KVCache
 from flashgrpo.processes.streaming.cost import recorded_blocks, update_cost
 from flashgrpo.processes.streaming.process import StreamingProcess
-from flashgrpo.processes.streaming.scenes import texts_of
+from flashgrpo.processes.streaming.scenes import scenes_of, texts_of
 from flashgrpo.processes.streaming.settings import StreamExplore, StreamRollout, StreamScore
 from flashgrpo.processes.streaming.window import Window
 from flashgrpo.types import Condition, Prompt
@@ -32,6 +32,8 @@ def make_process(
     keep = config.algorithm.objective.needs_reference
     every = [scene for prompt in prompts for scene in texts_of(prompt)]
     model = load_causal_wan(config.model, world, config.seed, every, keep, say, rollout.window)
+    for prompt in prompts:  # a switch that cannot be is refused before anything is drawn
+        scenes_of(prompt, model.latent_shape[1], rollout.block, model.stride)
     return StreamingProcess(model, *_chosen(config), rollout, config.optim.micro_batch, credit.anchored, world)
 
 
@@ -76,7 +78,7 @@ class StreamMemory:
     @property
     def sample(self) -> float:
         """Bytes of a sample that has been drawn: its latents and its condition."""
-        return math.prod(self._model.latent_shape) * 4 + size_of(self._model.nothing().tensors.values())
+        return float(math.prod(self._model.latent_shape) * 4 + size_of(self._model.nothing().tensors.values()))
 
     def kept(self, samples: int) -> Mapping[str, int]:
         """Count the latents, what is recorded of them, and the keys and values at the forks of their groups."""
