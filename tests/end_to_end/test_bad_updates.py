@@ -65,7 +65,7 @@ def evaluation(*values: list[float]) -> Evaluation:
     """Scores of two samples each of some prompts, by a trained and a watched reward."""
     prompts = [Prompt(f"prompt {row // 2}", {}) for row in range(len(values))]
     weights = torch.tensor([2.0, 0.0], dtype=torch.float64)
-    return Evaluation(prompts, RewardTable(("r", "w"), torch.tensor(values, dtype=torch.float64), weights), [], {})
+    return Evaluation(prompts, RewardTable(("r", "w"), torch.tensor(values, dtype=torch.float64), weights), {})
 
 
 def test_a_prompt_without_a_score_leaves_the_paired_difference():

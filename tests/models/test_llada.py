@@ -1,6 +1,7 @@
 """LLaDA's checkpoints through transformers' Llama: equal to a plain computation, trained, and written as they were."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -216,11 +217,19 @@ def test_random_weights_need_no_folder():
         ({"d_model": None}, WORDS, "says no d_model"),
         ({"model_type": "bert"}, WORDS, "is no LLaDA checkpoint"),
         ({"n_layers": 3}, WORDS, r"model.layers.2.* are missing"),
+        ({"n_heads": "4"}, WORDS, r"says no n_heads, which a LLaDA checkpoint does"),
     ],
 )
 def test_another_checkpoint_is_refused(plain, tmp_path, settings, words, sentence):
     place = write(tmp_path / "model", plain, words, **settings)
     with pytest.raises(UserError, match=sentence):
+        load(place)
+
+
+def test_a_folder_without_weights_is_refused(folder, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(folder, place, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match=r"has no model.safetensors, and no parts of one"):
         load(place)
 
 

@@ -162,8 +162,8 @@ def fit_decoder(vae: dict[str, Any], seed: int, steps: int | None) -> IbqDecoder
         power = 10 * torch.rand(8, 1, generator=generator) ** 2  # the higher, the more cells of the first colour
         which = torch.rand(8, SIZE * SIZE, generator=generator) ** power * len(COLORS)
         cells = colors.gather(1, which.long().clamp(max=len(COLORS) - 1)).view(-1, SIZE, SIZE)
-        wanted: Tensor = paint(cells, CELL)[:, 0] * 2 - 1
-        return (forward(decoder, cells) - wanted).square().mean()
+        wanted: Tensor = paint(cells, CELL) * 2 - 1
+        return (forward(decoder, cells[:, None]) - wanted).square().mean()
 
     fit(decoder, loss, steps or 1000, 5e-3)
     return decoder

@@ -141,7 +141,12 @@ class RunConfig(Part):
         rewards = {name: r.model_copy(update={"call": absolute_call(r.call)}) for name, r in self.rewards.items()}
         prompts = PromptsConfig(train=absolute(self.prompts.train), heldout=absolute(self.prompts.heldout))
         cache = self.model.condition_cache
-        folders = {"path": absolute(self.model.path), "condition_cache": cache and str(Path(cache).absolute())}
+        generator = self.model.generator
+        folders = {
+            "path": absolute(self.model.path),
+            "generator": generator and absolute(generator),
+            "condition_cache": cache and str(Path(cache).absolute()),
+        }
         model = self.model.model_copy(update=folders)
         changes = {"out": str(Path(self.out).absolute()), "model": model, "prompts": prompts, "rewards": rewards}
         return self.model_copy(update=changes)

@@ -49,7 +49,7 @@ def check_one_process(algorithm: Algorithm, **kinds: str) -> None:
     process, explore = algorithm.explore.process, algorithm.explore.kind
     for name, kind in kinds.items():
         if kind != process:
-            raise ValueError(f"{name}.kind: explore.kind {explore} is {process}, not {kind}; leave {name}.kind out")
+            raise ValueError(f"{name}.kind: the algorithm's explore.kind {explore} is of {process}; leave it out")
     if algorithm.score.process != process:
         raise ValueError(
             f"algorithm.score.kind: explore.kind {explore} is {process}, and score.kind {algorithm.score.kind} is "

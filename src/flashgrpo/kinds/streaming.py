@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.live import highest, size_of
 from flashgrpo.distributed.world import World
+from flashgrpo.files import resolve_path
 from flashgrpo.models.causal_wan import CausalWan, load_causal_wan
 from flashgrpo.models.load import META, Say
 from flashgrpo.models.settings import ModelConfig
@@ -31,7 +33,8 @@ def make_process(
     rollout, credit = _rollout(config), config.algorithm.credit
     keep = config.algorithm.objective.needs_reference
     every = [scene for prompt in prompts for scene in texts_of(prompt)]
-    model = load_causal_wan(config.model, world, config.seed, every, keep, say, rollout.window)
+    generator = config.model.generator and Path(resolve_path(config.model.generator))
+    model = load_causal_wan(config.model, world, config.seed, every, keep, say, rollout.window, generator or None)
     for prompt in prompts:  # a switch that cannot be is refused before anything is drawn
         scenes_of(prompt, model.latent_shape[1], rollout.block, model.stride)
     return StreamingProcess(model, *_chosen(config), rollout, config.optim.micro_batch, credit.anchored, world)
@@ -86,25 +89,29 @@ class StreamMemory:
         of_block = math.prod(model.latent_shape) * 4 * rollout.block // model.latent_shape[1]
         blocks = recorded_blocks(self._explore, len(model.levels))
         groups = -(-samples // (rollout.group_size + self._config.algorithm.credit.anchored))
-        context = model.cache_bytes(rollout.window.frames + rollout.block)
+        window, places = rollout.window, self._explore.places(model.latent_shape[1], rollout.window, len(model.levels))
+        context = model.cache_bytes(max(len(window.past(frame)) for frame, _ in places))
         return {"samples": round(samples * (self.sample + of_block * blocks)), "keys and values": groups * context}
 
     def drawing(self, samples: int) -> int:
         """Count a call on a micro-batch of branches, with the frames that each remembers."""
         rows = min(samples, self._rollout.micro_batch, self._rollout.group_size)
-        frames = max(self._rollout.window.frames, self._explore.remembered) + self._rollout.block
-        return self._call(rows) + rows * int(self._model.cache_bytes(frames))
+        return self._call(rows) + rows * self._remembered(self._explore.remembered)
 
     def update(self, samples: int) -> int:
         """Count a replay of a micro-batch with its backward pass, and the keys and values that its branches write."""
         rows = min(samples, self._config.optim.micro_batch, self._rollout.group_size)
-        written = rows * int(self._model.cache_bytes(self._rollout.window.frames))
-        return self._call(rows, backward=True) + written
+        return self._call(rows, backward=True) + rows * self._remembered(0)
 
     def sampling(self, samples: int) -> int:
         """Count a call on a micro-batch of an evaluation, with the frames that each remembers."""
         rows = min(samples, self._rollout.micro_batch)
-        return self._call(rows) + rows * int(self._model.cache_bytes(self._rollout.window.frames + self._rollout.block))
+        return self._call(rows) + rows * self._remembered(0)
+
+    def _remembered(self, more: int) -> int:
+        """Count the keys and values of a video while it is drawn, of which so many last frames may be looked at."""
+        frames = max(self._rollout.window.frames, more) + self._rollout.block
+        return int(self._model.cache_bytes(min(frames, self._model.latent_shape[1])))
 
     def decoding(self, samples: int) -> int:
         """Count decoding a micro-batch, whose videos are whole on the device."""

@@ -40,6 +40,7 @@ def load_model(
     Raises:
         UserError: no such folder, no pipeline, an unsupported family, or a video size that the model cannot take.
     """
+    config.check_no_generator()
     if config.vae_dtype == "auto":
         config = config.model_copy(update={"vae_dtype": fast_dtype(world.device)})
     architecture, folder = find_architecture(config)

@@ -30,6 +30,7 @@ def load_token_model(
     Raises:
         UserError: no such folder, no model of a supported family, or a size that it cannot take.
     """
+    config.check_no_generator()
     if world.context > 1:
         raise UserError("parallel.context: a sample's tokens are too few to be split; leave it out")
     path = resolve_path(config.path)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 
+from flashgrpo.errors import UserError
 from flashgrpo.settings import Count, Part, PathText
 
 
@@ -42,6 +43,8 @@ class ModelConfig(Part):
 
     path: PathText
     """A local folder, a hub id, or `flashgrpo:tiny/weights`, the bundled model."""
+    generator: PathText | None = None
+    """Of a streaming model: a file with the transformer's weights, as Self-Forcing publishes it, beside the folder."""
     height: int = Field(ge=1, le=16_384)
     """Pixels."""
     width: int = Field(ge=1, le=16_384)
@@ -101,6 +104,15 @@ class ModelConfig(Part):
     def plain(self) -> "ModelConfig":
         """Return the same model without what only spreads its computation or makes it faster."""
         return self.model_copy(update={"compute_dtype": None, "offload": False, "attention": None, "compile": False})
+
+    def check_no_generator(self) -> None:
+        """Refuse a generator's file, for a model that is not a streaming one.
+
+        Raises:
+            UserError: one is given.
+        """
+        if self.generator is not None:
+            raise UserError("model.generator: it is for streaming models, such as preset kvpo trains; leave it out")
 
     def check(self, sharded: bool) -> None:
         """Refuse what cannot go together.

@@ -204,6 +204,7 @@ REFUSED = [
     (["rollout.num_steps=4"], "rollout.num_steps is of flow or masked"),
     (["rollout.local=2"], "does not hold a block of 3 frames"),
     (["algorithm.score={kind: recorded}"], "is flow; take a preset of one of the two"),
+    (["rollout.kind=flow"], "rollout.kind: the algorithm's explore.kind routing is of streaming; leave it out"),
 ]
 
 

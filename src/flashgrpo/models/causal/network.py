@@ -45,7 +45,7 @@ class CallRope(nn.Module):
         self.rope = rope
         self.call: Call | None = None
 
-    def forward(self, x: Latents) -> tuple[Any, ...]:
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
         """Return cos, sin (1, L, 1, head_dim) and the call. Without a call frames are those from 0 on."""
         cos, sin = self.rope(x)
         call, time = self.call, self.rope.t_dim

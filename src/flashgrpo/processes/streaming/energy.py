@@ -6,8 +6,7 @@ x0_hat_branch is what the network predicted in the branch's context, x0_hat what
 in the clean one: that of the fork, and behind it its own last predictions. The un-routed branch has exactly 0.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -129,16 +128,15 @@ class RoutedBranches(Source):
         x, condition, others = self.nothing(), self.model.nothing(), self.others(columns)
         levels = len(self.model.levels)
         for number in range(self.addends):
+            commits = number > 0 and number % levels == 0  # of the block before
+            self._call_more(commits)
             graded = torch.is_grad_enabled() and number % levels < self.score.trained_levels
             with torch.set_grad_enabled(graded):
                 yield self.model.velocity(x, 1.0, 0, None, condition)
-            commits = (number + 1) % levels == 0 and number + 1 < self.addends
-            self._call_more(commits, others.values())
+            for weights in others.values():
+                with weights():
+                    self._call_more(1 + commits)
 
     @torch.no_grad()
-    def _call_more(self, commits: bool, others: Iterable[Callable[[], AbstractContextManager[None]]]) -> None:
-        """Make the calls between two addends: a commit where a block ends, and the same level by other weights."""
-        self.call_on_nothing(commits)
-        for weights in others:
-            with weights():
-                self.call_on_nothing(1 + commits)
+    def _call_more(self, times: int) -> None:
+        self.call_on_nothing(times)
