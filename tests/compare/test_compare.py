@@ -230,6 +230,12 @@ def test_a_folder_is_gone_on_with_by_the_same_plan_only(tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             claim(*overrides, budget=99_999, **options)
+    written = json.loads(folder.plan_file.read_text())
+    for algorithm in written["algorithms"].values():  # as by a version before these settings
+        del algorithm["settings"]["algorithm"]["credit"]["unsafe_weight"]
+        del algorithm["settings"]["rollout"]["kind"]
+    folder.plan_file.write_text(json.dumps(written))
+    claim(budget=99_999, seeds=3, algorithms="flash-grpo,flow-grpo,mix-grpo")
     with pytest.raises(UserError, match="is a comparison with another budget; choose another folder"):
         claim(budget=88_888, seeds=3, algorithms="flash-grpo,flow-grpo,mix-grpo")
     with pytest.raises(UserError, match="is no comparison, for it has no plan"):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from flashgrpo.compare.plan import FORMAT, Plan
+from flashgrpo.compare.plan import FORMAT, Plan, settings_today
 from flashgrpo.config.recipe import differences
 from flashgrpo.errors import UserError
 from flashgrpo.files import explain_os_errors, lock, read_object, write_json
@@ -156,7 +156,9 @@ class ComparisonFolder:
         if gone:
             raise UserError(f"--out: {self.path} is a comparison that also has {gone[0]}; choose another folder")
         names = before["algorithms"]
-        old, new = ({"budget": p["budget"], **{n: p["algorithms"][n] for n in names}} for p in (before, now))
+        stored = {n: {**a, "settings": settings_today(a["settings"], str(self.plan_file))} for n, a in names.items()}
+        old = {"budget": before["budget"], **stored}
+        new = {"budget": now["budget"], **{n: now["algorithms"][n] for n in names}}
         if changed := differences(old, new):
             key = changed[0].replace(".settings.", ": ")
             raise UserError(f"--out: {self.path} is a comparison with another {key}; choose another folder")

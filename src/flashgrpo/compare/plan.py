@@ -59,6 +59,16 @@ class Plan:
         }
 
 
+def settings_today(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the settings of a stored plan as this version writes them; what has come since has its default.
+
+    Raises:
+        UserError: one has gone, and had a value that is not the only one left; it names `source`.
+    """
+    config = RunConfig.parse({"out": ".", "updates": 1, **settings}, source)
+    return config.model_dump(mode="json", exclude=set(NOT_COMPARED))
+
+
 def make_plan(
     recipe: str,
     overrides: Sequence[str],
