@@ -53,5 +53,7 @@ def test_a_run_goes_on_where_it_was_left_bit_for_bit(preset, recipe, tmp_path):
         assert one == other
     assert any(line["grad_norm"] > 0 for line in read_lines(whole / "metrics.jsonl"))
     assert RunDirectory(whole).result()["difference"] == RunDirectory(parted).result()["difference"]
-    assert "<video" in write_report(whole).read_text()
+    page = write_report(whole).read_text()
+    assert "<video" in page
+    assert "from frame 45" in page
     assert sample(whole, [Prompt("a red circle moving left slowly", {})], tmp_path / "shown").name == "shown.mp4"

@@ -231,7 +231,16 @@ def shown_pair(sample: Row, base: bytes, tuned: bytes) -> dict[str, Any]:
         "base_reward": sample.get("base_reward"),
         "reward": sample.get("reward"),
         "components": findings.components(sample),
+        "scenes": scenes(sample),
     }
+
+
+def scenes(sample: Row) -> list[dict[str, Any]]:
+    """Return where the prompts of a video begin, in percent of it; nothing where it has one."""
+    told = sample.get("scenes")
+    rows = [row for row in told if isinstance(row, dict)] if isinstance(told, list) else []
+    shares = [row for row in rows if isinstance(row.get("share"), int | float) and 0 <= row["share"] <= 1]
+    return [{"at": 100 * row["share"], "frame": row.get("frame"), "prompt": str(row.get("prompt"))} for row in shares]
 
 
 def file_bytes(run: Path, name: object) -> bytes | None:

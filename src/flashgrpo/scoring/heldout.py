@@ -1,7 +1,7 @@
 """Held-out prompts on fixed noise with a deterministic solver, paired with the base model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ class Evaluation:
     table: RewardTable
     kept: Mapping[int, Medium]  # row -> what it shows, of those that are kept and that this process made
     trained_on: int = 0  # prompts that are training prompts
+    scenes: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # row -> `scenes_of`, where several
 
 
 class Evaluator:
@@ -80,7 +81,9 @@ class Evaluator:
 
         scoring = Scoring(self._rewards, process.media, clips, self._world, every, True, *settings, watch=self._watch)
         process.sample([every[row] for row in rows], self._names(rows, fresh), scoring.add)
-        return Evaluation(every, scoring.table(), scoring.kept, self._trained_on)
+        scenes = {row: scenes_of(clips("clips", row)) for row in range(len(every)) if "clips" in process.views}
+        several = {row: of_row for row, of_row in scenes.items() if len(of_row) > 1}
+        return Evaluation(every, scoring.table(), scoring.kept, self._trained_on, several)
 
     @torch.no_grad()
     def resample(self, rows: Sequence[int]) -> Outputs:
@@ -167,11 +170,18 @@ def selected(evaluations: Sequence[Mapping[str, Any]]) -> int | None:
     return best[-1] if best and len(tuned_lines(evaluations)) > 1 else None
 
 
+def scenes_of(clips: Sequence[Clip]) -> list[dict[str, Any]]:
+    """Return the video frame at which each prompt of a video begins, and the share of the video before it."""
+    starts = [clip for i, clip in enumerate(clips) if i == 0 or clip.prompt.text != clips[i - 1].prompt.text]
+    return [{"frame": c.first, "share": c.first / clips[-1].stop, "prompt": c.prompt.text} for c in starts]
+
+
 def _paired_samples(tuned: Evaluation, base: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Each sample with its values under both models; None is a value that is not finite."""
     totals = tuned.table.total.tolist()
     samples: list[dict[str, Any]] = [
         finite({"prompt": prompt.text, "reward": totals[row], **_parts(tuned.table, row)})
+        | ({"scenes": tuned.scenes[row]} if row in tuned.scenes else {})
         for row, prompt in enumerate(tuned.prompts)
     ]
     base_samples = samples if base is None else base["samples"]
