@@ -15,7 +15,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.process import Cost, Finding, OnDrawn, Outputs, Record
 from flashgrpo.processes.calls import number_of_calls
 from flashgrpo.processes.streaming.checks import branches_differ
-from flashgrpo.processes.streaming.clips import clips_of, video_frame
+from flashgrpo.processes.streaming.clips import clips_of, cut, video_frame
 from flashgrpo.processes.streaming.cost import place_of, update_cost
 from flashgrpo.processes.streaming.decoding import decode
 from flashgrpo.processes.streaming.drawing import BlockName, Script, Stream
@@ -202,7 +202,7 @@ class StreamingProcess:
         return decode(self.model, outputs, frames)
 
     def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
-        """Return the "chunk" in which branches differ, or the "clips" of a video; of an evaluation, its clips."""
+        """Return clips of the "chunk" in which branches differ, or of all; of an evaluation, of all."""
         model = self.model
         frames, block = model.latent_shape[1], model.window.block
         scenes = scenes_of(prompt, frames, block, model.stride)
@@ -212,7 +212,8 @@ class StreamingProcess:
         frame, _ = place_of(self.source.forks(script), seed, drawn.group.update, drawn.group.group)
         last = frame + self.explore.blocks * block
         prompt = scenes[script.scene(frame)].prompt
-        return [Clip(video_frame(frame, model.stride), video_frame(last, model.stride), prompt)]
+        span = video_frame(frame, model.stride), video_frame(last, model.stride)
+        return [Clip(first, stop, prompt) for first, stop in cut(*span, self.rollout.clip)]
 
     # Scoring again
 
