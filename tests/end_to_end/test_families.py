@@ -207,7 +207,7 @@ def test_an_image_that_would_not_be_looked_at(tmp_path):
     run = train(RunConfig.load(recipe(tmp_path, "wan21"), ["updates=1"]))
     arguments = ["sample", str(run), "a red circle", "--image", str(tmp_path / "first.png"), "--steps", "2"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "a.mp4")])
-    assert "makes videos from text only" in str(result.exception)
+    assert "starts from text only" in str(result.exception)
 
 
 def test_a_lost_entry_is_made_again_without_an_encoder_that_stays(tmp_path):
