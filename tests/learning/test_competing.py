@@ -163,3 +163,23 @@ def test_the_largest_and_the_smallest_coefficients_give_finite_losses():
         columns = {"score_base": base, "score_average": base}
         found = derivative(objective, score, score, torch.tensor([5.0, -5.0, 1.0]), ONE_KEY, **columns)
         assert found.isfinite().all(), (tau, clip_range)
+
+
+def test_the_clean_branch_may_compete_with_score_zero():
+    """By hand, tau 1: e^-.1 + e^-.3 + e^-.2 + 1 = 3.464386. Derivatives then sum to minus pi_clean sum A / G."""
+    objective = Competing(tau=1.0, clean=True)
+    close(objective.log_shares(GOLDEN, ONE_KEY).exp(), [0.261182, 0.213838, 0.236328])
+    found = derivative(objective, GOLDEN, GOLDEN, ADVANTAGE, ONE_KEY)
+    close(found, [-0.268038, 0.220126, -0.024251])
+    close(found.sum(), -0.75 / 3.464386 / 3)
+    everyone_better = derivative(objective, GOLDEN, GOLDEN, torch.ones_like(ADVANTAGE), ONE_KEY)
+    assert bool((everyone_better < 0).all())
+    # with equal scores nothing tells the terms from one that is written out
+    written = torch.cat([GOLDEN, torch.zeros(1, dtype=torch.float64)])
+    plain = Competing(tau=1.0).log_shares(written, torch.zeros(4, dtype=torch.int64))
+    close(objective.log_shares(GOLDEN, ONE_KEY), plain[:3])
+    other = GOLDEN - 0.3
+    penalty = Competing(tau=1.0, clean=True, kl_coef=1.0)._kl(GOLDEN, other, ONE_KEY)
+    then = Competing(tau=1.0).log_shares(torch.cat([other, written[3:]]), torch.zeros(4, dtype=torch.int64))
+    close(penalty, (plain.exp() * (plain - then)).sum().expand(3))
+    assert log_softmax_by_key(torch.tensor([-1e6, -2e6]), ONE_KEY[:2], zero=True).tolist() == [-1e6, -2e6]

@@ -201,10 +201,14 @@ class Competing(ClipsRatios):
 
     Args:
         tau: the temperature; differences of scores that are far below it make all shares alike.
+        clean: what is drawn without exploration competes, too, with score 0, which is what an energy of it is by the
+            weights that drew (not in the paper). Without it, nothing is learnt from all branches of a key being better
+            than their anchor: dL/ds sums to 0 over them. With it, it sums to minus `pi_clean sum_j A_j / (G tau)`.
     """
 
     clip_range: ClipRange = (0.1, 0.2)
     tau: float = 0.01
+    clean: bool = False
     coupled: ClassVar[bool] = True
     kind: Literal["competing"] = "competing"
 
@@ -224,7 +228,7 @@ class Competing(ClipsRatios):
 
     def log_shares(self, score: Rows, key: Any) -> Rows:
         """Return log pi of each of T terms, (T,); `key` (T,) numbers the keys from 0."""
-        return log_softmax_by_key(score / self.tau, key)
+        return log_softmax_by_key(score / self.tau, key, self.clean)
 
     def log_ratio(self, score: Rows, old: Rows, columns: Columns) -> Rows:
         """Return the logarithm of the ratio of each term's share, (T,)."""
@@ -258,7 +262,12 @@ class Competing(ClipsRatios):
     def _kl(self, score: Rows, other: Rows, key: Any) -> Rows:
         """Return KL(pi || pi of other scores) of each term's key, (T,)."""
         now = self.log_shares(score, key)
-        return sum_by_key(now.exp() * (now - self.log_shares(other, key)), key)
+        then = self.log_shares(other, key)
+        divergence = sum_by_key(now.exp() * (now - then), key)
+        if not self.clean:
+            return divergence
+        now, then = now - score / self.tau, then - other / self.tau  # the logarithm of the share that has score 0
+        return divergence + now.exp() * (now - then)
 
 
 AnyObjective = Annotated[

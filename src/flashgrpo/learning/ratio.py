@@ -64,14 +64,19 @@ def moved(score: Rows, old: Rows) -> dict[str, Float[Any, ""]]:
     }
 
 
-def log_softmax_by_key(values: Rows, key: Any) -> Rows:
+def log_softmax_by_key(values: Rows, key: Any, zero: bool = False) -> Rows:
     """Return the log-softmax of each of T terms over the terms of its key, (T,).
 
     Args:
         key: (T,) integers, which number the keys from 0.
+        zero: each key has one term more, whose value is 0.
     """
-    above = values - max_by_key(values.detach(), key)[key]
-    return above - sum_by_key(above.exp(), key).log()
+    highest = max_by_key(values.detach(), key)[key]
+    if zero:
+        highest = highest.clamp(min=0)
+    above = values - highest
+    total = sum_by_key(above.exp(), key)
+    return above - (total + (-highest).exp() if zero else total).log()
 
 
 def sum_by_key(values: Rows, key: Any) -> Rows:
