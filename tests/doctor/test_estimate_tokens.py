@@ -40,7 +40,7 @@ def run(tmp_path_factory) -> RunConfig:
 def test_each_phase_takes_what_is_counted(run, phase):
     parts = Assembly(run, single_process())
     groups = parts.prompt_groups(0)
-    scoring = parts.scoring([group.prompt for group in groups for _ in range(group.size)])
+    scoring = parts.scoring([sample for group in groups for sample in group.samples])
     samples = [Sample(group, member) for group in groups for member in range(group.size)]
     model = parts.process.model
     weights = [*parts.process.network.parameters(), *model.decoder.parameters(), model.codes, model.places]
