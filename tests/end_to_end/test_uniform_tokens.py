@@ -109,7 +109,7 @@ def test_on_two_processes_that_hold_the_network_between_them(tmp_path, nursery, 
     ("override", "named"),
     [
         ("rollout.guidance_scale=3", "guidance_scale"),
-        ("rollout.kind=flow", "explore.kind uniform-tokens is uniform-tokens, not flow"),
+        ("rollout.kind=flow", "explore.kind uniform-tokens is of uniform-tokens; leave it out"),
         ("algorithm.objective.kind=competing", "of uniform tokens there are log-probabilities"),
         ("algorithm.score.times=9", "9 trained steps from one of the first 3 on are more than rollout.num_steps 5"),
         ("algorithm=agrpo", "no mask token"),
