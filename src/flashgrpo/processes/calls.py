@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from flashgrpo.distributed.world import World
+
 
 def fixed_batches(count: int, size: int) -> Iterator[tuple[Int64[Tensor, " size"], int]]:
     """Cut `count` rows into batches of exactly `size`: yields the rows of each, and how many of them are new.
@@ -25,6 +27,11 @@ def fixed_batches(count: int, size: int) -> Iterator[tuple[Int64[Tensor, " size"
 def number_of_calls(count: int, size: int) -> int:
     """Return how many batches those are."""
     return -(-count // size)
+
+
+def missing_calls(world: World, made: int) -> int:
+    """Return how many more calls another rank makes: those that hold a network between them call together."""
+    return int(world.max_over_ranks(torch.tensor(made))) - made
 
 
 def by_other_weights(

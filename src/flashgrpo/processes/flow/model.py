@@ -1,17 +1,14 @@
 """What the flow process asks of a video model, and what it records of a stochastic step."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float32, Float64, Shaped
 from torch import Tensor, nn
 
 from flashgrpo.processes.flow.schedule import SigmaGrid
-from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos
+from flashgrpo.processes.of_model import Model
+from flashgrpo.types import Condition, Latents, Videos
 
 
 @dataclass(frozen=True)
@@ -30,21 +27,11 @@ class GridPoint:
 
 
 @runtime_checkable
-class VideoModel(Protocol):
+class VideoModel(Model, Protocol):
     """A video flow model: everything that rollout, update and evaluation ask of one. See docs/adding-a-model.md."""
-
-    @property
-    def network(self) -> nn.Module:
-        """The network, with all experts where there are several; its parameters with `requires_grad` are trained."""
-        ...
 
     def expert(self, timestep: float) -> nn.Module:
         """Return the part of `network` that computes at a timestep: all of it, or one of several experts."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Tells the base weights from others, wherever they lie."""
         ...
 
     @property
@@ -58,30 +45,12 @@ class VideoModel(Protocol):
         ...
 
     @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        ...
-
-    @property
     def offloads(self) -> bool:
         """Whether parts of the model leave the device while others compute."""
         ...
 
-    @property
-    def recomputes(self) -> bool:
-        """Whether a backward pass computes the blocks again."""
-        ...
-
     def grid(self, num_steps: int) -> SigmaGrid:
         """Return the sigma grid of `num_steps` steps, read from the checkpoint's own scheduler."""
-        ...
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Condition of each prompt, its text and whatever else the family takes; a row each, on `device`."""
-        ...
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before any are cut off."""
         ...
 
     def velocity(self, x: Latents, point: GridPoint, condition: Condition) -> Latents:
@@ -92,25 +61,6 @@ class VideoModel(Protocol):
         """Return videos (B, F, 3, H, W) in [0, 1]; with `frames` only the first of F, at less expense where it can."""
         ...
 
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside this context `velocity` is the base model's, before any training."""
-        ...
-
     def idle(self, point: GridPoint) -> Tensor:
         """Make the network call of one row on nothing, for the sake of the collectives in it; differentiable."""
-        ...
-
-    def nothing(self) -> Condition:
-        """Return a condition of one row, for calls whose result is not used."""
-        ...
-
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
-        """Write trained adapters (name -> tensor) as the family's own pipeline loads them, or as ComfyUI does.
-
-        Returns the names of the files, one for each expert.
-        """
-        ...
-
-    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write a whole pipeline with the trained parameters in it; the model is of no further use afterwards."""
         ...

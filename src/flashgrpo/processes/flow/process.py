@@ -1,10 +1,8 @@
 """The flow process: a rectified-flow model whose stochastic denoising steps are drawn, recorded and scored again."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from jaxtyping import Float32
@@ -33,21 +31,18 @@ from flashgrpo.processes.flow.rollout import (
 from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
 from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders
 from flashgrpo.processes.flow.source import Source, names_of
+from flashgrpo.processes.of_model import ModelProcess
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, WHOLE, Clip, Condition, Latents, LoraStyle, Prompt, Sample, Videos
+from flashgrpo.types import Latents, Prompt, Sample, Videos
 
 
-class FlowProcess:
+class FlowProcess(ModelProcess[VideoModel]):
     """A video flow model as a `Process`.
 
     Attributes:
         source: what is scored of the samples: units, slots and all that a replay needs are its own.
         micro_batch: units replayed at once, and rows of every call of the network whose result is judged.
     """
-
-    channels: Sequence[str] = (REWARD,)
-    views: Sequence[str] = (WHOLE,)
-    addends = 1
 
     def __init__(
         self,
@@ -59,11 +54,9 @@ class FlowProcess:
         micro_batch: int,
         world: World,
     ) -> None:
-        self.model = model
+        super().__init__(model, micro_batch, world)
         self.explore, self.score = explore, score
         self.rollout, self.sampling = rollout, sampling
-        self.micro_batch = micro_batch
-        self.world = world
         self.grid = model.grid(rollout.num_steps)
         scales = rollout.guidance_scale, rollout.guidance_scale_2
         self.guidance = guidance_of(model, self.grid, *scales, rollout.guidance_interval)
@@ -89,8 +82,7 @@ class FlowProcess:
 
     def exploring(self, explore: Explore, score: ScoreKind) -> "FlowProcess":
         """Return the same model, not copied or loaded again, that draws and scores otherwise."""
-        other = copy.copy(self)
-        other.explore, other.score = explore, score
+        other = super().exploring(explore, score)
         other.source = other._source()
         other.source.average = self.source.average
         return other
@@ -108,38 +100,11 @@ class FlowProcess:
         return RecordedSteps(exact, explore, score, rollout, self.micro_batch, self.world)
 
     @property
-    def network(self) -> nn.Module:
-        """The network, with all experts where there are several."""
-        return self.model.network
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.model.device
-
-    @property
-    def identity(self) -> str:
-        """Tells the base weights from others, wherever they lie."""
-        return self.model.identity
-
-    @property
     def takes_image(self) -> bool:
         """Whether each prompt has to come with its video's first frame, in a column `image`."""
         return self.model.takes_image
 
     # Drawing
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Return the rows of the prompts' texts, and of their images where the family takes them."""
-        return self.model.encode(prompts)
-
-    def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
-        """Return nothing: rewards look at whole samples."""
-        raise AssertionError(f"no view is called {view!r}")
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before any are cut off."""
-        return self.model.token_counts(texts)
 
     @torch.no_grad()
     def draw(
@@ -151,7 +116,7 @@ class FlowProcess:
         micro-batch.
         """
         names = names_of(samples, seed)
-        condition = self.encode([sample.group.prompt for sample in samples]) if samples else self.model.nothing()
+        condition = self.encode([sample.group.prompt for sample in samples])
         drawing = self.source.begin(samples, condition, seed, uses, columns)
 
         def start(batch: MicroBatch) -> Start:
@@ -191,7 +156,7 @@ class FlowProcess:
         self, prompts: Sequence[Prompt], names: Sequence[Name], on_drawn: OnDrawn, num_steps: int | None = None
     ) -> Outputs:
         """Draw deterministically on the grid of `sampling`, or of `num_steps` steps; see `Process`."""
-        condition = self.encode(prompts) if prompts else self.model.nothing()
+        condition = self.encode(prompts)
         moves = self.sampler(num_steps)
 
         def start(batch: MicroBatch) -> Start:
@@ -225,10 +190,6 @@ class FlowProcess:
         """Take part in the collectives of a replay, without a gradient of one's own."""
         return [self.source.idle(slot, columns)]
 
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside this context the network is the base model."""
-        return self.model.reference()
-
     # What it costs, whether it is sound, getting the result out
 
     def cost(self, seed: int, update: int, passes: int, columns: Sequence[str], uses: int = 1) -> Cost:
@@ -240,11 +201,3 @@ class FlowProcess:
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Residual noise, the evaluation's sampler, and how far rounding would move a ratio."""
         return flow_checks(self, record, outputs, seed, thorough)
-
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
-        """Write trained adapters as the family's own pipeline loads them, or as ComfyUI does."""
-        return self.model.save_lora(folder, tensors, style)
-
-    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write a whole pipeline with the trained parameters in it."""
-        self.model.save_merged(folder, tensors)

@@ -1,19 +1,18 @@
 """The streaming process: videos drawn block by block, whose branches part at a fork and are scored again."""
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.process import Cost, Finding, OnDrawn, Outputs, Record
-from flashgrpo.processes.calls import number_of_calls
+from flashgrpo.processes.calls import missing_calls
+from flashgrpo.processes.of_model import ModelProcess
 from flashgrpo.processes.streaming.checks import branches_differ
 from flashgrpo.processes.streaming.clips import clips_of, cut, video_frame
 from flashgrpo.processes.streaming.cost import place_of, update_cost
@@ -21,7 +20,7 @@ from flashgrpo.processes.streaming.decoding import decode
 from flashgrpo.processes.streaming.drawing import BlockName, Script, Stream
 from flashgrpo.processes.streaming.energy import RoutedBranches
 from flashgrpo.processes.streaming.model import StreamingModel
-from flashgrpo.processes.streaming.rollout import Groups, missing_calls
+from flashgrpo.processes.streaming.rollout import Groups
 from flashgrpo.processes.streaming.scenes import scenes_of
 from flashgrpo.processes.streaming.settings import (
     Energy,
@@ -35,10 +34,10 @@ from flashgrpo.processes.streaming.settings import (
 from flashgrpo.processes.streaming.source import Addend, Source, StreamState
 from flashgrpo.processes.streaming.transition import OneTransition
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Prompt, Sample, Videos
+from flashgrpo.types import WHOLE, Clip, Prompt, Sample, Videos
 
 
-class StreamingProcess:
+class StreamingProcess(ModelProcess[StreamingModel]):
     """A streaming video model as a `Process`.
 
     Attributes:
@@ -46,9 +45,7 @@ class StreamingProcess:
         micro_batch: units replayed at once, and rows of every call of the network whose result is judged.
     """
 
-    channels: Sequence[str] = (REWARD,)
     views: Sequence[str] = (WHOLE, "chunk", "clips")
-    takes_image = False
 
     def __init__(
         self,
@@ -60,8 +57,8 @@ class StreamingProcess:
         anchored: bool,
         world: World,
     ) -> None:
-        self.model, self.rollout, self.world = model, rollout, world
-        self.micro_batch = min(micro_batch, rollout.group_size)
+        super().__init__(model, min(micro_batch, rollout.group_size), world)
+        self.rollout = rollout
         self.anchored = anchored
         self.explore, self.score = explore, score
         self.source = self._source()
@@ -80,8 +77,7 @@ class StreamingProcess:
 
     def exploring(self, explore: StreamExplore, score: StreamScore) -> "StreamingProcess":
         """Return the same model, not copied or loaded again, that draws and scores otherwise."""
-        other = copy.copy(self)
-        other.explore, other.score = explore, score
+        other = super().exploring(explore, score)
         other.source = other._source()
         other.source.average = self.source.average
         return other
@@ -91,34 +87,11 @@ class StreamingProcess:
         self.source.average = weights
 
     @property
-    def network(self) -> nn.Module:
-        """The network."""
-        return self.model.network
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.model.device
-
-    @property
-    def identity(self) -> str:
-        """Tells the base weights from others, wherever they lie."""
-        return self.model.identity
-
-    @property
     def addends(self) -> int:
         """How many addends a replay hands out."""
         return self.source.addends
 
     # Drawing
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Return a row for each prompt, of its first scene."""
-        return self.model.encode(prompts)
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before any are cut off."""
-        return self.model.token_counts(texts)
 
     def script(self, prompt: Prompt) -> Script:
         """Return the scenes of a prompt, encoded."""
@@ -145,29 +118,7 @@ class StreamingProcess:
         weight = torch.tensor([self.source.weight(fork) for fork in state.of_units], device=self.device)
         unit = torch.arange(len(sample))
         record = Record(slot, unit, sample, key, torch.zeros_like(sample), weight.float(), None, state)
-        return record if uses == 1 else replace(record, old=self._scores(record))
-
-    def _scores(self, record: Record) -> Tensor:
-        """Score what was drawn by the weights that drew, as a replay does; ranks make equally many calls."""
-        scores = torch.empty(len(record), device=self.device)
-        counts = {int(slot): int((record.slot == slot).sum()) for slot in record.slot.unique()}
-        calls = {slot: number_of_calls(count, self.micro_batch) for slot, count in counts.items()}
-        for slot, most in self._most_calls(calls):
-            units = (record.slot == slot).nonzero().flatten()
-            for part in units.split(self.micro_batch) if len(units) else ():
-                addends = [score for score, _ in self.replay(record[part], ())]
-                scores[part] = sum(addends[1:], addends[0])
-            for _ in range(most - calls.get(slot, 0)):
-                list(self.source.idle(slot, ()))
-        return scores
-
-    def _most_calls(self, calls: Mapping[int, int]) -> list[tuple[int, int]]:
-        """Return the slots of all ranks, and how many calls the busiest of them makes of each."""
-        most: dict[int, int] = {}
-        for theirs in self.world.gather({str(slot): count for slot, count in calls.items()}):
-            for slot, count in theirs.items():
-                most[int(slot)] = max(most.get(int(slot), 0), count)
-        return sorted(most.items())
+        return record if uses == 1 else replace(record, old=self.old_scores(record))
 
     @torch.no_grad()
     def sample(
@@ -217,26 +168,14 @@ class StreamingProcess:
 
     # Scoring again
 
-    def micro_batches(self, record: Record) -> Sequence[Record]:
-        """Cut the units of one slot into batches of `micro_batch`."""
-        return [record[units] for units in torch.arange(len(record)).split(self.micro_batch) if len(units)]
-
     def replay(self, record: Record, columns: Sequence[str]) -> Iterator[Addend]:
         """Score units again by the weights that there are now; see `source`."""
         state: StreamState = record.state  # type: ignore[assignment]
         return self.source.replay(state, columns)
 
-    def stage(self, slot: int) -> nn.Module:
-        """Return the network, which computes every slot."""
-        return self.model.network
-
     def idle(self, slot: int, columns: Sequence[str]) -> Iterator[Tensor]:
         """Take part in the collectives of a replay, without a gradient of one's own."""
         return self.source.idle(slot, columns)
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside this context the network is the base model."""
-        return self.model.reference()
 
     # What it costs, whether it is sound, getting the result out
 
@@ -261,14 +200,6 @@ class StreamingProcess:
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Whether the branches of a group differ."""
         return [branches_differ(record, outputs)]
-
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
-        """Write trained adapters as the family's own pipeline loads them, or as ComfyUI does."""
-        return self.model.save_lora(folder, tensors, style)
-
-    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write a whole pipeline with the trained parameters in it."""
-        self.model.save_merged(folder, tensors)
 
 
 def evaluation_name(name: Name) -> BlockName:

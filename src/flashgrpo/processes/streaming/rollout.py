@@ -9,18 +9,13 @@ from torch import Tensor
 
 from flashgrpo.distributed.world import World
 from flashgrpo.process import OnDrawn
-from flashgrpo.processes.calls import fixed_batches, number_of_calls
+from flashgrpo.processes.calls import fixed_batches, missing_calls, number_of_calls
 from flashgrpo.processes.streaming.cost import place_of
 from flashgrpo.processes.streaming.drawing import Script, Stream
 from flashgrpo.processes.streaming.model import StreamingModel
 from flashgrpo.processes.streaming.settings import StreamExplore
 from flashgrpo.processes.streaming.source import Fork, Source, StreamState, shared_name
 from flashgrpo.types import Latents, Prompt, PromptGroup, Sample
-
-
-def missing_calls(world: World, calls: int) -> int:
-    """Return how many more calls another rank makes: those that hold a network between them call together."""
-    return int(world.max_over_ranks(torch.tensor(calls))) - calls
 
 
 @dataclass(frozen=True)

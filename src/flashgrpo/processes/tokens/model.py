@@ -5,16 +5,14 @@ tokens take 262 MB. So a network hands out hidden states with a head, and what i
 which tokens it wants logits, and how many at a time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashgrpo.types import Condition, LoraStyle, Media, Prompt
+from flashgrpo.processes.of_model import Model
+from flashgrpo.types import Condition, Media
 
 Tokens = Int64[Tensor, "batch tokens"]
 Head = Callable[[Tensor], Tensor]
@@ -24,28 +22,8 @@ Read = Callable[[Tensor, Head], Tensor]
 
 
 @runtime_checkable
-class TokenModel(Protocol):
+class TokenModel(Model, Protocol):
     """A network that predicts tokens from tokens, and what decodes them."""
-
-    @property
-    def network(self) -> nn.Module:
-        """The network; its parameters with `requires_grad` are trained."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Tells the base weights from others, wherever they lie."""
-        ...
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether a backward pass computes the blocks again."""
-        ...
 
     @property
     def length(self) -> int:
@@ -67,18 +45,6 @@ class TokenModel(Protocol):
         """The token that texts end with, and are filled up with; None where samples do not end."""
         ...
 
-    def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Return what the network is conditioned on, a row for each prompt, on `device`."""
-        ...
-
-    def nothing(self) -> Condition:
-        """Return the condition of an empty prompt, one row: what guidance leads away from, and for idle calls."""
-        ...
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before any are cut off."""
-        ...
-
     def call(self, tokens: Tokens, condition: Condition, read: Read) -> Tensor:
         """Call the network on B rows of tokens, masks among them, and return what `read` makes of the result.
 
@@ -89,16 +55,4 @@ class TokenModel(Protocol):
 
     def decode(self, tokens: Tokens, frames: int | None = None) -> Media:
         """Return videos (B, F, 3, H, W) in [0, 1], images of one frame, or B texts; with `frames` only the first."""
-        ...
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside this context the network is the base model, before any training."""
-        ...
-
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
-        """Write trained adapters (name -> tensor) as others load them; returns the names of the files."""
-        ...
-
-    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write the whole model with the trained parameters in it; it is of no further use afterwards."""
         ...

@@ -1,19 +1,17 @@
 """Masked tokens as a process: samples are unmasked step by step, and some of the steps are scored again (AGRPO)."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from jaxtyping import Float32
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, Record
-from flashgrpo.processes.calls import by_other_weights, fixed_batches, number_of_calls
+from flashgrpo.processes.calls import by_other_weights, fixed_batches, missing_calls, number_of_calls
+from flashgrpo.processes.of_model import ModelProcess
 from flashgrpo.processes.subsets import draw_units
 from flashgrpo.processes.tokens.choices import divergence
 from flashgrpo.processes.tokens.guided import GuidedLogits
@@ -25,10 +23,10 @@ from flashgrpo.processes.tokens.masked.state import MaskedState
 from flashgrpo.processes.tokens.masked.unmasking import Unmasked, Unmasking
 from flashgrpo.processes.tokens.model import TokenModel
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Media, Prompt, Sample, to_device
+from flashgrpo.types import Condition, Media, Prompt, Sample, to_device
 
 
-class MaskedProcess:
+class MaskedProcess(ModelProcess[TokenModel]):
     """A network that fills masks, as a `Process`: a unit is a step of a sample, a term a token that the step drew.
 
     The score of a token is its log-probability among the candidates that drawing had left, at the temperature of the
@@ -37,11 +35,6 @@ class MaskedProcess:
     Raises:
         ValueError: blocks and steps do not fit the samples, or the network has no mask.
     """
-
-    channels: Sequence[str] = (REWARD,)
-    views: Sequence[str] = (WHOLE,)
-    addends = 1
-    takes_image = False
 
     def __init__(
         self,
@@ -53,14 +46,11 @@ class MaskedProcess:
         micro_batch: int,
         world: World,
     ) -> None:
-        self.model = model
+        super().__init__(model, micro_batch, world)
         self.explore, self.score = explore, score
         self.rollout, self.sampling = rollout, sampling
-        self.micro_batch = micro_batch
-        self.world = world
         self.logits = GuidedLogits(model, rollout.guidance_scale)
         self.plan = rollout.plan(model.length)
-        self.average: Callable[[], AbstractContextManager[None]] = nullcontext
         self.sampler()  # refuses what cannot be drawn
 
     def _unmasking(self, plan: Plan, order: settings.Order, temperature: float) -> Unmasking:
@@ -89,58 +79,18 @@ class MaskedProcess:
         """What scores steps as they were drawn."""
         return StepScores(self.logits, self.explore.temperature, self.micro_batch, self.score.state == "mean-field")
 
-    def exploring(self, explore: settings.Unmasking, score: UnmaskedSteps) -> "MaskedProcess":
-        """Return the same model, not copied or loaded again, that draws and scores otherwise."""
-        other = copy.copy(self)
-        other.explore, other.score = explore, score
-        return other
-
-    def set_average(self, weights: Callable[[], AbstractContextManager[None]]) -> None:
-        """Say in which context the network has the averaged weights that an objective stays near."""
-        self.average = weights
-
-    @property
-    def network(self) -> nn.Module:
-        """The network."""
-        return self.model.network
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.model.device
-
-    @property
-    def identity(self) -> str:
-        """Tells the base weights from others, wherever they lie."""
-        return self.model.identity
-
     # Drawing
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Return what the network is conditioned on, a row for each prompt."""
-        return self.model.encode(prompts)
-
-    def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
-        """Return nothing: rewards look at whole samples."""
-        raise AssertionError(f"no view is called {view!r}")
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before any are cut off."""
-        return self.model.token_counts(texts)
 
     @torch.no_grad()
     def draw(
         self, samples: Sequence[Sample], seed: int, on_drawn: OnDrawn, uses: int = 1, columns: Sequence[str] = ()
     ) -> tuple[Outputs, Record]:
         """Unmask samples, and draw which of their steps are scored again; see `Process`."""
-        condition = self._condition([sample.group.prompt for sample in samples])
+        condition = self.encode([sample.group.prompt for sample in samples])
         names = [(seed, "unmask", *sample.name) for sample in samples]
         unmasked = self._unmask(self.unmasking, self.logits, names, condition, on_drawn)
         record = self._record(samples, seed, unmasked, condition)
         return unmasked.tokens, self._with_old(record, "kl_old" in columns) if uses > 1 else record
-
-    def _condition(self, prompts: Sequence[Prompt]) -> Condition:
-        return self.encode(prompts) if prompts else self.model.nothing()
 
     def _unmask(
         self,
@@ -152,8 +102,7 @@ class MaskedProcess:
     ) -> Unmasked:
         """Draw all samples, `rollout.micro_batch` at a time; ranks that hold a network between them call together."""
         size, together = self.rollout.micro_batch, self.world.uses_fsdp and self.world.size > 1
-        calls = torch.tensor([number_of_calls(len(names), size)])
-        missing = int((self.world.max_over_ranks(calls) - calls)[0])
+        missing = missing_calls(self.world, number_of_calls(len(names), size))
         parts = []
         for rows, new in fixed_batches(len(names), size):
             part = unmasking.draw(
@@ -194,8 +143,7 @@ class MaskedProcess:
         Args:
             keep: also the log-probabilities of all candidates.
         """
-        calls = torch.tensor([number_of_calls(len(record), self.micro_batch)])
-        missing = int((self.world.max_over_ranks(calls) - calls)[0])
+        missing = missing_calls(self.world, number_of_calls(len(record), self.micro_batch))
         scores, rows = [torch.empty(0, device=self.device)], list[Tensor]()
         for part in self.micro_batches(record):
             state = state_of(part)
@@ -214,17 +162,13 @@ class MaskedProcess:
     ) -> Outputs:
         """Draw samples as evaluation does, each from the random numbers of its name."""
         unmasking, logits = self.sampler(num_steps)
-        return self._unmask(unmasking, logits, names, self._condition(prompts), on_drawn).tokens
+        return self._unmask(unmasking, logits, names, self.encode(prompts), on_drawn).tokens
 
     def media(self, outputs: Outputs, frames: int | None = None) -> Media:
         """Return what rewards and the report look at."""
         return self.model.decode(outputs, frames)
 
     # Scoring again
-
-    def micro_batches(self, record: Record) -> Sequence[Record]:
-        """Cut units into batches of `micro_batch`."""
-        return [record[units] for units in torch.arange(len(record)).split(self.micro_batch) if len(units)]
 
     def replay(self, record: Record, columns: Sequence[str]) -> list[tuple[Float32[Tensor, " terms"], Columns]]:
         """Return the log-probability of each token, and the columns asked for.
@@ -234,22 +178,16 @@ class MaskedProcess:
         """
         state = state_of(record)
         log_p = self.scores.log_p(state)
-        weights = {"kl": self.reference, "kl_average": self.average}
-        others = by_other_weights(columns, weights, lambda: self.scores.log_p(state))
+        others = by_other_weights(columns, self.other_weights, lambda: self.scores.log_p(state))
         if "kl_old" in columns:
             others["kl_old"] = log_p.detach() if state.old_log_p is None else state.old_log_p
         found = {name: of_terms(divergence(log_p, other), state) for name, other in others.items()}
         return [(of_terms(of_drawn(log_p, state), state), found)]
 
-    def stage(self, slot: int) -> nn.Module:
-        """Return the network, which computes the one slot that there is."""
-        return self.network
-
     def idle(self, slot: int, columns: Sequence[str]) -> list[Tensor]:
         """Take part in the collectives of a replay, without a gradient of one's own."""
         found = self._on_nothing(self.logits)
-        weights = {"kl": self.reference, "kl_average": self.average}
-        by_other_weights(columns, weights, lambda: self._on_nothing(self.logits))
+        by_other_weights(columns, self.other_weights, lambda: self._on_nothing(self.logits))
         return [found]
 
     def _on_nothing(self, logits: GuidedLogits) -> Tensor:
@@ -257,10 +195,6 @@ class MaskedProcess:
         assert mask is not None
         tokens = torch.full((1, self.model.length), mask, device=self.device)
         return logits(tokens, torch.zeros(1, 1, dtype=torch.int64), self.model.nothing()).amax(-1)
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside this context the network is the base model."""
-        return self.model.reference()
 
     # What it costs, whether it is sound, getting the result out
 
@@ -280,11 +214,3 @@ class MaskedProcess:
                 "scored: the estimate is biased; explore.order=random has no such bias",
             ),
         )
-
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
-        """Write trained adapters as others load them."""
-        return self.model.save_lora(folder, tensors, style)
-
-    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write the whole model with the trained parameters in it."""
-        self.model.save_merged(folder, tensors)

@@ -1,19 +1,17 @@
 """The process of uniform tokens: random tokens that jump towards the network's guesses, scored at some times."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from jaxtyping import Float32
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, Record
 from flashgrpo.processes.calls import by_other_weights, fixed_batches
+from flashgrpo.processes.of_model import ModelProcess
 from flashgrpo.processes.tokens.model import Tokens
 from flashgrpo.processes.tokens.uniform.checks import uniform_checks
 from flashgrpo.processes.tokens.uniform.cost import update_cost
@@ -30,10 +28,10 @@ from flashgrpo.processes.tokens.uniform.settings import (
 )
 from flashgrpo.processes.tokens.uniform.state import TokensState
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Media, Prompt, Sample, index_rows, to_device
+from flashgrpo.types import Condition, Media, Prompt, Sample, index_rows
 
 
-class UniformTokensProcess:
+class UniformTokensProcess(ModelProcess[UniformModel]):
     """A network of uniform discrete diffusion as a `Process`.
 
     Attributes:
@@ -41,11 +39,6 @@ class UniformTokensProcess:
         times: of the rollout's steps, and their end.
         micro_batch: units replayed at once, and rows of every call of the network whose result is judged.
     """
-
-    channels: Sequence[str] = (REWARD,)
-    views: Sequence[str] = (WHOLE,)
-    addends = 1
-    takes_image = False
 
     def __init__(
         self,
@@ -57,57 +50,17 @@ class UniformTokensProcess:
         micro_batch: int,
         world: World,
     ) -> None:
-        self.model = model
+        super().__init__(model, micro_batch, world)
         self.explore, self.score = explore, score
         self.rollout, self.sampling = rollout, sampling
-        self.micro_batch = micro_batch
-        self.world = world
         self.path = make_path(rollout.path or model.path, model.vocabulary, model.codes)
         self.sampler = Sampler(model, self.path, rollout.micro_batch, world)
         self.times = self._grid(rollout.num_steps)
-        self._average: Callable[[], AbstractContextManager[None]] = nullcontext
-
-    def exploring(self, explore: UniformTokens, score: TokensAtTimes) -> "UniformTokensProcess":
-        """Return the same model, not copied or loaded again, that draws and scores otherwise."""
-        other = copy.copy(self)
-        other.explore, other.score = explore, score
-        return other
-
-    def set_average(self, weights: Callable[[], AbstractContextManager[None]]) -> None:
-        """Say in which context the network has the averaged weights that an objective stays near."""
-        self._average = weights
 
     def _grid(self, num_steps: int) -> list[float]:
         return grid(num_steps, self.model.shift if self.rollout.shift is None else self.rollout.shift)
 
-    @property
-    def network(self) -> nn.Module:
-        """The network."""
-        return self.model.network
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.model.device
-
-    @property
-    def identity(self) -> str:
-        """Tells the base weights from others, wherever they lie."""
-        return self.model.identity
-
     # Drawing
-
-    def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Return the rows of the prompts' texts."""
-        return self.model.encode(prompts) if prompts else self.model.nothing()
-
-    def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
-        """Return nothing: rewards look at whole samples."""
-        raise AssertionError(f"no view is called {view!r}")
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before any are cut off."""
-        return self.model.token_counts(texts)
 
     @torch.no_grad()
     def draw(
@@ -123,7 +76,7 @@ class UniformTokensProcess:
         group = torch.tensor([sample.group.group for sample in samples], dtype=torch.int64)
         unit, weight = torch.arange(len(state)), torch.ones(len(state), device=self.device)
         record = Record(state.k, unit, state.sample, group[state.sample], 0 * unit, weight, None, state)
-        return tokens, replace(record, old=self._old(record)) if uses > 1 else record
+        return tokens, replace(record, old=self.old_scores(record)) if uses > 1 else record
 
     @torch.no_grad()
     def sample(
@@ -157,27 +110,11 @@ class UniformTokensProcess:
             x = self.sampler.noised(t, x, names)
         return TokensState(sample, k, x, action, condition)
 
-    def _old(self, record: Record) -> Float32[Tensor, " terms"]:
-        """Return the scores by the weights that draw, computed as a replay does; all ranks together."""
-        old, every = torch.empty(len(record), device=self.device), torch.arange(len(record))
-        slots = [every[record.slot == slot] for slot in record.slot.unique()]
-        calls = [units for slot in slots for units in slot.split(self.micro_batch)]
-        for units in calls:
-            with torch.enable_grad():  # attention takes other kernels without gradients
-                score, _ = self.scored(record.state[units], ())  # type: ignore[arg-type]
-            old.index_copy_(0, to_device(units, self.device), score.detach())
-        self.sampler.idle_calls(len(calls))
-        return old
-
     def media(self, outputs: Outputs, frames: int | None = None) -> Media:
         """Return what rewards and the report look at."""
         return self.model.decode(outputs, frames)
 
     # Scoring again
-
-    def micro_batches(self, record: Record) -> Sequence[Record]:
-        """Cut the units of one slot into batches of `micro_batch`."""
-        return [record[units] for units in torch.arange(len(record)).split(self.micro_batch) if len(units)]
 
     def replay(self, record: Record, columns: Sequence[str]) -> list[tuple[Float32[Tensor, " terms"], Columns]]:
         """Return the mean over tokens of the log-probability of each unit's action, and the columns asked for.
@@ -198,16 +135,12 @@ class UniformTokensProcess:
         return found[0], dict(zip(others, found[1:], strict=True))
 
     def _by_other_weights(self, columns: Sequence[str], call: Callable[[], Tensor]) -> dict[str, Tensor]:
-        return by_other_weights(columns, {"kl": self.reference, "kl_average": self._average}, call)
+        return by_other_weights(columns, self.other_weights, call)
 
     def unfilled(self, state: TokensState) -> Float32[Tensor, " terms"]:
         """Return the scores by one call of exactly these units: what rounds otherwise in another batch."""
         read = partial(scores, self.model.vocabulary, state.action, ())
         return self.model.call(state.x, state.conditions, read)[:, 0]
-
-    def stage(self, slot: int) -> nn.Module:
-        """Return the network, which computes every slot."""
-        return self.model.network
 
     def idle(self, slot: int, columns: Sequence[str]) -> list[Tensor]:
         """Take part in the collectives of a replay, without a gradient of one's own."""
@@ -218,10 +151,6 @@ class UniformTokensProcess:
         x = torch.zeros(1, self.model.length, dtype=torch.int64, device=self.device)
         return self.model.call(x, self.model.nothing(), partial(scores, self.model.vocabulary, x, ()))
 
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside this context the network is the base model."""
-        return self.model.reference()
-
     # What it costs, whether it is sound, getting the result out
 
     def cost(self, seed: int, update: int, passes: int, columns: Sequence[str], uses: int = 1) -> Cost:
@@ -231,14 +160,6 @@ class UniformTokensProcess:
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Whether the first step moves, what is left of a sample at its trained times, and what rounding would do."""
         return uniform_checks(self, record, thorough)
-
-    def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
-        """Write trained adapters as others load them."""
-        return self.model.save_lora(folder, tensors, style)
-
-    def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write the whole model with the trained parameters in it."""
-        self.model.save_merged(folder, tensors)
 
 
 def _at_steps(tokens: Sequence[Tensor], steps: Sequence[Step], k: Tensor, sample: Tensor, none: Tensor) -> Tensor:

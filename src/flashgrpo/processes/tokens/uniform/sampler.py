@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashgrpo.distributed.world import World
 from flashgrpo.process import OnDrawn
-from flashgrpo.processes.calls import fixed_batches, number_of_calls
+from flashgrpo.processes.calls import fixed_batches, missing_calls, number_of_calls
 from flashgrpo.processes.tokens.chunks import by_chunks, categorical, chunks
 from flashgrpo.processes.tokens.model import Head, Tokens
 from flashgrpo.processes.tokens.uniform.model import UniformModel
@@ -113,7 +113,7 @@ class Sampler:
         """Make as many calls as the rank that makes most, where ranks hold the network between them."""
         if self.world.uses_fsdp:
             x = torch.zeros(1, self.model.length, dtype=torch.int64, device=self.model.device)
-            for _ in range(int(self.world.max_over_ranks(torch.tensor([made]))) - made):
+            for _ in range(missing_calls(self.world, made)):
                 self.guess(x, self.model.nothing(), x.double())
 
 
