@@ -45,6 +45,7 @@ def model_card(
     size = {"Texts": f"{config.model.length} tokens"} if config.model.length else size
     facts = {
         "Base": code(public(config.model.path)),
+        **_beginning(config, format),
         "Trained": f"{what}; {update} updates of {config.rollout.prompts} x {config.rollout.group_size} samples",
         **size,
         "Prompts": code(public(config.prompts.train)),
@@ -64,6 +65,15 @@ def model_card(
         f"```yaml\n{algorithm}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _beginning(config: RunConfig, format: Format) -> dict[str, str]:
+    """Return which adapters the run began with: those of an export are these, trained further, or go on top of them."""
+    if config.model.adapters is None:
+        return {}
+    merged = ", merged before training" if config.model.merge_adapters else ", trained further"
+    first = ": load them first" if config.model.merge_adapters and format != "merged" else ""
+    return {"Began with": f"the adapters {code(public(config.model.adapters))}{merged}{first}"}
 
 
 def code(text: str) -> str:
@@ -132,6 +142,16 @@ def _in_comfyui(files: Sequence[str]) -> str:
     return "\n".join(f"- LoraLoaderModelOnly on `{file}`, strength 1" for file in files)
 
 
+def _loads_merged(config: RunConfig, files: Sequence[str]) -> list[str]:
+    """Write the lines that add the adapters which a run began with and merged; a whole pipeline has them in it."""
+    if config.model.adapters is None or not config.model.merge_adapters or not files:
+        return []
+    where = public(config.model.adapters)
+    if len(files) > 1:  # each expert's file has a name of its own
+        return [f"# here the adapters of {code(where)} are to be loaded, and fused, on both transformers"]
+    return [f"pipe.load_lora_weights({literal(where)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
+
+
 def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
     """Write a program that runs in the folder of the export."""
     base, frames = public(config.model.path), config.model.num_frames
@@ -139,6 +159,7 @@ def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
     where = f"resolve_path({literal(base)})" if shipped else literal(base)
     note = "  # the folder of the base model" if local else ""
     second = ["", ", load_into_transformer_2=True"]
+    begins = _loads_merged(config, files)
     loads = [
         f'pipe.load_lora_weights(".", weight_name="{file}"{more})' for file, more in zip(files, second, strict=False)
     ]
@@ -164,6 +185,7 @@ def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
         f"pipe = DiffusionPipeline.from_pretrained({where}, dtype=torch.bfloat16){note}"
         if files
         else 'pipe = DiffusionPipeline.from_pretrained(".", dtype=torch.bfloat16)',
+        *begins,
         *loads,
         "if torch.accelerator.is_available():",
         "    pipe.to(torch.accelerator.current_accelerator())",

@@ -178,6 +178,9 @@ def test_what_was_trained_is_loaded_back(folder, plain, train, tmp_path):
         adapted = PeftModel.from_pretrained(again, tmp_path / "lora")
         found = adapted(torch.tensor([[2, 7, 8, 3, 4, 2, 4, 1, 1, 5]]))[:, -4:]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        begun = load(folder, adapters=str(tmp_path / "lora"))
+        torch.testing.assert_close(logits(begun), expected, rtol=1e-4, atol=1e-5)
+        assert begun.identity != model.identity
     model.save_merged(tmp_path / "merged", tensors)
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-5)
     other = Plain()

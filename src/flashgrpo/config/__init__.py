@@ -141,10 +141,11 @@ class RunConfig(Part):
         rewards = {name: r.model_copy(update={"call": absolute_call(r.call)}) for name, r in self.rewards.items()}
         prompts = PromptsConfig(train=absolute(self.prompts.train), heldout=absolute(self.prompts.heldout))
         cache = self.model.condition_cache
-        generator = self.model.generator
+        generator, adapters = self.model.generator, self.model.adapters
         folders = {
             "path": absolute(self.model.path),
             "generator": generator and absolute(generator),
+            "adapters": adapters and absolute(adapters),
             "condition_cache": cache and str(Path(cache).absolute()),
         }
         model = self.model.model_copy(update=folders)

@@ -133,5 +133,6 @@ def _copies(config: RunConfig) -> int:
     if by_step is None:
         by_step = config.parallel.shard * config.parallel.context == 1
     follows = config.algorithm.behaviour.kind != "current"
-    base = config.algorithm.objective.needs_reference and config.model.train.kind == "full"  # adapters are switched off
+    compared = config.algorithm.objective.needs_reference and config.model.train.kind == "full"
+    base = compared or config.model.continues_adapters  # other adapters are switched off
     return MOMENTS + GRADIENTS + (BY_STEP if by_step else 0) + follows + base

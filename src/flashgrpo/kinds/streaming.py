@@ -60,8 +60,7 @@ def planned_cost(config: RunConfig, update: int) -> Cost:
 
 @lru_cache(maxsize=8)
 def _weightless(model: ModelConfig, window: Window) -> CausalWan:
-    plain = model.plain().model_copy(update={"random_init": True})
-    return load_causal_wan(plain, World(META), seed=0, window=window)
+    return load_causal_wan(model.weightless(), World(META), seed=0, window=window)
 
 
 class StreamMemory:

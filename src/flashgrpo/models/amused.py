@@ -29,6 +29,7 @@ from flashgrpo.models.architectures import checked_size, fill, read_settings
 from flashgrpo.models.conditions import Conditions, Row, entries_of, fingerprint
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.token_network import TokenNetwork
+from flashgrpo.models.warm_start import adapters_identity
 from flashgrpo.models.weights import load_network
 from flashgrpo.processes.tokens.model import Read, Tokens
 from flashgrpo.seeds import normal
@@ -180,7 +181,7 @@ class AmusedModel(TokenNetwork):
         """A digest of samples from the checkpoint's weights, or of the sizes where weights are random."""
         if self.folder is None:
             return fingerprint(Path(), [], {"random": repr(self.parts)})
-        return fingerprint(self.folder, ["transformer", "vqvae"], {})
+        return fingerprint(self.folder, ["transformer", "vqvae"], {}) + adapters_identity(self.config)
 
     # Prompts
 

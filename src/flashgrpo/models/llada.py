@@ -25,6 +25,7 @@ from flashgrpo.models.conditions import fingerprint
 from flashgrpo.models.llada_network import Sizes, load_llama, random_llama, renamed, weight_files
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.token_network import TokenNetwork
+from flashgrpo.models.warm_start import adapters_identity
 from flashgrpo.processes.tokens.model import Read, Tokens
 from flashgrpo.seeds import keyed_bits
 from flashgrpo.types import Condition, Prompt
@@ -63,7 +64,8 @@ class LladaModel(TokenNetwork):
         """A digest of samples from the checkpoint's weights, or of the sizes where weights are random."""
         if self.folder is None:
             return fingerprint(Path(), [], {"random": dict(self.sizes.settings)})
-        return fingerprint(self.folder, [file.name for file in weight_files(self.folder, self.sizes)], {})
+        files = [file.name for file in weight_files(self.folder, self.sizes)]
+        return fingerprint(self.folder, files, {}) + adapters_identity(self.config)
 
     # Prompts
 

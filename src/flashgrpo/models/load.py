@@ -106,4 +106,4 @@ def _download(repository: str) -> Path:
 
 def weightless(model: ModelConfig) -> Any:
     """Build the model in its full size on the meta device."""
-    return load_model(model.plain().model_copy(update={"random_init": True}), World(META), seed=0)
+    return load_model(model.weightless(), World(META), seed=0)

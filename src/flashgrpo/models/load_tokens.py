@@ -83,8 +83,7 @@ def _class_of(settings: Any) -> Any:
 
 def weightless_token_model(config: ModelConfig, keep_reference: bool = False) -> TokenNetwork:
     """Build the model in its full size on the meta device."""
-    whole = config.plain().model_copy(update={"random_init": True})
-    return load_token_model(whole, World(META), seed=0, keep_reference=keep_reference)
+    return load_token_model(config.weightless(), World(META), seed=0, keep_reference=keep_reference)
 
 
 def _setting(file: Path, name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import local
 from flashgrpo.errors import UserError
-from flashgrpo.models.settings import Full, Lora
+from flashgrpo.models.settings import Full, Lora, ModelConfig
 from flashgrpo.seeds import generator
 
 
@@ -117,6 +117,32 @@ def _write_file(
 def _in_order(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings whose sets are sorted lists: equal runs write equal bytes."""
     return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+
+
+def starting_weights(network: nn.Module, config: ModelConfig, keep_reference: bool) -> dict[str, Tensor]:
+    """Copy what is trained, where the model that training begins with cannot be had by switching adapters off.
+
+    Args:
+        keep_reference: whether anything will compare with that model, if all of the network is trained.
+    """
+    needed = config.continues_adapters or (keep_reference and isinstance(config.train, Full))
+    trained = trained_parameters(network) if needed else {}
+    return {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def at_start(
+    network: nn.Module, parts: Sequence[Any], start: Mapping[str, Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    """Compute with the model that training began with inside this context.
+
+    Args:
+        parts: of the network, those that have adapters.
+        start: as `starting_weights` returned it.
+    """
+    if start:
+        return weights_replaced(network, start)
+    assert hasattr(parts[0], "peft_config"), "load with keep_reference to compare a fully trained model with its base"
+    return adapters_off(parts)
 
 
 @contextlib.contextmanager

@@ -11,19 +11,28 @@ from flashgrpo.distributed.sharding import place
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.models.lora import prepare
-from flashgrpo.models.settings import ModelConfig
+from flashgrpo.models.settings import Lora, ModelConfig
+from flashgrpo.models.warm_start import WarmStart
 
 
-def prepare_network(network: Any, config: ModelConfig, world: World, seed: int, prefix: str = "") -> None:
+def prepare_network(
+    network: Any, config: ModelConfig, world: World, seed: int, prefix: str = "", start: WarmStart | None = None
+) -> None:
     """Prepare a transformer of diffusers for rollout and update.
 
     Args:
         seed, prefix: of the adapters' initial weights; `prefix` sets apart the names of two experts.
+        start: adapters to begin with.
 
     Raises:
-        UserError: targets match nothing, an attention back end is not there, or the network cannot be split.
+        UserError: targets match nothing or not the adapters to begin with, an attention back end is not there, or the
+            network cannot be split.
     """
+    if start and config.merge_adapters:
+        start.merge_into(network)
     prepare(network, config.train, seed, prefix)
+    if start and isinstance(config.train, Lora) and not config.merge_adapters:
+        start.continue_in(network, config.train)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if config.compile:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Conditions, Row, entries_of, fingerprint
-from flashgrpo.models.lora import adapters_off, trained_parameters, weights_replaced, write_adapters
+from flashgrpo.models.lora import at_start, starting_weights, trained_parameters, write_adapters
 from flashgrpo.models.network import channels_last, prepare_network, try_attention
 from flashgrpo.models.residence import Residence
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.models.source import Source
+from flashgrpo.models.warm_start import adapter_files, adapters_identity, read_adapters
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
 from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, index_rows
@@ -74,8 +75,7 @@ class PipelineModel(ABC):
         first, *others = self.experts.values()
         self.network: nn.Module = nn.ModuleDict(self.experts) if others else first
         self._residence = Residence({**self.experts, "vae": self.pipeline.vae}, self.device, config.offload)
-        trained = trained_parameters(self.network) if keep_reference and not isinstance(config.train, Lora) else {}
-        self._base = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        self._start = starting_weights(self.network, config, keep_reference)
         if config.attention:
             x, one = torch.zeros(1, *self.latent_shape, device=self.device), torch.ones(1)
             point = GridPoint(one, one.double(), one)
@@ -194,10 +194,12 @@ class PipelineModel(ABC):
             )
         names = [name for name in self.expert_names if self.source.architecture.has(name)]
         experts: dict[str, Any] = {}
+        files, convert = adapter_files(config, names), getattr(self.pipeline, "lora_state_dict", None)
         for name in names:  # each is placed before the next is loaded
             self.source.load([name])
-            experts[name] = getattr(self.pipeline, name)
-            prepare_network(experts[name], config, world, self.seed, prefix=f"{name}." if len(names) > 1 else "")
+            network = experts[name] = getattr(self.pipeline, name)
+            start = read_adapters(files[name], network, self.original_name, convert, self.say) if files else None
+            prepare_network(network, config, world, self.seed, f"{name}." if len(names) > 1 else "", start)
         for wanted, switch in ((config.vae_tiling, "enable_tiling"), (config.vae_slicing, "enable_slicing")):
             if wanted:
                 getattr(self.pipeline.vae, switch)()
@@ -207,7 +209,8 @@ class PipelineModel(ABC):
     def identity(self) -> str:
         """A digest of samples from the checkpoint's weights, or of the sizes where weights are random."""
         folder, sizes = self.source.folder, {"random": repr(self.source.architecture)}
-        return fingerprint(folder, [*self.expert_names, "vae"], {}) if folder else fingerprint(Path(), [], sizes)
+        own = fingerprint(folder, [*self.expert_names, "vae"], {}) if folder else fingerprint(Path(), [], sizes)
+        return own + adapters_identity(self.config)
 
     @property
     def offloads(self) -> bool:
@@ -271,11 +274,8 @@ class PipelineModel(ABC):
         return (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).contiguous()
 
     def reference(self) -> AbstractContextManager[None]:
-        """Switch adapters off, or the kept base weights on, inside this context."""
-        if isinstance(self.config.train, Lora):
-            return adapters_off(list(self.experts.values()))
-        assert self._base, "load with keep_reference to compare a fully trained model with its base"
-        return weights_replaced(self.network, self._base)
+        """Compute with the model that training began with, adapters of a warm start and all, inside this context."""
+        return at_start(self.network, list(self.experts.values()), self._start)
 
     # Getting the result out
 

@@ -45,6 +45,10 @@ class ModelConfig(Part):
     """A local folder, a hub id, or `flashgrpo:tiny/weights`, the bundled model."""
     generator: PathText | None = None
     """Of a streaming model: a file with the transformer's weights, as Self-Forcing publishes it, beside the folder."""
+    adapters: PathText | None = None
+    """A LoRA to begin with (safetensors), or its folder: with one file for each of two experts, by high and low."""
+    merge_adapters: bool = False
+    """Add `adapters` to the weights before training, which then trains new ones; else these are trained further."""
     height: int = Field(ge=1, le=16_384)
     """Pixels."""
     width: int = Field(ge=1, le=16_384)
@@ -101,9 +105,18 @@ class ModelConfig(Part):
         written = isinstance(given, Mapping) and given.get("length") is not None
         return {"height": 1, "width": 1, "num_frames": 1, **given} if written else given
 
+    @property
+    def continues_adapters(self) -> bool:
+        """Whether what is trained begins with the values of a file."""
+        return self.adapters is not None and not self.merge_adapters
+
     def plain(self) -> "ModelConfig":
         """Return the same model without what only spreads its computation or makes it faster."""
         return self.model_copy(update={"compute_dtype": None, "offload": False, "attention": None, "compile": False})
+
+    def weightless(self) -> "ModelConfig":
+        """Return the same model for counting: without weights, its own or of adapters."""
+        return self.plain().model_copy(update={"random_init": True, "adapters": None})
 
     def check_no_generator(self) -> None:
         """Refuse a generator's file, for a model that is not a streaming one.
@@ -118,8 +131,13 @@ class ModelConfig(Part):
         """Refuse what cannot go together.
 
         Raises:
-            ValueError: offload of a network that FSDP2 holds or that is trained whole, or a dtype without effect.
+            ValueError: offload of a network that FSDP2 holds or that is trained whole, a dtype without effect, or
+                adapters to go on with where none are trained.
         """
+        if self.merge_adapters and self.adapters is None:
+            raise ValueError("model.merge_adapters: there is nothing to merge; name the file in model.adapters")
+        if self.continues_adapters and isinstance(self.train, Full):
+            raise ValueError("model.adapters: full training has none to go on with; take model.merge_adapters=true")
         if self.offload and sharded:
             raise ValueError("model.offload: a network that FSDP2 holds stays where it is; choose one of the two")
         if self.offload and isinstance(self.train, Full):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.files import write_json
-from flashgrpo.models.lora import adapters_off, trained_parameters, weights_replaced
+from flashgrpo.models.lora import at_start, starting_weights, trained_parameters
 from flashgrpo.models.network import prepare_network
-from flashgrpo.models.settings import Lora, ModelConfig
+from flashgrpo.models.settings import ModelConfig
+from flashgrpo.models.warm_start import adapter_files, read_adapters
 from flashgrpo.processes.tokens.model import Read, Tokens
 from flashgrpo.types import Condition, LoraStyle, Prompt
 
@@ -45,11 +46,12 @@ class TokenNetwork(ABC):
                 raise UserError(f"model.{name}: {config.path} has no use for it; leave it out")
         self.config, self.device = config, world.device
         self.dtype: torch.dtype = getattr(torch, config.compute_dtype or config.dtype)
-        prepare_network(network, config, world, seed)
+        files = adapter_files(config, ["network"])
+        start = read_adapters(files["network"], network, self._published_layer) if files else None
+        prepare_network(network, config, world, seed, start=start)
         self.network: Any = network if world.uses_fsdp else network.to(world.device)
         self.decoder: nn.Module = nn.Module()
-        trained = trained_parameters(network) if keep_reference and not isinstance(config.train, Lora) else {}
-        self._base = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        self._start = starting_weights(network, config, keep_reference)
 
     @property
     def recomputes(self) -> bool:
@@ -57,11 +59,8 @@ class TokenNetwork(ABC):
         return self.config.gradient_checkpointing
 
     def reference(self) -> AbstractContextManager[None]:
-        """Switch adapters off, or the kept base weights on, inside this context."""
-        if isinstance(self.config.train, Lora):
-            return adapters_off([self.network])
-        assert self._base, "load with keep_reference to compare a fully trained model with its base"
-        return weights_replaced(self.network, self._base)
+        """Compute with the model that training began with inside this context."""
+        return at_start(self.network, [self.network], self._start)
 
     def decoding_bytes(self, samples: int) -> int:
         """Count the bytes at the highest of decoding so many samples, of a model on the meta device."""
@@ -70,6 +69,11 @@ class TokenNetwork(ABC):
     def published_name(self, module: str) -> str:
         """Return a module's name in the checkpoint's own class."""
         return module
+
+    def _published_layer(self, name: str) -> str:
+        """Return the published name of `LAYER.lora_A.weight`."""
+        layer, dot, end = name.partition(".lora_")
+        return f"{self.published_name(layer)}{dot}{end}"
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write adapters as peft loads them onto the checkpoint's own class; returns the names of the files.

@@ -157,7 +157,9 @@ class RunDirectory:
             UserError: they are others.
         """
         if self.environment().get("model", model) != model:
-            raise UserError(f"model.path holds other weights than those that {self.path} was trained on")
+            raise UserError(
+                f"model.path holds other weights than those that {self.path} was trained on, or model.adapters"
+            )
 
     def environment(self) -> dict[str, Any]:
         """Read environment.json; without one, what the run began with is unknown.

@@ -34,6 +34,7 @@ from flashgrpo.models.ursa.checkpoint import (
     read_codes,
 )
 from flashgrpo.models.ursa.network import places_of
+from flashgrpo.models.warm_start import adapters_identity
 from flashgrpo.processes.tokens.model import Read, Tokens
 from flashgrpo.seeds import keyed_bits
 from flashgrpo.types import Condition, Prompt, Videos, to_device
@@ -83,7 +84,7 @@ class UrsaModel(TokenNetwork):
         """A digest of samples from the checkpoint's weights, or of the sizes where weights are random."""
         if self.folder is None:
             return fingerprint(Path(), [], {"random": repr(self.settings)})
-        return fingerprint(self.folder, ["transformer", "vae", "scheduler"], {})
+        return fingerprint(self.folder, ["transformer", "vae", "scheduler"], {}) + adapters_identity(self.config)
 
     # Prompts
 
