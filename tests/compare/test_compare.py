@@ -480,6 +480,13 @@ def test_a_diagnosis_is_measured_once_and_told(compared, problem, monkeypatch):
     assert (out / "comparison.md").read_text() == told
 
 
+def test_what_cannot_be_diagnosed_is_refused_before_a_run(problem, tmp_path):
+    out, algorithms = tmp_path / "out", ["flash-grpo", "awm"]
+    with pytest.raises(UserError, match="--diagnose: awm: diagnostics look at stochastic steps"):
+        compare(str(problem), ["awm:algorithm.score.times=1"], algorithms, 1, out, 500, diagnose=True)
+    assert not out.exists()
+
+
 def children(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 

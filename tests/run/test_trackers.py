@@ -4,13 +4,14 @@ import json
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flashgrpo.config.settings import TrackingConfig
 from flashgrpo.errors import UserError
 from flashgrpo.run.lines import read_lines
-from flashgrpo.run.trackers import Trackers
+from flashgrpo.run.trackers import SENDERS, Trackers
 from flashgrpo.train import train
 
 STAND_IN = '''
@@ -145,6 +146,18 @@ def test_a_video_an_image_and_a_text(stand_in, tmp_path, name):
         "images/1": f"image {files['1']} True",
         "texts/2": f"text {text}",
     }
+
+
+def test_mlflow_keeps_the_files_themselves(tmp_path, monkeypatch):
+    files = {"0": tmp_path / "0.mp4", "1": tmp_path / "1.png", "2": tmp_path / "2.txt"}
+    kept = []
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(log_artifact=lambda *given: kept.append(given)))
+    SENDERS["mlflow"](None, 3, files)
+    assert kept == [
+        (str(files["0"]), "videos/000003"),
+        (str(files["1"]), "images/000003"),
+        (str(files["2"]), "texts/000003"),
+    ]
 
 
 def test_tensorboard_hides_updates_that_are_done_again(tmp_path):

@@ -35,6 +35,7 @@ from flashgrpo.compare.record import is_done, keep_record
 from flashgrpo.compare.results import collect
 from flashgrpo.compare.table import as_markdown
 from flashgrpo.diagnostics import measure as diagnostics
+from flashgrpo.diagnostics.gradients import stochastic_of
 from flashgrpo.errors import Interrupted, UserError, launcher_number
 from flashgrpo.files import explain_damage, read_object, read_text, write_json, write_text
 from flashgrpo.report import write_report
@@ -82,12 +83,14 @@ def compare(
         What comparison.json holds.
 
     Raises:
-        UserError: an unknown or doubled algorithm, a bad setting, a budget below one update, no seed, or a folder that
-            holds something else.
+        UserError: an unknown or doubled algorithm, a bad setting, a budget below one update, no seed, a folder that
+            holds something else, or an algorithm that cannot be diagnosed.
     """
     _check_start(jobs)
     console = console or Console(stderr=True)
     plan = make_plan(recipe, overrides, algorithms, seeds, budget, points, keep)
+    if diagnose:
+        _check_diagnosed(plan)
     folder = ComparisonFolder(Path(out or Path("runs") / f"compare-{Path(recipe).stem}"))
     with folder.claimed(plan):
         if not (signal := _run(plan, folder, jobs, levels, console)) and diagnose:
@@ -100,6 +103,15 @@ def _check_start(jobs: int) -> None:
         raise UserError(f"--jobs: at least 1 run at a time, not {jobs}")
     if launcher_number("WORLD_SIZE", 1) > 1:
         raise UserError("compare starts processes of its own; call it without torchrun")
+
+
+def _check_diagnosed(plan: Plan) -> None:
+    """Refuse what cannot be diagnosed before hours are spent on it."""
+    for name, config in plan.algorithms.items():
+        try:
+            stochastic_of(config.algorithm)
+        except UserError as error:
+            raise UserError(f"--diagnose: {name}: {error}") from error
 
 
 def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console) -> int:
