@@ -86,6 +86,9 @@ class Fake:
     def idle(self, slot, columns):
         return [self.exact(torch.zeros(1, self.inputs, device=self.device))]
 
+    def stream(self, prompt, name, num_steps=None):
+        yield self.media(self.sample([prompt], [name], lambda rows, outputs: None))
+
     def media(self, outputs, frames=None):
         """Paint videos (B, F, 3, 16, 16), each in one colour, (B, 3) in [0, 1]."""
         return outputs[:, None, :, None, None].expand(-1, frames or 2, -1, 16, 16).contiguous()

@@ -4,7 +4,7 @@ A process draws samples and scores again what was drawn; the trainer compares, o
 Shapes: U units, T terms, B samples.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,6 +236,13 @@ class Process(Protocol):
         self, prompts: Sequence[Prompt], names: Sequence[Name], on_drawn: OnDrawn, num_steps: int | None = None
     ) -> Outputs:
         """Draw samples as evaluation does, each from the random numbers of its name: equal names, equal numbers."""
+        ...
+
+    def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Media]:
+        """Draw one sample as `sample` does and hand out its media piece by piece, of a video some frames at a time.
+
+        What is drawn as a whole comes in one piece. A process that draws in time keeps no more than it needs to go on.
+        """
         ...
 
     def media(self, outputs: Outputs, frames: int | None = None) -> Media:

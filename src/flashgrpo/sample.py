@@ -1,10 +1,11 @@
 """Videos, images or texts of the base model beside those of the tuned one, from the same noise."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from flashgrpo.assembly import make_process
 from flashgrpo.distributed.world import process_group, use_threads
@@ -16,9 +17,8 @@ from flashgrpo.process import Process
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
-from flashgrpo.scoring.scoring import decode
 from flashgrpo.types import Prompt
-from flashgrpo.video import side_by_side
+from flashgrpo.video import side_by_side, write_mp4_of
 
 Size = tuple[int, int, int]
 
@@ -64,26 +64,25 @@ def sample(
             raise UserError("--image: this run's model starts from text only; leave it out")
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
 
-        base: list[Medium] = []
-        for prompt, seed in pairs:
-            base.append(_draw(process, prompt, seed, num_steps))
-            path = _with_ending(out, base[-1])  # refused before the others are drawn
-        with weights_replaced(process.network, averaged):
-            tuned = [_draw(process, prompt, seed, num_steps) for prompt, seed in pairs]
-    write_medium(path, joined(pairs, base, tuned), config.model.fps)
+        pieces = _pieces(process, averaged, pairs, num_steps)
+        first = next(pieces)
+        path = _with_ending(out, first[0])  # refused before the others are drawn
+        every = chain([first], pieces)
+        if path.suffix == ".mp4":
+            write_mp4_of(path, starmap(side_by_side, every), config.model.fps)
+        else:
+            write_medium(path, joined(pairs, list(every)), config.model.fps)
     return path
 
 
-def joined(pairs: Sequence[tuple[Prompt, int]], base: Sequence[Any], tuned: Sequence[Any]) -> Medium:
-    """Put each medium of the base model beside the tuned model's: videos follow each other, the rest is in rows."""
-    if isinstance(base[0], str):
+def joined(pairs: Sequence[tuple[Prompt, int]], shown: Sequence[tuple[Any, Any]]) -> Medium:
+    """Put each image of the base model beside the tuned model's, in rows; texts one after the other."""
+    if isinstance(shown[0][0], str):
         heads = [f"# {prompt.text} (seed {seed})" for prompt, seed in pairs]
-        texts = zip(heads, base, tuned, strict=True)
-        return "\n".join(f"{head}\n\n## base\n\n{before}\n\n## tuned\n\n{after}\n" for head, before, after in texts)
-    shown = [side_by_side(before, after) for before, after in zip(base, tuned, strict=True)]
-    if len(shown[0]) > 1:
-        return torch.cat(shown)
-    return side_by_side(*(rows.transpose(2, 3) for rows in shown)).transpose(2, 3)
+        texts = zip(heads, shown, strict=True)
+        return "\n".join(f"{head}\n\n## base\n\n{before}\n\n## tuned\n\n{after}\n" for head, (before, after) in texts)
+    rows = starmap(side_by_side, shown)
+    return side_by_side(*(row.transpose(2, 3) for row in rows)).transpose(2, 3)
 
 
 def _with_ending(out: Path, medium: Medium) -> Path:
@@ -93,10 +92,19 @@ def _with_ending(out: Path, medium: Medium) -> Path:
     return out.with_suffix(ending)
 
 
-@torch.no_grad()
-def _draw(process: Process, prompt: Prompt, seed: int, num_steps: int | None) -> Medium:
-    outputs = process.sample([prompt], [(seed, "sample")], lambda rows, outputs: None, num_steps)
-    return decode(process.media, outputs, 1)[0]
+def _pieces(
+    process: Process,
+    averaged: Mapping[str, Tensor],
+    pairs: Sequence[tuple[Prompt, int]],
+    num_steps: int | None,
+) -> Iterator[tuple[Any, Any]]:
+    """Draw each pair by the base model and the tuned one side by side; of long videos a piece at a time."""
+    for prompt, seed in pairs:
+        base, tuned = (process.stream(prompt, (seed, "sample"), num_steps) for _ in range(2))
+        for piece in base:
+            with weights_replaced(process.network, averaged):
+                other = next(tuned)
+            yield piece[0], other[0]
 
 
 def _resized(model: ModelConfig, size: Size | None) -> ModelConfig:

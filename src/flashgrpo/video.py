@@ -3,11 +3,10 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 import torch
@@ -37,22 +36,39 @@ def enlargement(height: int, width: int) -> int:
 
 def write_mp4(path: Path, video: Video, fps: float) -> None:
     """Write one video (F, 3, H, W) in [0, 1] as an mp4 that browsers play; `enlargement` times larger."""
+    write_mp4_of(path, [video], fps)
+
+
+def write_mp4_of(path: Path, pieces: Iterable[Video], fps: float) -> None:
+    """Write a video that comes in pieces, each (F, 3, H, W), one of them in memory at a time; see `write_mp4`."""
+    with write_aside(path) as aside:
+        count = 0
+        with contextlib.ExitStack() as stack:
+            writer = None
+            for piece in pieces:
+                frames = _written(piece)
+                if writer is None:
+                    writer = stack.enter_context(contextlib.closing(_encoder(aside, frames.shape[1:3], fps)))
+                    writer.send(None)
+                for frame in frames:
+                    writer.send(np.ascontiguousarray(frame))
+                count += len(frames)
+        if not _is_whole(aside, count):  # an ffmpeg that runs out of disk prints so and says nothing to its caller
+            raise UserError(f"cannot write {path}: ffmpeg could not finish the file; is the disk full?")
+
+
+def _written(video: Video) -> UInt8[np.ndarray, "frames written_height written_width 3"]:
     frames = to_pictures(video.cpu())
     scale = enlargement(*frames.shape[1:3])
-    frames = np.ascontiguousarray(frames.repeat(scale, axis=1).repeat(scale, axis=2))
-    even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # yuv420p has no odd sizes
-    with write_aside(path) as aside:
-        iio.imwrite(
-            aside,
-            even,
-            extension=".mp4",
-            fps=fps,
-            codec="libx264",
-            macro_block_size=1,
-            output_params=["-crf", "18", "-movflags", "+faststart"],
-        )
-        if not _is_whole(aside, len(even)):  # an ffmpeg that runs out of disk prints so and says nothing to its caller
-            raise UserError(f"cannot write {path}: ffmpeg could not finish the file; is the disk full?")
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # yuv420p has no odd sizes
+
+
+def _encoder(path: Path, size: tuple[int, int], fps: float) -> Any:
+    options = ["-crf", "18", "-movflags", "+faststart", "-f", "mp4"]
+    height, width = size
+    shape = {"codec": "libx264", "macro_block_size": 1}
+    return imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, output_params=options, **shape)
 
 
 def _is_whole(path: Path, frames: int) -> bool:

@@ -338,6 +338,18 @@ def distance_from_base(process: Process, part: Record, column: str) -> Tensor:
     return found["kl"] if column == "kl" else (found["score"] - found[column]).abs()
 
 
+def test_media_in_pieces_are_the_media(case):
+    process = trained(case)
+    prompt, name = Prompt("a red dot", {}), (0, "in pieces")
+    (whole,) = process.media(process.sample([prompt], [name], lambda rows, outputs: None))
+    pieces = [piece[0] for piece in process.stream(prompt, name)]
+    if isinstance(whole, str):
+        assert pieces == [whole]
+    else:
+        torch.testing.assert_close(torch.cat(pieces), whole)
+        assert len(pieces) == 1 or all(len(piece) > 1 for piece in pieces)
+
+
 # ---- I1 to I8 --------------------------------------------------------------------------------------------------------
 
 

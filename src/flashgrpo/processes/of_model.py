@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -12,9 +12,10 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
-from flashgrpo.process import Columns, Record
+from flashgrpo.process import Columns, OnDrawn, Outputs, Record
 from flashgrpo.processes.calls import number_of_calls
-from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Prompt, Sample, to_device
+from flashgrpo.seeds import Name
+from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Media, Prompt, Sample, to_device
 
 
 @runtime_checkable
@@ -137,6 +138,21 @@ class ModelProcess(ABC, Generic[ModelT]):
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any are cut off."""
         return self.model.token_counts(texts)
+
+    @abstractmethod
+    def sample(
+        self, prompts: Sequence[Prompt], names: Sequence[Name], on_drawn: OnDrawn, num_steps: int | None = None
+    ) -> Outputs:
+        """Draw samples as evaluation does."""
+
+    @abstractmethod
+    def media(self, outputs: Outputs, frames: int | None = None) -> Media:
+        """Return what rewards and the report look at."""
+
+    @torch.no_grad()
+    def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Media]:
+        """Draw one sample and hand out its media in one piece."""
+        yield self.media(self.sample([prompt], [name], lambda rows, outputs: None, num_steps))
 
     def micro_batches(self, record: Record) -> Sequence[Record]:
         """Cut the units of one slot into batches of `micro_batch`."""

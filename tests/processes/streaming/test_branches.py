@@ -11,6 +11,8 @@ from flashgrpo.learning.objective import Competing
 from flashgrpo.processes.streaming.cache import KVCache
 from flashgrpo.processes.streaming.clips import cut
 from flashgrpo.processes.streaming.decoding import decode
+from flashgrpo.processes.streaming.drawing import Stream as Drawn
+from flashgrpo.processes.streaming.process import evaluation_name
 from flashgrpo.processes.streaming.scenes import scenes_of
 from flashgrpo.processes.streaming.settings import Energy, OneLevel, Routing, Transition, check_pair
 from flashgrpo.processes.streaming.source import Fork
@@ -222,3 +224,17 @@ def test_a_video_too_short_to_fork_is_refused():
     with pytest.raises(UserError, match="no block of a video of 12 latent frames begins at 12"):
         Stream(explore=OneLevel(earliest=12), score=Transition())
     check_pair(Routing(), Energy(), True, True, ())
+
+
+def test_a_video_that_is_drawn_in_time_forgets_what_no_later_block_needs():
+    process = Stream()
+    prompt = Prompt("a red dot", {"switches": [{"frame": 6, "prompt": "a blue dot"}]})
+    whole = process.media(process.sample([prompt], [(0, "x")], lambda rows, outputs: None))
+    pieces = list(process.stream(prompt, (0, "x")))
+    assert [piece.shape[1] for piece in pieces] == [BLOCK] * (FRAMES // BLOCK)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+    stream = Drawn.begun(process.model, process.script(prompt), 1)
+    for frame in range(BLOCK, FRAMES, BLOCK):
+        stream = stream.until(frame, [evaluation_name((0, "x"))]).forgetting()
+        assert stream.frame == frame
+        assert stream.latents.shape[2] <= process.model.window.frames

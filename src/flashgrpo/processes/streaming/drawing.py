@@ -54,7 +54,7 @@ class Stream:
 
     Args:
         cache: of the frames that later blocks may attend to; where all rows are alike it may have one row.
-        latents: (B, C, F, H, W) of the frames so far.
+        latents: (B, C, F, H, W) of the frames so far, but for the first `forgotten` ones.
         remembered: last frames that the cache keeps, beside the window's sink.
         scene: number of the script's scene under which the last frames are cached.
     """
@@ -65,6 +65,7 @@ class Stream:
     latents: Latents
     remembered: int
     scene: int = 0
+    forgotten: int = 0
 
     @classmethod
     def begun(cls, model: StreamingModel, script: Script, rows: int, remembered: int = 0) -> "Stream":
@@ -78,7 +79,12 @@ class Stream:
     @property
     def frame(self) -> int:
         """The first frame of the next block."""
-        return self.latents.shape[2]
+        return self.forgotten + self.latents.shape[2]
+
+    def forgetting(self) -> "Stream":
+        """Return the stream with the latents that later blocks need, and no earlier ones."""
+        dropped = max(0, self.latents.shape[2] - self.model.window.frames)
+        return replace(self, latents=self.latents[:, :, dropped:].clone(), forgotten=self.forgotten + dropped)
 
     def repeated(self, rows: int) -> "Stream":
         """Return the stream of one video as that of `rows` equal ones."""
@@ -130,10 +136,11 @@ class Stream:
     def followed_by(self, block: Latents, context: Context | None) -> "Stream":
         """Return the stream with a finished block behind it, and in its cache."""
         latents = torch.cat([self.latents, block], dim=2)
-        if latents.shape[2] == self.model.latent_shape[1]:
+        frame = self.forgotten + latents.shape[2]
+        if frame == self.model.latent_shape[1]:
             return replace(self, latents=latents)  # nothing comes that could look at it
         cache = self.model.commit(self.cache, block, context, self.condition(len(block)))
-        kept = range(latents.shape[2] - self.remembered, latents.shape[2])
+        kept = range(frame - self.remembered, frame)
         return replace(self, latents=latents, cache=cache.only([*range(self.model.window.sink), *kept]))
 
     def until(self, frame: int, names: Sequence[BlockName]) -> "Stream":

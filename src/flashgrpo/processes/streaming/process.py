@@ -125,8 +125,7 @@ class StreamingProcess(ModelProcess[StreamingModel]):
         self, prompts: Sequence[Prompt], names: Sequence[Name], on_drawn: OnDrawn, num_steps: int | None = None
     ) -> Outputs:
         """Draw un-routed videos; see `Process`. A streaming model has its own levels, so `num_steps` is refused."""
-        if num_steps is not None:
-            raise UserError("--num-steps: a streaming model draws at the levels that it was trained at; leave it out")
+        _refuse_steps(num_steps)
         outputs = torch.empty(len(prompts), *self.model.latent_shape, device=self.device)
         scripts = [self.script(prompt) for prompt in prompts]
         parts = list(self._alike(scripts))
@@ -139,6 +138,19 @@ class StreamingProcess(ModelProcess[StreamingModel]):
             on_drawn(torch.tensor(part), outputs[part])
         self.source.call_on_nothing(missing)
         return outputs
+
+    @torch.no_grad()
+    def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Videos]:
+        """Draw an un-routed video and hand out its blocks, each as soon as it is drawn and decoded; see `Process`."""
+        _refuse_steps(num_steps)
+        frames, block, state = self.model.latent_shape[1], self.model.window.block, None
+        stream = Stream.begun(self.model, self.script(prompt), 1)
+        while stream.frame < frames:
+            first, size = stream.frame, max(block, -(-2 // block) * block)  # a piece of one frame would be an image
+            stream = stream.until(min(first + size, frames), [evaluation_name(name)])
+            video, state = self.model.decode(stream.latents[:, :, first - stream.forgotten :], state)
+            stream = stream.forgetting()
+            yield video
 
     def _alike(self, scripts: Sequence[Script]) -> Iterator[list[int]]:
         """Cut rows into micro-batches of scripts whose scenes begin at the same frames."""
@@ -200,6 +212,11 @@ class StreamingProcess(ModelProcess[StreamingModel]):
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Whether the branches of a group differ."""
         return [branches_differ(record, outputs)]
+
+
+def _refuse_steps(num_steps: int | None) -> None:
+    if num_steps is not None:
+        raise UserError("--num-steps: a streaming model draws at the levels that it was trained at; leave it out")
 
 
 def evaluation_name(name: Name) -> BlockName:
