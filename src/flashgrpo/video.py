@@ -4,6 +4,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,15 @@ def write_mp4(path: Path, video: Video, fps: float) -> None:
 
 def write_mp4_of(path: Path, pieces: Iterable[Video], fps: float) -> None:
     """Write a video that comes in pieces, each (F, 3, H, W), one of them in memory at a time; see `write_mp4`."""
+    every = (frame for piece in pieces for frame in _written(piece))
     with write_aside(path) as aside:
+        first = next(every)
         count = 0
-        with contextlib.ExitStack() as stack:
-            writer = None
-            for piece in pieces:
-                frames = _written(piece)
-                if writer is None:
-                    writer = stack.enter_context(contextlib.closing(_encoder(aside, frames.shape[1:3], fps)))
-                    writer.send(None)
-                for frame in frames:
-                    writer.send(np.ascontiguousarray(frame))
-                count += len(frames)
+        with contextlib.closing(_encoder(aside, first.shape[:2], fps)) as encoder:
+            encoder.send(None)
+            for frame in chain([first], every):
+                encoder.send(np.ascontiguousarray(frame))
+                count += 1
         if not _is_whole(aside, count):  # an ffmpeg that runs out of disk prints so and says nothing to its caller
             raise UserError(f"cannot write {path}: ffmpeg could not finish the file; is the disk full?")
 

@@ -19,7 +19,7 @@ A comparison's folder:
     diagnosis.json            gradients by step, variance of rewards, consistency: `diagnostics/measure.py`
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from flashgrpo.compare.processes import run_all
 from flashgrpo.compare.record import is_done, keep_record
 from flashgrpo.compare.results import collect
 from flashgrpo.compare.table import as_markdown
+from flashgrpo.config import RunConfig
 from flashgrpo.diagnostics import measure as diagnostics
 from flashgrpo.diagnostics.gradients import stochastic_of
 from flashgrpo.errors import Interrupted, UserError, launcher_number
@@ -83,31 +84,26 @@ def compare(
         What comparison.json holds.
 
     Raises:
-        UserError: an unknown or doubled algorithm, a bad setting, a budget below one update, no seed, a folder that
-            holds something else, or an algorithm that cannot be diagnosed.
+        UserError: an unknown or doubled algorithm, a bad setting, a budget below one update, no seed, an algorithm that
+            cannot be diagnosed, or a folder that holds something else.
     """
-    _check_start(jobs)
-    console = console or Console(stderr=True)
     plan = make_plan(recipe, overrides, algorithms, seeds, budget, points, keep)
-    if diagnose:
-        _check_diagnosed(plan)
+    _check_start(jobs, plan.algorithms if diagnose else {})
     folder = ComparisonFolder(Path(out or Path("runs") / f"compare-{Path(recipe).stem}"))
     with folder.claimed(plan):
+        console = console or Console(stderr=True)
         if not (signal := _run(plan, folder, jobs, levels, console)) and diagnose:
             _diagnose(plan, folder, console)
         return _write_all(folder, levels, signal)
 
 
-def _check_start(jobs: int) -> None:
+def _check_start(jobs: int, diagnosed: Mapping[str, RunConfig]) -> None:
+    """Refuse what would fail only after hours have been spent."""
     if jobs < 1:
         raise UserError(f"--jobs: at least 1 run at a time, not {jobs}")
     if launcher_number("WORLD_SIZE", 1) > 1:
         raise UserError("compare starts processes of its own; call it without torchrun")
-
-
-def _check_diagnosed(plan: Plan) -> None:
-    """Refuse what cannot be diagnosed before hours are spent on it."""
-    for name, config in plan.algorithms.items():
+    for name, config in diagnosed.items():
         try:
             stochastic_of(config.algorithm)
         except UserError as error:
