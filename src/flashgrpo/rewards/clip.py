@@ -3,6 +3,7 @@
 Each loads from a local folder or a hub id when it is made. Frames go through the model's own image processor.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -124,15 +125,23 @@ class Clip:
         """Unit embeddings of the frames looked at, on the device."""
         picked = [pick(video, self._frames) for video in videos]
         pictures = [picture for video in picked for picture in to_pictures(video)]
-        inputs = self._prepare(images=pictures, return_tensors="pt").to(self.model.device)
-        return _unit(self.model.get_image_features(**inputs)).unflatten(0, (len(picked), -1))
+        return self.pictures(pictures).unflatten(0, (len(picked), -1))
 
     @torch.no_grad()
+    def pictures(self, pictures: Sequence[Any]) -> Float[Tensor, "pictures width"]:
+        """Unit embeddings of pictures of any sizes, on the device."""
+        inputs = self._prepare(images=list(pictures), return_tensors="pt").to(self.model.device)
+        return _unit(self.model.get_image_features(**inputs))
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> Float[Tensor, "texts width"]:
+        """Unit embeddings of texts, cut at 77 tokens, on the device."""
+        tokens = self._prepare(text=texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+        return _unit(self.model.get_text_features(**tokens.to(self.model.device)))
+
     def cosines(self, videos: Tensor, prompts: list[str]) -> Float[Tensor, "batch frames"]:
         """Return the cosine of each frame looked at with its video's prompt, on the CPU."""
-        tokens = self._prepare(text=prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-        texts = _unit(self.model.get_text_features(**tokens.to(self.model.device)))
-        return (self.images(videos) * texts[:, None]).sum(dim=-1).cpu()
+        return (self.images(videos) * self.texts(prompts)[:, None]).sum(dim=-1).cpu()
 
 
 def _unit(features: Any) -> Float[Tensor, "rows width"]:
