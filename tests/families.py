@@ -1,14 +1,11 @@
 """A tiny pipeline with random weights of every supported kind, saved as a checkpoint's folder.
 
 To put a new family under the conformance tests, add a function that builds its pipeline, and a line in `KINDS`.
+Those of images are in `image_families.py`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
@@ -31,7 +28,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from flashgrpo.models.settings import ModelConfig
+from tests.image_families import IMAGES
+from tests.kind import Kind
 from tools.tiny.architecture import make_tokenizer
 
 WIDTH = 24  # of a text's embedding
@@ -123,33 +121,6 @@ def ltx() -> LTXPipeline:
     )
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of checkpoint: its pipeline, and how it is called."""
-
-    build: Callable[[], Any]
-    height: int = 32
-    width: int = 48
-    num_frames: int = 9
-    takes_image: bool = False
-    guidance_scale_2: float | None = None
-    model: dict[str, Any] = field(default_factory=dict)
-    """Further settings."""
-
-    def config(self, folder: Path, **settings: Any) -> ModelConfig:
-        """Settings of the model saved in `folder`."""
-        size = {"height": self.height, "width": self.width, "num_frames": self.num_frames, "max_sequence_length": 12}
-        train = {"kind": "lora", "rank": 2, "alpha": 4}
-        return ModelConfig.model_validate({"path": str(folder), **size, "train": train, **self.model, **settings})
-
-    def open(self, folder: Path) -> Any:
-        """The pipeline of diffusers itself, as its users load it."""
-        name = "WanImageToVideoPipeline" if self.takes_image else self.build().__class__.__name__
-        pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-
 KINDS = {
     "wan21": Kind(wan21),
     "wan21-image": Kind(wan21_image, takes_image=True, model={"max_sequence_length": 512}),
@@ -157,5 +128,13 @@ KINDS = {
     "wan22-5b-image": Kind(wan22_small, width=64, takes_image=True, model={"from_image": True}),
     "wan22-a14b": Kind(wan22_experts, guidance_scale_2=3.0),
     "wan22-a14b-image": Kind(wan22_experts_image, takes_image=True, guidance_scale_2=3.0),
-    "ltx": Kind(ltx, width=64),
+    "ltx": Kind(
+        ltx,
+        width=64,
+        dynamic=True,
+        call=lambda model: {"frame_rate": model.config.fps},
+        to_pipeline=lambda pipeline, x: pipeline._pack_latents(x),
+        from_pipeline=lambda pipeline, x, shape: pipeline._unpack_latents(x, *shape[1:]),
+    ),
+    **IMAGES,
 }

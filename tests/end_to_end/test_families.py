@@ -19,6 +19,7 @@ from flashgrpo.run.lines import read_lines
 from flashgrpo.train import train
 from flashgrpo.types import Prompt
 from tests.families import KINDS
+from tests.image_families import IMAGES
 from tests.videos import read_mp4
 
 
@@ -38,7 +39,7 @@ def recipe(tmp_path, name):
         "out": str(tmp_path / "run"),
         "updates": 2,
         "model": model,
-        "rollout": {"prompts": 2, "group_size": 2, "num_steps": 6, "guidance_scale_2": kind.guidance_scale_2},
+        "rollout": {"prompts": 2, "group_size": 2, "num_steps": 6, **kind.guidance},
         "optim": {"lr": 1e-2, "micro_batch": 2, "ema": {"decay": 0.5, "every": 1}},
         "prompts": {"train": str(tmp_path / "train.jsonl"), "heldout": str(tmp_path / "heldout.jsonl")},
         "rewards": {"compressibility": {"call": "flashgrpo.rewards.jpeg:compressibility"}},
@@ -50,7 +51,7 @@ def recipe(tmp_path, name):
     return path
 
 
-@pytest.mark.parametrize("name", ["wan21-image", "wan22-a14b", "wan22-5b-image", "ltx"])
+@pytest.mark.parametrize("name", ["wan21-image", "wan22-a14b", "wan22-5b-image", "ltx", *IMAGES])
 def test_train_resume_evaluate_sample_export(name, tmp_path):
     path = recipe(tmp_path, name)
     run = train(RunConfig.load(path, ["updates=1"]))
@@ -61,16 +62,20 @@ def test_train_resume_evaluate_sample_export(name, tmp_path):
     best = [line["update"] for line in read_lines(run / "evaluations.jsonl") if line["best"]][-1]
     assert evaluate(run)["update"] == (best or 2), "the newest where none beat the base"
     image = ["--image", str(tmp_path / "first.png")] if KINDS[name].takes_image else []
-    size = ["--size", "64", "64", "9"]
-    options = [*image, *size, "--seed", "1", "--seed", "2", "--steps", "2", "--out", str(tmp_path / "a.mp4")]
+    frames = KINDS[name].num_frames
+    size = ["--size", "64", "64", str(frames)]
+    options = [*image, *size, "--seed", "1", "--seed", "2", "--steps", "2", "--out", str(tmp_path / "a")]
     result = CliRunner().invoke(app, ["sample", str(run), "a red circle", *options])
     assert result.exit_code == 0, result.output
-    assert len(read_mp4(tmp_path / "a.mp4")) == 2 * 9
-    from_file = ["--file", str(tmp_path / "heldout.jsonl"), "--steps", "2", "--out", str(tmp_path / "b.mp4")]
+    from_file = ["--file", str(tmp_path / "heldout.jsonl"), "--steps", "2", "--out", str(tmp_path / "b")]
     assert CliRunner().invoke(app, ["sample", str(run), *from_file]).exit_code == 0
-    assert len(read_mp4(tmp_path / "b.mp4")) == 2 * 9
+    if frames == 1:  # base and tuned beside each other, with gaps, and the two seeds in rows
+        assert Image.open(tmp_path / "a.png").size == (64 + 4 + 64, 64 + 4 + 64)
+        assert (tmp_path / "b.png").is_file()
+    else:
+        assert len(read_mp4(tmp_path / "a.mp4")) == len(read_mp4(tmp_path / "b.mp4")) == 2 * frames
     experts = 2 if name == "wan22-a14b" else 1
-    for style in ("diffusers", "comfyui"):
+    for style in ("diffusers", "comfyui") if KINDS[name].comfyui else ("diffusers",):
         folder = export(run, style)
         assert len(list(folder.glob("*.safetensors"))) == experts
     card = (export(run, "diffusers", tmp_path / "again") / "README.md").read_text()

@@ -11,6 +11,7 @@ from flashgrpo.assembly import Assembly
 from flashgrpo.doctor.trial import Trial
 from flashgrpo.errors import printable
 from flashgrpo.learning.advantage import has_spread
+from flashgrpo.models.lora import left_out
 from flashgrpo.models.settings import Lora
 from flashgrpo.process import Finding
 from flashgrpo.types import representable
@@ -71,7 +72,9 @@ def trained_layers(parts: Assembly, trial: Trial) -> Finding:
     attached = total = len(trial.received)
     what = "parameters"
     if isinstance(train, Lora):
-        layers = {name: module for name, module in network.named_modules() if is_targeted(name, module, train)}
+        unused = left_out(network)
+        modules = ((name, module) for name, module in network.named_modules() if name not in unused)
+        layers = {name: module for name, module in modules if is_targeted(name, module, train)}
         total, what = len(layers), "targeted layers"
         attached = sum(any("lora_A" in child for child, _ in module.named_modules()) for module in layers.values())
     numbers = {"attached": attached, "targeted": total, "without_gradient": silent}

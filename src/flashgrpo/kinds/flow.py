@@ -12,10 +12,10 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed.live import highest, size_of
 from flashgrpo.distributed.sharding import blocks_of
 from flashgrpo.distributed.world import World
-from flashgrpo.models.load import META, Say, load_model, weightless
+from flashgrpo.models.load import META, Say, branches, load_model, weightless
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.process import Cost
-from flashgrpo.processes.flow.choices import Explore, ScoreKind
+from flashgrpo.processes.flow.choices import Explore, ScoreKind, branches_of
 from flashgrpo.processes.flow.cost import (
     Guided,
     branches_of_replay,
@@ -58,6 +58,7 @@ def planned_cost(config: RunConfig, update: int) -> Cost:
         config.uses,
         config.model.gradient_checkpointing,
         None if plain else _guided(config.model, settings),
+        branches(config.model),
     )
 
 
@@ -78,6 +79,7 @@ class FlowMemory:
         self.network: nn.Module = self._model.network
         self.networks: Sequence[nn.Module] = list(self._model.experts.values())
         self.decoder: nn.Module = self._model.pipeline.vae
+        self._branches = branches_of(self._model.guidance)
         self._call = cache(self._count_call)
 
     @property
@@ -117,7 +119,8 @@ class FlowMemory:
 
     def sampling(self, samples: int) -> int:
         """Count a call without gradients on a micro-batch."""
-        return self._call(min(samples, self._rollout.micro_batch) * (2 if self._rollout.guidance_scale > 1 else 1))
+        two = self._rollout.guidance_scale > 1
+        return self._call(min(samples, self._rollout.micro_batch) * (self._branches if two else 1))
 
     def decoding(self, samples: int) -> int:
         """Count decoding a micro-batch."""
@@ -126,7 +129,7 @@ class FlowMemory:
 
     @property
     def _branches_of_replay(self) -> int:
-        return branches_of_replay(self._score, self._rollout)
+        return branches_of_replay(self._score, self._rollout, self._branches)
 
     def _bytes_of_latents(self, latents: float | int) -> float:
         """Count the bytes of so many latents of a sample, and of its condition."""

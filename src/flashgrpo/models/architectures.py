@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from flashgrpo.errors import UserError
+from flashgrpo.models.families import FAMILIES, guidance_kind, refusal
 from flashgrpo.models.settings import ModelConfig
+from flashgrpo.processes.flow.choices import GuidanceKind
 
-FAMILIES = ("WanPipeline", "WanImageToVideoPipeline", "LTXPipeline")
 BUILT = ("transformer", "transformer_2", "vae", "scheduler")
 """Components that are built from their settings; the encoders are not."""
 
@@ -41,6 +42,11 @@ class Architecture:
         """Return whether there is such a component."""
         return component in self.components
 
+    @property
+    def guidance(self) -> GuidanceKind:
+        """What a guidance scale above 1 does."""
+        return guidance_kind(self.family, self.of("transformer"), self.settings)
+
     @classmethod
     def of_folder(cls, folder: Path) -> "Architecture":
         """Read a pipeline's folder.
@@ -56,9 +62,7 @@ class Architecture:
         if not isinstance(family, str):
             raise UserError(f"model.path: {index} is no readable model_index.json")
         if family not in FAMILIES:
-            raise UserError(
-                f"model.path: {folder} is a {family}, which is not supported; supported are {', '.join(FAMILIES)}"
-            )
+            raise UserError(f"model.path: {folder} is a {refusal(family)}")
         components = {}
         for name in BUILT:
             entry: Any = content.get(name)
@@ -153,70 +157,3 @@ def read_settings(file: Path) -> dict[str, Any]:
 def is_component(value: Any) -> bool:
     """Return whether an entry of model_index.json names a component: [library, class]."""
     return isinstance(value, list) and len(value) == 2
-
-
-def _wan(
-    family: str,
-    transformer: Mapping[str, Any],
-    vae: Mapping[str, Any] | None = None,
-    experts: int = 1,
-    shift: float = 3.0,
-    **settings: Any,
-) -> Architecture:
-    shared = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
-    network = ("WanTransformer3DModel", {**shared, **transformer})
-    scheduler = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-    names = ("transformer", "transformer_2")[:experts]
-    components: dict[str, tuple[str, Mapping[str, Any]]] = dict.fromkeys(names, network)
-    components["vae"] = ("AutoencoderKLWan", vae or {})
-    components["scheduler"] = ("UniPCMultistepScheduler", scheduler)
-    return Architecture(family, components, settings)
-
-
-_WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "in_channels": 16, "out_channels": 16}
-_WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40, "in_channels": 16, "out_channels": 16}
-_WAN_14B_IMAGE = _WAN_14B | {"in_channels": 36}
-_WAN_14B_CLIP = _WAN_14B_IMAGE | {"image_dim": 1280, "added_kv_proj_dim": 5120}
-_WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
-_WAN22_VAE = {
-    "z_dim": 48,
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.0] * 48,
-    "latents_std": [1.0] * 48,
-}
-_LTX_SCHEDULER = {
-    "use_dynamic_shifting": True,
-    "base_shift": 0.95,
-    "max_shift": 2.05,
-    "base_image_seq_len": 1024,
-    "max_image_seq_len": 4096,
-    "shift_terminal": 0.1,
-}
-_LTX = {"in_channels": 128, "out_channels": 128, "num_attention_heads": 32, "num_layers": 28, "caption_channels": 4096}
-
-KNOWN: Mapping[str, Architecture] = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan("WanPipeline", _WAN_1B),
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan("WanPipeline", _WAN_14B),
-    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _wan("WanImageToVideoPipeline", _WAN_14B_CLIP),
-    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _wan("WanImageToVideoPipeline", _WAN_14B_CLIP, shift=5.0),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _wan("WanPipeline", _WAN_5B, _WAN22_VAE, shift=5.0, expand_timesteps=True),
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _wan("WanPipeline", _WAN_14B, experts=2, boundary_ratio=0.875),
-    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _wan(
-        "WanImageToVideoPipeline", _WAN_14B_IMAGE, experts=2, shift=5.0, boundary_ratio=0.9
-    ),
-    "Lightricks/LTX-Video": Architecture(
-        "LTXPipeline",
-        {
-            "transformer": ("LTXVideoTransformer3DModel", _LTX),
-            "vae": ("AutoencoderKLLTXVideo", {}),
-            "scheduler": ("FlowMatchEulerDiscreteScheduler", _LTX_SCHEDULER),
-        },
-    ),
-}
-"""By hub id; the sizes are those of the checkpoints' published configurations."""

@@ -1,5 +1,6 @@
-"""Video models: one file per family. `load_model` reads which family a checkpoint is of."""
+"""Flow models: one file per family. `load_model` reads which family a checkpoint is of."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,11 @@ import torch
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError, first_line
 from flashgrpo.files import resolve_path
-from flashgrpo.models.architectures import KNOWN, Architecture
+from flashgrpo.models.architectures import Architecture
+from flashgrpo.models.families import FAMILIES
+from flashgrpo.models.known import KNOWN
 from flashgrpo.models.settings import ModelConfig
+from flashgrpo.processes.flow.choices import branches_of
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.types import Prompt
 
@@ -48,16 +52,15 @@ def load_model(
         if not architecture.settings.get("expand_timesteps"):
             raise UserError(f"model.from_image: {config.path} makes videos from text only; leave it out")
         architecture = replace(architecture, family="WanImageToVideoPipeline")
+    if config.negative_prompt and architecture.guidance != "classifier-free":
+        raise UserError(f"model.negative_prompt: {config.path} has no branch that it would steer; leave it out")
     from flashgrpo.models.source import Source  # loads diffusers' models, which takes seconds
 
     source = Source(architecture, None if config.random_init else folder, config, empty=world.device.type == "meta")
-    if architecture.family == "LTXPipeline":
-        from flashgrpo.models.ltx import LtxModel
-
-        return LtxModel(source, config, world, seed, prompts, keep_reference, say)
-    from flashgrpo.models.wan import WanModel
-
-    return WanModel(source, config, world, seed, prompts, keep_reference, say)
+    family = FAMILIES[architecture.family]
+    module = importlib.import_module(f"flashgrpo.models.{family.module}")
+    model: VideoModel = getattr(module, family.model)(source, config, world, seed, prompts, keep_reference, say)
+    return model
 
 
 def fast_dtype(device: torch.device) -> str:
@@ -88,6 +91,13 @@ def find_architecture(config: ModelConfig) -> tuple[Architecture, Path]:
             raise UserError(f"model.path: the sizes of {path} are not known; known are {', '.join(KNOWN)}")
         folder = _download(path)
     return Architecture.of_folder(folder), folder
+
+
+def branches(config: ModelConfig) -> int:
+    """Return how many branches a call with guidance has; 2, the most, of a hub's checkpoint that is not known."""
+    path = resolve_path(config.path)
+    found = KNOWN.get(path) or (Architecture.of_folder(Path(path)) if Path(path).is_dir() else None)
+    return branches_of(found.guidance) if found else 2
 
 
 def _download(repository: str) -> Path:

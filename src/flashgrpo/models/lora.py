@@ -16,17 +16,19 @@ from flashgrpo.models.settings import Full, Lora, ModelConfig
 from flashgrpo.seeds import generator
 
 
-def prepare(network: nn.Module, train: Lora | Full, seed: int, prefix: str = "") -> None:
+def prepare(network: nn.Module, train: Lora | Full, seed: int, prefix: str = "", unused: Sequence[str] = ()) -> None:
     """Make `network` trainable as `train` says; what is trained is float32, everything else is frozen.
 
     Adapters start as the identity: A is gaussian with standard deviation 1 / rank, drawn from `seed` and its name, and
-    B is zero. `prefix` sets apart the names of two experts.
+    B is zero. `prefix` sets apart the names of two experts; modules that are `unused` stay as they are.
 
     Raises:
         UserError: no module of the network is called like one of the targets.
     """
     network.eval()  # no dropout: rollout and update must see the same velocity
     network.requires_grad_(isinstance(train, Full))
+    for name in unused:
+        network.get_submodule(name).requires_grad_(False)
     if isinstance(train, Lora):
         from peft import LoraConfig  # takes seconds to import, and `flashgrpo --help` should not
 
@@ -36,7 +38,13 @@ def prepare(network: nn.Module, train: Lora | Full, seed: int, prefix: str = "")
             some = sorted({name.split(".", 2)[-1] for name in linear})
             raise UserError(f"model.train.targets {list(train.targets)} match no linear layer; there are {some}")
         network.add_adapter(  # type: ignore[operator]  # diffusers' PeftAdapterMixin
-            LoraConfig(r=train.rank, lora_alpha=train.alpha, target_modules=matched, init_lora_weights="gaussian")
+            LoraConfig(
+                r=train.rank,
+                lora_alpha=train.alpha,
+                target_modules=matched,
+                exclude_modules=list(unused) or None,
+                init_lora_weights="gaussian",
+            )
         )
         for name, parameter in trained_parameters(network).items():
             if "lora_A" in name:
@@ -44,6 +52,18 @@ def prepare(network: nn.Module, train: Lora | Full, seed: int, prefix: str = "")
                 parameter.data.copy_(noise / train.rank)
     for parameter in trained_parameters(network).values():
         parameter.data = parameter.data.float()
+
+
+def left_out(network: nn.Module) -> set[str]:
+    """Return the names of the modules that `prepare` was told are unused, of an adapted network or of two experts."""
+    experts = {f"{name}.": expert for name, expert in network.items()} if isinstance(network, nn.ModuleDict) else {}
+    configs = {start: getattr(part, "peft_config", {}) for start, part in (experts or {"": network}).items()}
+    return {
+        f"{start}{name}"
+        for start, own in configs.items()
+        for config in own.values()
+        for name in config.exclude_modules or ()
+    }
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:

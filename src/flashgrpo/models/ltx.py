@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor, nn
 
 from flashgrpo.errors import UserError
@@ -11,24 +10,16 @@ from flashgrpo.models.architectures import checked_size
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.pipeline import PipelineModel, Size
 from flashgrpo.processes.flow.model import GridPoint
-from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents
-
-_SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-"""Settings of a scheduler, in the order of `calculate_shift`, with what the pipeline takes where one is missing."""
 
 
 class LtxModel(PipelineModel):
     """An `LTXPipeline` as a `VideoModel`. The network takes tokens; here latents are (B, C, F, H, W) as everywhere."""
 
-    def grid(self, num_steps: int) -> SigmaGrid:
-        """Return the scheduler's grid, shifted by the number of tokens as the pipeline does, or by `config.shift`."""
-        scheduler = self.pipeline.scheduler
-        if self.config.shift is not None:
-            return grid_from_scheduler(scheduler, num_steps, self.config.shift)
-        mu = calculate_shift(self.tokens(), *(scheduler.config.get(name, value) for name, value in _SHIFT.items()))
-        return grid_from_scheduler(scheduler, num_steps, mu=mu)
+    def mu(self, num_steps: int) -> float | None:
+        """Return the shift by the number of tokens."""
+        return self.shift_by_tokens()
 
     def encode_text(self, text: str) -> Row:
         """Return {"text": (1, L, D), "mask": (1, L)} with L = `max_sequence_length`; the mask is 1 where a token is."""

@@ -1,7 +1,7 @@
 """One network made ready: what is trained of it, how it computes, where it lies."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,20 @@ from flashgrpo.models.warm_start import WarmStart
 
 
 def prepare_network(
-    network: Any, config: ModelConfig, world: World, seed: int, prefix: str = "", start: WarmStart | None = None
+    network: Any,
+    config: ModelConfig,
+    world: World,
+    seed: int,
+    prefix: str = "",
+    start: WarmStart | None = None,
+    unused: Sequence[str] = (),
 ) -> None:
     """Prepare a transformer of diffusers for rollout and update.
 
     Args:
         seed, prefix: of the adapters' initial weights; `prefix` sets apart the names of two experts.
         start: adapters to begin with.
+        unused: modules that are not trained.
 
     Raises:
         UserError: targets match nothing or not the adapters to begin with, an attention back end is not there, or the
@@ -30,7 +37,7 @@ def prepare_network(
     """
     if start and config.merge_adapters:
         start.merge_into(network)
-    prepare(network, config.train, seed, prefix)
+    prepare(network, config.train, seed, prefix, unused)
     if start and isinstance(config.train, Lora) and not config.merge_adapters:
         start.continue_in(network, config.train)
     if config.gradient_checkpointing:

@@ -1,6 +1,6 @@
 """A diffusers pipeline as a `VideoModel`: all that families have in common. A family's own file says what differs."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -8,26 +8,28 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
-from flashgrpo.models.conditions import Conditions, Row, entries_of, fingerprint
+from flashgrpo.models.conditions import Conditions, fingerprint
 from flashgrpo.models.lora import at_start, starting_weights, trained_parameters, write_adapters
 from flashgrpo.models.network import channels_last, prepare_network, try_attention
+from flashgrpo.models.prompts import EncodesPrompts
 from flashgrpo.models.residence import Residence
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.models.source import Source
 from flashgrpo.models.warm_start import adapter_files, adapters_identity, read_adapters
+from flashgrpo.processes.flow.choices import GuidanceKind
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
 from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, index_rows
 
 Size = tuple[int, int, int, int]
-MANY = 64  # prompts that are worth a word before they are encoded
 
 
-class PipelineModel(ABC):
+class PipelineModel(EncodesPrompts):
     """The parts of a pipeline as a `VideoModel`; the denoising loop is not the pipeline's.
 
     Attributes:
@@ -40,11 +42,9 @@ class PipelineModel(ABC):
 
     expert_names: ClassVar[Sequence[str]] = ("transformer",)
     """Components that are trained; a checkpoint may lack the later ones."""
-    encoder_names: ClassVar[Sequence[str]] = ("text_encoder",)
-    """Components that are needed for prompts only."""
-    cached_parts: ClassVar[Sequence[str]] = ("tokenizer", "text_encoder")
-    """Folders of the checkpoint on which a prompt's row depends."""
-    takes_image = False
+
+    keeps_spacing: ClassVar[bool] = False
+    """Whether the pipeline leaves multistep schedulers their own spacing of sigmas."""
 
     def __init__(
         self,
@@ -85,18 +85,6 @@ class PipelineModel(ABC):
     # What a family says
 
     @abstractmethod
-    def encode_text(self, text: str) -> Row:
-        """Return the embedding of a text by the pipeline's own encoder, rows (1, L, ...)."""
-
-    @abstractmethod
-    def random_text(self, text: str) -> Row:
-        """Draw rows of the same shapes by the text, for networks with random weights, which have no encoder."""
-
-    def encode_image(self, image: Any) -> Row:
-        """Return what a prompt's image adds to its row: nothing, but in a family that `takes_image`."""
-        return {}
-
-    @abstractmethod
     def forward(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
         """Compute the network's velocity for each row, without guidance, in float32."""
 
@@ -129,60 +117,22 @@ class PipelineModel(ABC):
 
     def grid(self, num_steps: int) -> SigmaGrid:
         """Return the grid of the checkpoint's scheduler, with `config.shift` in place of its own where given."""
-        return grid_from_scheduler(self.pipeline.scheduler, num_steps, self.config.shift)
+        scheduler = self.pipeline.scheduler
+        own_spacing = self.keeps_spacing and bool(scheduler.config.get("use_flow_sigmas"))
+        return grid_from_scheduler(scheduler, num_steps, self.config.shift, self.mu(num_steps), own_spacing)
 
-    # Prompts
+    def unused_layers(self) -> Sequence[str]:
+        """Name the network's modules whose results it drops, which get no gradient: none in most families."""
+        return ()
 
-    def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Return the rows of the prompts' texts, and of their images where the family takes them."""
-        self._check_images(prompts)
-        rows = self._conditions(prompts, self.device)
-        if self._residence is not None:  # a prompt that was not known before, or whose entry was lost
-            self.source.drop(self.encoder_names)
-        return rows
+    def mu(self, num_steps: int) -> float | None:
+        """Return what the pipeline shifts a scheduler by that shifts by resolution; None where it passes nothing."""
+        return None
 
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Count the tokens of each text, with the pipeline's own cleaning left out; 0 where there is no tokenizer."""
-        if self.source.random:
-            return [0] * len(texts)
-        return [len(ids) for ids in self.pipeline.tokenizer(list(texts)).input_ids]
-
-    def _encode_all(self, prompts: Sequence[Prompt], world: World) -> None:
-        self._check_images(prompts)
-        every = [negative := Prompt(self.config.negative_prompt, {}), *prompts]
-        found = world.on_all(lambda: self._conditions.missing(every, *world.place_on_machine))
-        if len(missing := [every[number] for number in sorted({number for part in found for number in part})]) > MANY:
-            self.say(f"encoding {len(missing)} of {len(every)} prompts, once")
-        world.on_all(lambda: self._conditions.fill(missing, begin=world.rank / world.size))
-        self._negative = self._conditions([negative], self.device)  # one row, the same for every sample
-        self.source.drop(self.encoder_names)
-
-    def _check_images(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts if self.takes_image else ():
-            if prompt.columns.get("image") is None:
-                raise UserError(f"this model starts from an image: give {prompt.text!r} one in a column `image`")
-
-    @torch.no_grad()
-    def _row(self, prompt: Prompt) -> Row:
-        """Return the row of a prompt; without an image that of its text alone."""
-        if self.source.random:
-            text = self.random_text(prompt.text)
-        else:
-            self.source.load(self.encoder_names)
-            for name in self.encoder_names:
-                if encoder := getattr(self.pipeline, name, None):
-                    encoder.requires_grad_(False).to(self.device)
-            text = self.encode_text(prompt.text)
-        image = prompt.columns.get("image") if self.takes_image else None
-        return text if image is None else {**text, **self.encode_image(image)}
-
-    def _cache_folder(self) -> Path | None:
-        config, folder = self.config, self.source.folder
-        settings: dict[str, Any] = {"length": config.max_sequence_length, "dtype": config.dtype}
-        if self.takes_image:
-            size = config.num_frames, config.height, config.width
-            settings |= {"size": size, "vae": config.vae_dtype, "pictures": "upright"}
-        return entries_of(folder, self.cached_parts, settings, config.condition_cache) if folder else None
+    def shift_by_tokens(self, max_shift: float = 1.15) -> float:
+        """Return a `mu` that rises with the number of tokens, between the scheduler's own ends or diffusers'."""
+        own = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
+        return calculate_shift(self.tokens(), *(self.pipeline.scheduler.config.get(*item) for item in own.items()))
 
     # The network
 
@@ -199,7 +149,8 @@ class PipelineModel(ABC):
             self.source.load([name])
             network = experts[name] = getattr(self.pipeline, name)
             start = read_adapters(files[name], network, self.original_name, convert, self.say) if files else None
-            prepare_network(network, config, world, self.seed, f"{name}." if len(names) > 1 else "", start)
+            prefix = f"{name}." if len(names) > 1 else ""
+            prepare_network(network, config, world, self.seed, prefix, start, self.unused_layers())
         for wanted, switch in ((config.vae_tiling, "enable_tiling"), (config.vae_slicing, "enable_slicing")):
             if wanted:
                 getattr(self.pipeline.vae, switch)()
@@ -211,6 +162,11 @@ class PipelineModel(ABC):
         folder, sizes = self.source.folder, {"random": repr(self.source.architecture)}
         own = fingerprint(folder, [*self.expert_names, "vae"], {}) if folder else fingerprint(Path(), [], sizes)
         return own + adapters_identity(self.config)
+
+    @property
+    def guidance(self) -> GuidanceKind:
+        """What a guidance scale above 1 does."""
+        return self.source.architecture.guidance
 
     @property
     def offloads(self) -> bool:
@@ -240,14 +196,18 @@ class PipelineModel(ABC):
         return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort()]
 
     def _guided(self, network: nn.Module, x: Latents, point: GridPoint, condition: Condition) -> Tensor:
-        """Compute both branches in one forward; where all scales are 1, the text's alone."""
+        """Compute both branches in one forward; the text's alone where all scales are 1, or are fed to the network."""
         scale = point.guidance_scale
-        if bool((scale == 1).all()):
+        if self.guidance != "classifier-free" or bool((scale == 1).all()):
             return self.forward(network, x, point, condition)
         twice = torch.arange(len(x)).repeat(2)
         both = Condition.stack([condition, condition.replaced(self._negative)])
         v_text, v_negative = self.forward(network, torch.cat([x, x]), point[twice], both).chunk(2)
-        return v_negative + scale.view(-1, 1, 1, 1, 1).to(x.device, non_blocking=True) * (v_text - v_negative)
+        return self.guided(v_text, v_negative, scale.view(-1, 1, 1, 1, 1).to(x.device, non_blocking=True))
+
+    def guided(self, v_text: Latents, v_negative: Latents, scale: Tensor) -> Latents:
+        """Go from the velocity of the negative prompt through that of the text."""
+        return v_negative + scale * (v_text - v_negative)
 
     def idle(self, point: GridPoint) -> Tensor:
         """Call the expert of that point once, on one row of zeros."""

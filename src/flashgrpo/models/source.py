@@ -17,7 +17,7 @@ from flashgrpo.models.weights import load_network
 
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes of networks may come from; a folder that names another could have its own code run."""
-LARGE = ("transformer", "transformer_2", "text_encoder", "image_encoder")
+LARGE = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 
 
 class Source:
@@ -47,8 +47,8 @@ class Source:
         settings = {k: v for k, v in architecture.settings.items() if k in self._signature()}
         if folder is None:
             light = self._build([name for name in architecture.components if name not in LARGE])
-            nothing = dict.fromkeys(self._among([*LARGE, "tokenizer"]))
-            self.pipeline = self._class(**nothing, **light, **settings)
+            nothing = dict.fromkeys(self._class._get_signature_keys(self._class)[0])
+            self.pipeline = self._class(**{**nothing, **light}, **settings)
         else:
             self.pipeline = self._from_folder({**dict.fromkeys(self._among(LARGE)), "vae": self._network("vae")})
 

@@ -23,12 +23,10 @@ from flashgrpo.models.pipeline import PipelineModel, Size
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents
-from flashgrpo.video import cropped, image_name, open_image
 
 CLIP_LENGTH = 512  # places of text that diffusers' attention splits off from what CLIP says about an image
 SHIFT_720P = 5.0  # https://huggingface.co/docs/diffusers/api/pipelines/wan: 3.0 for 480p, 5.0 for 720p
 PIXELS_720P = 704 * 1280  # Wan 2.2 5B's "720p" is the smallest
-MOST = 0.75  # of a picture; what keeps less of it is worth a word
 ImageRow = Float[Tensor, "1 channels frames height width"]
 
 
@@ -71,16 +69,9 @@ class WanModel(PipelineModel):
 
         "latents" (1, C', F, H, W) are the further channels of I2V: 4 of a mask and those of the encoded frame, or with
         `expand_timesteps` the encoded frame alone, F = 1. Wan 2.1 also looks at the frame through CLIP: "image".
-        A picture of other proportions than the video is cut around its middle.
         """
         config, pipeline = self.config, self.pipeline
-        whole = open_image(image)
-        picture = cropped(whole, config.width, config.height)
-        if (kept := picture.width * picture.height / (whole.width * whole.height)) < MOST:
-            self.say(
-                f"{image_name(image)} is {whole.width} x {whole.height}: the middle {kept:.0%} of it fill the video's "
-                f"{config.width} x {config.height}"
-            )
+        picture = self.fitted(image)
         frame = pipeline.video_processor.preprocess(picture, height=config.height, width=config.width)
         row = {"latents": self._encode_frame(frame.to(self.device, torch.float32)[:, :, None])}
         if (width := self.source.architecture.of("transformer").get("image_dim")) is not None:

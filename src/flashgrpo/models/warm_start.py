@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flashgrpo.errors import UserError, first_line
 from flashgrpo.files import read_object, resolve_path
 from flashgrpo.models.conditions import fingerprint
+from flashgrpo.models.lora import left_out
 from flashgrpo.models.settings import Lora, ModelConfig
 
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer_2.", "transformer.")
@@ -74,7 +75,8 @@ class WarmStart:
         Raises:
             UserError: a layer has no adapter to hold its values, or one of a lower rank.
         """
-        without = [name for name in self.adapters if not hasattr(network.get_submodule(name), "lora_A")]
+        used = {name: adapter for name, adapter in self.adapters.items() if name not in left_out(network)}
+        without = [name for name in used if not hasattr(network.get_submodule(name), "lora_A")]
         if without:
             raise UserError(
                 f"model.adapters: {self.file} has adapters on {_some({_short(name) for name in without})}, which "
@@ -85,7 +87,7 @@ class WarmStart:
                 f"model.adapters: {self.file} has rank {self.rank}, which model.train.rank {train.rank} has no room "
                 f"for; take model.train.rank={self.rank} or more, or {MERGE}"
             )
-        for name, adapter in self.adapters.items():
+        for name, adapter in used.items():
             layer: Any = network.get_submodule(name)
             rank = len(adapter.down)
             layer.lora_A["default"].weight[:rank] = adapter.down.float()

@@ -24,6 +24,15 @@ Ratio = Annotated[PlainRatio | NormalizedRatio, Field(discriminator="kind")]
 ErrorKind = Literal["uniform", "t", "t2", "huber", "ghuber", "self-normalized"]
 
 
+GuidanceKind = Literal["classifier-free", "embedded", "none"]
+"""What a model does with a guidance scale above 1: a second branch, a number that the network is fed, or nothing."""
+
+
+def branches_of(kind: GuidanceKind) -> int:
+    """Return how many branches a call with guidance has."""
+    return 2 if kind == "classifier-free" else 1
+
+
 @dataclass(frozen=True)
 class Stochastic:
     """Explore by noise: which denoising steps of a rollout are stochastic, and trained, and what they draw.

@@ -27,7 +27,14 @@ import torch
 from torch import Tensor
 
 from flashgrpo.process import Cost
-from flashgrpo.processes.flow.choices import Deterministic, Explore, Recorded, ScoreKind, needs_old_velocity
+from flashgrpo.processes.flow.choices import (
+    Deterministic,
+    Explore,
+    Recorded,
+    ScoreKind,
+    branches_of,
+    needs_old_velocity,
+)
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.network import guidance_of
 from flashgrpo.processes.flow.settings import RolloutConfig
@@ -48,7 +55,8 @@ def guided_steps(model: VideoModel, rollout: RolloutConfig) -> Guided:
     grid = model.grid(rollout.num_steps)
     scales = rollout.guidance_scale, rollout.guidance_scale_2
     guidance = guidance_of(model, grid, *scales, rollout.guidance_interval)
-    return Guided((guidance.deterministic > 1).tolist(), (guidance.stochastic > 1).tolist())
+    two = branches_of(model.guidance) == 2
+    return Guided((two & (guidance.deterministic > 1)).tolist(), (two & (guidance.stochastic > 1)).tolist())
 
 
 def update_cost(
@@ -62,6 +70,7 @@ def update_cost(
     uses: int,
     recomputes: bool,
     guided: Guided | None = None,
+    branches: int = 2,
 ) -> Cost:
     """Return what update number `update` (from 0) of a run costs; the seed alone decides which steps it trains.
 
@@ -73,12 +82,14 @@ def update_cost(
         guided: when it is not given, as the guidance scales say. Which of two experts computes a step, and which
             sigmas lie in `rollout.guidance_interval`, only the model knows: without it every step counts as guided
             where a scale is above 1, and the cost is an upper bound.
+        branches: of a call with guidance: one where the network is fed its scale.
 
     Example: 4 samples of 20 steps without guidance cost 80 + 12 with flash-grpo, 80 + 228 with flow-grpo.
     """
     size = rollout.group_size
     if guided is None:
-        every = [max(rollout.guidance_scale, rollout.guidance_scale_2 or 1) > 1] * rollout.num_steps
+        scale = max(rollout.guidance_scale, rollout.guidance_scale_2 or 1)
+        every = [branches == 2 and scale > 1] * rollout.num_steps
         guided = Guided(every, every)
     moves, acts = (1 + torch.tensor(which).long() for which in (guided.deterministic, guided.stochastic))
     groups = torch.arange(rollout.prompts).repeat_interleave(size)
@@ -94,7 +105,7 @@ def update_cost(
     each = passes * (3 + recomputes + sum(name in columns for name in ("kl", "kl_average")))
     if isinstance(score, Recorded):
         return Cost(drawn, int((trained * acts).sum()) * each)
-    scored = len(groups) * score.count(rollout.num_steps) * branches_of_replay(score, rollout)
+    scored = len(groups) * score.count(rollout.num_steps) * branches_of_replay(score, rollout, branches)
     return Cost(drawn + (scored if scored_while_drawn(score, uses) else 0), scored * each)
 
 
@@ -112,9 +123,9 @@ def masks(
     )
 
 
-def branches_of_replay(score: ScoreKind, rollout: RolloutConfig) -> int:
-    """Return how many branches a call of the network has in an update, at most: two with guidance."""
-    return 2 if (rollout if isinstance(score, Recorded) else score).guidance_scale > 1 else 1
+def branches_of_replay(score: ScoreKind, rollout: RolloutConfig, branches: int = 2) -> int:
+    """Return how many branches a call of the network has in an update, at most; `branches` with guidance."""
+    return branches if (rollout if isinstance(score, Recorded) else score).guidance_scale > 1 else 1
 
 
 def scored_while_drawn(score: ScoreKind, uses: int) -> bool:

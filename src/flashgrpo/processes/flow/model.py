@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float32, Float64, Shaped
 from torch import Tensor, nn
 
+from flashgrpo.processes.flow.choices import GuidanceKind
 from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.of_model import Model
 from flashgrpo.types import Condition, Latents, Videos
@@ -15,7 +16,7 @@ from flashgrpo.types import Condition, Latents, Videos
 class GridPoint:
     """Where on the sigma grid each of B rows stands; (B,) each, on the CPU, where families choose by them.
 
-    `timestep` is what the network is fed, `guidance_scale` that of classifier-free guidance there (1: none).
+    `timestep` is what the network is fed, `guidance_scale` that of the model's kind of guidance there (1: none).
     """
 
     timestep: Shaped[Tensor, " batch"]
@@ -37,6 +38,11 @@ class VideoModel(Model, Protocol):
     @property
     def takes_image(self) -> bool:
         """Whether each prompt has to come with its video's first frame, in a column `image`."""
+        ...
+
+    @property
+    def guidance(self) -> GuidanceKind:
+        """What a guidance scale above 1 does."""
         ...
 
     @property

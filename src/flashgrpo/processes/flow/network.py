@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from flashgrpo.errors import UserError
+from flashgrpo.processes.flow.choices import branches_of
 from flashgrpo.processes.flow.float8 import Float8
 from flashgrpo.processes.flow.model import GridPoint, VideoModel
 from flashgrpo.processes.flow.schedule import SigmaGrid
@@ -45,7 +46,7 @@ class GuidedNetwork:
 
     def guided(self, k: int) -> bool:
         """Return whether step k runs two branches."""
-        return bool(self.guidance[k] > 1)
+        return branches_of(self.model.guidance) == 2 and bool(self.guidance[k] > 1)
 
     def _points(self, k: int, rows: int) -> GridPoint:
         steps = torch.full((rows,), k)
@@ -80,8 +81,12 @@ def guidance_of(
     2404.07724).
 
     Raises:
-        UserError: `scale_2` for a model that has one expert only.
+        UserError: `scale_2` for a model that has one expert only, or a scale or an interval that has no effect.
     """
+    if model.guidance == "none" and scale > 1:
+        raise UserError(f"guidance_scale: this model was distilled to sample without guidance; take 1, not {scale:g}")
+    if model.guidance != "classifier-free" and tuple(interval) != (0, 1):
+        raise UserError("guidance_interval: this model has one branch only, which no step can leave out; leave it out")
     experts = [model.expert(float(timestep)) for timestep in grid.timesteps]
     first = model.expert(float(grid.timesteps.max()))
     if scale_2 is not None and first is model.network:

@@ -12,7 +12,7 @@ from flashgrpo.distributed.sharding import blocks_of
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, Record
 from flashgrpo.processes.flow.checks import flow_checks
-from flashgrpo.processes.flow.choices import Explore, Renoised, ScoreKind, Stochastic
+from flashgrpo.processes.flow.choices import Explore, Renoised, ScoreKind, Stochastic, branches_of
 from flashgrpo.processes.flow.cost import guided_steps, update_cost
 from flashgrpo.processes.flow.float8 import Float8
 from flashgrpo.processes.flow.model import VideoModel
@@ -196,7 +196,8 @@ class FlowProcess(ModelProcess[VideoModel]):
         """Forwards of an update, with guidance where this model's grid has it; see `cost.py`."""
         guided, recomputes = guided_steps(self.model, self.rollout), self.model.recomputes
         how = self.explore, self.score, self.rollout
-        return update_cost(*how, seed, update, passes, columns, uses, recomputes, guided)
+        branches = branches_of(self.model.guidance)
+        return update_cost(*how, seed, update, passes, columns, uses, recomputes, guided, branches)
 
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Residual noise, the evaluation's sampler, and how far rounding would move a ratio."""

@@ -1,0 +1,75 @@
+"""The families of flow models: which pipeline of diffusers each is, and what is refused on purpose.
+
+This is the only list: loading, the sentences that refuse a checkpoint, and the tables in README and docs read it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flashgrpo.processes.flow.choices import GuidanceKind
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of checkpoints.
+
+    Args:
+        name: as people call it.
+        module, model: the file below `models/` and the class in it.
+        makes: what of what.
+        encoders: of prompts.
+        guidance: in words, for the table.
+    """
+
+    name: str
+    module: str
+    model: str
+    makes: str
+    encoders: str
+    guidance: str
+
+
+FAMILIES: Mapping[str, Family] = {
+    "WanPipeline": Family("Wan 2.1, 2.2", "wan", "WanModel", "text to video", "UMT5", "classifier-free"),
+    "WanImageToVideoPipeline": Family(
+        "Wan 2.1, 2.2 I2V", "wan", "WanModel", "image to video", "UMT5, CLIP vision", "classifier-free"
+    ),
+    "LTXPipeline": Family("LTX-Video", "ltx", "LtxModel", "text to video", "T5", "classifier-free"),
+    "StableDiffusion3Pipeline": Family(
+        "Stable Diffusion 3.5", "sd3", "Sd3Model", "text to image", "CLIP L, CLIP G, T5", "classifier-free"
+    ),
+    "FluxPipeline": Family(
+        "FLUX.1", "flux", "FluxModel", "text to image", "CLIP L, T5", "embedded (dev), none (schnell)"
+    ),
+}
+"""By the class that a checkpoint's model_index.json names."""
+
+REFUSED: Mapping[str, str] = {
+    "QwenImageEditPipeline": "its processor needs torchvision",
+    "QwenImageEditPlusPipeline": "its processor needs torchvision",
+}
+"""Pipelines that are left out on purpose, and why."""
+
+
+def refusal(pipeline: str) -> str:
+    """Say why a pipeline is not taken, and which are."""
+    reason = f" ({REFUSED[pipeline]})" if pipeline in REFUSED else ""
+    return f"{pipeline}, which is not supported{reason}; supported are {', '.join(FAMILIES)}"
+
+
+def guidance_kind(pipeline: str, transformer: Mapping[str, Any], settings: Mapping[str, Any]) -> GuidanceKind:
+    """Tell what a guidance scale does, from the settings of a pipeline's transformer and of the pipeline itself."""
+    if pipeline in ("FluxPipeline", "FluxKontextPipeline"):
+        return "embedded" if transformer.get("guidance_embeds") else "none"
+    return "none" if settings.get("is_distilled") else "classifier-free"
+
+
+def table() -> str:
+    """Return the families as a table of Markdown."""
+    head = "| family | pipeline of diffusers | makes | text encoders | guidance |\n|---|---|---|---|---|\n"
+    rows = [
+        f"| {family.name} | `{pipeline}` | {family.makes} | {family.encoders} | {family.guidance} |"
+        for pipeline, family in FAMILIES.items()
+    ]
+    return head + "\n".join(rows)

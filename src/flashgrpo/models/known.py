@@ -1,0 +1,143 @@
+"""Sizes of released checkpoints, as their published configurations have them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flashgrpo.models.architectures import Architecture
+
+
+def _wan(
+    family: str,
+    transformer: Mapping[str, Any],
+    vae: Mapping[str, Any] | None = None,
+    experts: int = 1,
+    shift: float = 3.0,
+    **settings: Any,
+) -> Architecture:
+    shared = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
+    network = ("WanTransformer3DModel", {**shared, **transformer})
+    scheduler = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    names = ("transformer", "transformer_2")[:experts]
+    components: dict[str, tuple[str, Mapping[str, Any]]] = dict.fromkeys(names, network)
+    components["vae"] = ("AutoencoderKLWan", vae or {})
+    components["scheduler"] = ("UniPCMultistepScheduler", scheduler)
+    return Architecture(family, components, settings)
+
+
+def _image(
+    family: str, transformer: tuple[str, Any], vae: tuple[str, Any], scheduler: Any, **settings: Any
+) -> Architecture:
+    euler = ("FlowMatchEulerDiscreteScheduler", scheduler)
+    return Architecture(family, {"transformer": transformer, "vae": vae, "scheduler": euler}, settings)
+
+
+def _sd3(transformer: Mapping[str, Any]) -> Architecture:
+    network = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "pooled_projection_dim": 2048,
+        "qk_norm": "rms_norm",
+        **transformer,
+    }
+    vae = ("AutoencoderKL", {**_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609})
+    return _image("StableDiffusion3Pipeline", ("SD3Transformer2DModel", network), vae, {"shift": 3.0})
+
+
+def _flux(family: str, guidance_embeds: bool) -> Architecture:
+    vae = ("AutoencoderKL", {**_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159})
+    shift = {"shift": 3.0, **_BY_RESOLUTION} if guidance_embeds else {"shift": 1.0}
+    return _image(
+        family,
+        (
+            "FluxTransformer2DModel",
+            {"guidance_embeds": guidance_embeds, "joint_attention_dim": 4096, "pooled_projection_dim": 768},
+        ),
+        vae,
+        shift,
+    )
+
+
+_VAE = {
+    "latent_channels": 16,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_BY_RESOLUTION = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+_SD35_MEDIUM = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "joint_attention_dim": 4096,
+}
+_SD35_LARGE = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "joint_attention_dim": 4096,
+}
+_WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "in_channels": 16, "out_channels": 16}
+_WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40, "in_channels": 16, "out_channels": 16}
+_WAN_14B_IMAGE = _WAN_14B | {"in_channels": 36}
+_WAN_14B_CLIP = _WAN_14B_IMAGE | {"image_dim": 1280, "added_kv_proj_dim": 5120}
+_WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+_WAN22_VAE = {
+    "z_dim": 48,
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+_LTX_SCHEDULER = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096,
+    "shift_terminal": 0.1,
+}
+_LTX = {"in_channels": 128, "out_channels": 128, "num_attention_heads": 32, "num_layers": 28, "caption_channels": 4096}
+
+KNOWN: Mapping[str, Architecture] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan("WanPipeline", _WAN_1B),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan("WanPipeline", _WAN_14B),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _wan("WanImageToVideoPipeline", _WAN_14B_CLIP),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _wan("WanImageToVideoPipeline", _WAN_14B_CLIP, shift=5.0),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _wan("WanPipeline", _WAN_5B, _WAN22_VAE, shift=5.0, expand_timesteps=True),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _wan("WanPipeline", _WAN_14B, experts=2, boundary_ratio=0.875),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _wan(
+        "WanImageToVideoPipeline", _WAN_14B_IMAGE, experts=2, shift=5.0, boundary_ratio=0.9
+    ),
+    "Lightricks/LTX-Video": Architecture(
+        "LTXPipeline",
+        {
+            "transformer": ("LTXVideoTransformer3DModel", _LTX),
+            "vae": ("AutoencoderKLLTXVideo", {}),
+            "scheduler": ("FlowMatchEulerDiscreteScheduler", _LTX_SCHEDULER),
+        },
+    ),
+    "stabilityai/stable-diffusion-3.5-medium": _sd3(_SD35_MEDIUM),
+    "stabilityai/stable-diffusion-3.5-large": _sd3(_SD35_LARGE),
+    "black-forest-labs/FLUX.1-dev": _flux("FluxPipeline", guidance_embeds=True),
+    "black-forest-labs/FLUX.1-schnell": _flux("FluxPipeline", guidance_embeds=False),
+}
+"""By hub id."""
