@@ -15,7 +15,15 @@ from flashgrpo.processes.flow.choices import Deterministic, Explore, Recorded, R
 from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
 from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import Rectified
-from flashgrpo.processes.streaming.settings import Energy, OneLevel, Routing, StreamExplore, StreamScore, Transition
+from flashgrpo.processes.streaming.settings import (
+    Energy,
+    NoisedBlock,
+    OneLevel,
+    Routing,
+    StreamExplore,
+    StreamScore,
+    Transition,
+)
 from flashgrpo.processes.tokens.masked.settings import UnmaskedSteps, Unmasking
 from flashgrpo.processes.tokens.uniform.settings import TokensAtTimes, UniformTokens
 from flashgrpo.settings import default_kind
@@ -88,6 +96,7 @@ KVPO = Algorithm(
     Frozen(2),
 )
 FLASH_STREAM = Algorithm(OneLevel(), Transition())
+STREAM_NFT = Algorithm(OneLevel(), NoisedBlock(), _OVER_BATCH, Contrast(kl_coef=1e-4), Averaged())
 
 # Masked tokens: the steps of a sample in the states that they have seen
 AGRPO = Algorithm(
@@ -131,6 +140,7 @@ PRESETS = {
     "udm-grpo": UDM_GRPO,
     "kvpo": KVPO,
     "flash-stream": FLASH_STREAM,
+    "stream-nft": STREAM_NFT,
     "one-step": ONE_STEP,
     "grouping-only": GROUPING_ONLY,
     "rectification-only": RECTIFICATION_ONLY,

@@ -28,6 +28,7 @@ SMALL = [
 PRESETS = {
     "kvpo": ["algorithm.explore={blocks: 1, routed: 1, nearest: 3, earliest: 6}"],
     "flash-stream": ["algorithm=flash-stream"],
+    "stream-nft": ["algorithm=stream-nft"],
 }
 
 

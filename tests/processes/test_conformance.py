@@ -27,7 +27,7 @@ from flashgrpo.processes.flow.choices import Recorded
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.weighting import NormalizedRatio, StepLength
-from flashgrpo.processes.streaming.settings import Energy, OneLevel, Transition
+from flashgrpo.processes.streaming.settings import Energy, NoisedBlock, OneLevel, Transition
 from flashgrpo.processes.tokens.masked.process import MaskedProcess
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, UnmaskedSteps, Unmasking
 from flashgrpo.processes.tokens.uniform.process import UniformTokensProcess
@@ -163,6 +163,10 @@ CASES = {
     ),
     "streaming: one level, with a penalty": stream(
         Clipped(clip_range=0.2, kl_coef=0.1), explore=OneLevel(), score=Transition()
+    ),
+    "streaming: a block that is noised again": stream(Contrast(beta=0.5), explore=OneLevel(), score=NoisedBlock()),
+    "streaming: a block that is noised again, clipped, with penalties": stream(
+        Clipped(clip_range=0.2, kl_coef=0.1, average_coef=0.1), explore=OneLevel(), score=NoisedBlock("t2")
     ),
     "uniform tokens": uniform(TokensAtTimes(times=2, starts=2)),
     "uniform tokens: guesses of the sampler, with a penalty": uniform(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from flashgrpo.distributed.world import World
@@ -51,3 +51,12 @@ def by_other_weights(
             with torch.no_grad(), context():
                 found[name] = call()
     return found
+
+
+def mean_of_rows(values: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:
+    """Mean over the latent dims, one reduction per row.
+
+    `values.flatten(1).mean(1)` would let the number of rows decide how threads split a sum, and a sample scored alone
+    would differ in its last bits from the same sample scored in a batch.
+    """
+    return torch.stack([row.mean() for row in values])

@@ -158,20 +158,27 @@ class ModelProcess(ABC, Generic[ModelT]):
         """Cut the units of one slot into batches of `micro_batch`."""
         return [record[units] for units in torch.arange(len(record)).split(self.micro_batch) if len(units)]
 
-    def old_scores(self, record: Record) -> Float32[Tensor, " terms"]:
-        """Score what was drawn by the weights that drew, by replays; ranks make equally many calls of each slot."""
+    def old_scores(self, record: Record, keep: str | None = None) -> tuple[Float32[Tensor, " terms"], Tensor | None]:
+        """Score what was drawn by the weights that drew, by replays; ranks make equally many calls of each slot.
+
+        Args:
+            keep: a column that is kept as well; it may have a row of any shape for each unit.
+        """
         scores = torch.empty(len(record.unit), device=self.device)
+        columns, kept = (keep,) if keep else (), dict[int, Tensor]()
         own = {int(slot): (record.slot == slot).nonzero().flatten() for slot in record.slot.unique()}
         for slot, most in self._most_calls(own):
             parts = own[slot].split(self.micro_batch) if slot in own else ()
             for units in parts:
                 terms = torch.isin(record.unit, units).nonzero().flatten()
                 with torch.enable_grad():  # attention takes other kernels without gradients
-                    addends = [score.detach() for score, _ in self.replay(record[units], ())]
-                scores.index_copy_(0, to_device(terms, self.device), sum(addends[1:], addends[0]))
+                    addends = [(score.detach(), found) for score, found in self.replay(record[units], columns)]
+                total = sum((score for score, _ in addends[1:]), addends[0][0])
+                scores.index_copy_(0, to_device(terms, self.device), total)
+                kept |= dict(zip(units.tolist(), addends[0][1][keep].detach(), strict=True)) if keep else {}
             for _ in range(most - len(parts)):
-                list(self.idle(slot, ()))
-        return scores
+                list(self.idle(slot, columns))
+        return scores, torch.stack([kept[unit] for unit in range(len(record))]) if kept else None
 
     def _most_calls(self, own: Mapping[int, Tensor]) -> list[tuple[int, int]]:
         """Return the slots of all ranks, and how many calls the busiest of them makes of each."""

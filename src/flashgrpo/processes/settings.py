@@ -3,11 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from flashgrpo.settings import MANY, Count, Part
+
+ErrorKind = Literal["uniform", "t", "t2", "huber", "ghuber", "self-normalized"]
+"""How the error of a velocity is measured; see `renoise.py`."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,8 @@ class SamplingPart(Part):
     def pipeline_arguments(self, rollout: Any) -> Mapping[str, Any]:
         """Return what the model's own pipeline has to be told, to draw as an evaluation does."""
         return {}
+
+
+def needs_old_velocity(columns: Sequence[str]) -> bool:
+    """Return whether a column compares with the velocity by the weights that drew."""
+    return any(column == "kl_old" or column.startswith("toward:") for column in columns)

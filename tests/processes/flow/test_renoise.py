@@ -9,8 +9,9 @@ from torch import Tensor
 from flashgrpo.learning.objective import Contrast
 from flashgrpo.models.load import load_model
 from flashgrpo.presets import AWM, DIFFUSION_NFT, V_GRPO
-from flashgrpo.processes.flow import renoise
+from flashgrpo.processes import renoise
 from flashgrpo.processes.flow.choices import Renoised
+from flashgrpo.processes.flow.renoised import levels
 from flashgrpo.processes.flow.schedule import shifted_grid
 from tests.families import KINDS
 from tests.processes.flow.drawing import PROMPTS, WORLD, draw, draw_from, make_process, perturb, samples_of
@@ -83,7 +84,7 @@ def test_the_three_methods_share_their_first_gradient(nursery):
 
 def test_levels_between_the_points_of_a_grid():
     grid = shifted_grid(2, 3.0)  # sigmas 1, 0.75, 0
-    sigma, timestep = renoise.levels(grid, torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64))
+    sigma, timestep = levels(grid, torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64))
     assert sigma.tolist() == [1, 0.875, 0.75, 0.375]
     assert timestep.tolist() == [1000, 875, 750, 375]
 

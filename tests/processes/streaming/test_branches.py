@@ -199,8 +199,10 @@ REFUSED = [
     (["algorithm={preset: flash-stream, explore: {kind: routing}}"], "it needs algorithm.explore.kind=one-level"),
     (
         ["algorithm={preset: flash-stream, credit: {baseline: anchor}}"],
-        "of its own, and has no anchor",
+        "judges each branch by itself, without an anchor",
     ),
+    (["algorithm={preset: flash-stream, objective: {kind: contrast}}"], "which a transition does not record"),
+    (["algorithm={preset: stream-nft, explore: {kind: routing}}"], "renoised-block scores one block of each branch"),
     (["algorithm.explore.nearest=2"], "from 3 to 9, not 2"),
     (["model.compile=true"], "has no use for it"),
     (["rollout.num_steps=4"], "rollout.num_steps is of flow or masked"),

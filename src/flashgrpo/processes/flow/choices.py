@@ -1,6 +1,5 @@
 """How the flow process explores, and what it scores: the choices of an algorithm."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import ceil
@@ -11,6 +10,7 @@ from pydantic import Field
 from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
 from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import NoiseLevel, NormalizedRatio, PlainRatio, Rectified, StepLength, Uniform
+from flashgrpo.processes.settings import ErrorKind
 from flashgrpo.seeds import keyed_bits
 from flashgrpo.settings import FORBID_EXTRA, check_number
 
@@ -21,7 +21,6 @@ Steps = Annotated[AllSteps | Window | OneStep, Field(discriminator="kind")]
 Noise = Annotated[LinearSde | FlowSde | ConstantSde | Cps, Field(discriminator="kind")]
 Weighting = Annotated[Uniform | Rectified | NoiseLevel | StepLength, Field(discriminator="kind")]
 Ratio = Annotated[PlainRatio | NormalizedRatio, Field(discriminator="kind")]
-ErrorKind = Literal["uniform", "t", "t2", "huber", "ghuber", "self-normalized"]
 
 
 GuidanceKind = Literal["classifier-free", "embedded", "none"]
@@ -156,8 +155,3 @@ class Renoised:
 
 Explore = Stochastic | Deterministic
 ScoreKind = Recorded | Renoised
-
-
-def needs_old_velocity(columns: Sequence[str]) -> bool:
-    """Return whether a column compares with the velocity by the weights that drew."""
-    return any(column == "kl_old" or column.startswith("toward:") for column in columns)

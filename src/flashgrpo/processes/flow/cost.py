@@ -27,19 +27,13 @@ import torch
 from torch import Tensor
 
 from flashgrpo.process import Cost
-from flashgrpo.processes.flow.choices import (
-    Deterministic,
-    Explore,
-    Recorded,
-    ScoreKind,
-    branches_of,
-    needs_old_velocity,
-)
+from flashgrpo.processes.flow.choices import Deterministic, Explore, Recorded, ScoreKind, branches_of
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.network import guidance_of
 from flashgrpo.processes.flow.settings import RolloutConfig
 from flashgrpo.processes.flow.shortcuts import leaders, visited
 from flashgrpo.processes.flow.steps import StepMask
+from flashgrpo.processes.settings import needs_old_velocity
 
 
 @dataclass(frozen=True)

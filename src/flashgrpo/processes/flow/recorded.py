@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Record
-from flashgrpo.processes.flow.choices import Recorded, Stochastic, needs_old_velocity
+from flashgrpo.processes.flow.choices import Recorded, Stochastic
 from flashgrpo.processes.flow.network import GuidedNetwork
 from flashgrpo.processes.flow.retain import Graphs, room_for_graphs
 from flashgrpo.processes.flow.rollout import Around, MicroBatch, exact_velocities, plan, with_a_graph
@@ -19,6 +19,7 @@ from flashgrpo.processes.flow.settings import RolloutConfig
 from flashgrpo.processes.flow.source import Names, Score, Source, group_of, names_of
 from flashgrpo.processes.flow.state import FlowState, KeptGraph
 from flashgrpo.processes.flow.table import StepTable
+from flashgrpo.processes.settings import needs_old_velocity
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents, Sample, index_rows, to_device
 

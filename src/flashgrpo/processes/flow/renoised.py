@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Record
+from flashgrpo.processes import renoise
 from flashgrpo.processes.calls import fixed_batches, number_of_calls
-from flashgrpo.processes.flow import renoise
-from flashgrpo.processes.flow.choices import Renoised, needs_old_velocity
+from flashgrpo.processes.flow.choices import Renoised
 from flashgrpo.processes.flow.model import GridPoint, VideoModel
 from flashgrpo.processes.flow.rollout import Around, MicroBatch, plan, with_a_graph
 from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.flow.settings import RolloutConfig
 from flashgrpo.processes.flow.source import Score, Source, group_of
+from flashgrpo.processes.settings import needs_old_velocity
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents, Sample, index_rows, to_device
 
@@ -115,7 +116,7 @@ class RenoisedSamples(Source):
                 positions.append(position)
                 names.append((*name, number))
                 rows.append(row)
-        sigma, timestep = renoise.levels(self.grid, torch.tensor(positions, dtype=torch.float64))
+        sigma, timestep = levels(self.grid, torch.tensor(positions, dtype=torch.float64))
         of = torch.tensor(names, dtype=torch.int64).view(-1, 4)
         return RenoisedState(seed, torch.tensor(rows, dtype=torch.int64), of, sigma, timestep, x0, condition)
 
@@ -239,3 +240,17 @@ class RenoisedDrawing:
         key, channel = group_of(self.samples)[state.sample], torch.zeros_like(state.sample)
         weight = torch.ones(len(state), device=latents.device)
         return Record(slot, torch.arange(len(state)), state.sample, key, channel, weight, old, state)
+
+
+def levels(
+    grid: SigmaGrid, positions: Float64[Tensor, " batch"]
+) -> tuple[Float64[Tensor, " batch"], Shaped[Tensor, " batch"]]:
+    """Return the sigma and the timestep at positions on a grid, between its points too: k is its k-th point.
+
+    Example: on a grid of sigmas 1, 0.75, 0 the position 0.5 is sigma 0.875, and 1.5 is 0.375.
+    """
+    k = positions.long()
+    share = positions - k
+    sigmas, timesteps = grid.sigmas, torch.cat([grid.timesteps, grid.timesteps.new_zeros(1)]).double()
+    sigma, timestep = ((1 - share) * row[k] + share * row[k + 1] for row in (sigmas, timesteps))
+    return sigma, timestep.to(grid.timesteps.dtype)

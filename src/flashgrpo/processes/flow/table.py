@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
+from flashgrpo.processes.calls import mean_of_rows
+
 StepIndex = int | Int[Tensor, " batch"]
 Latents = Float[Tensor, "batch *latent"]
 Latents32 = Float32[Tensor, "batch *latent"]
@@ -119,12 +121,3 @@ class StepTable:
 def _rows(values: Float64[Tensor, " steps"], k: Int[Tensor, " batch"], like: Tensor) -> Float32[Tensor, "batch *ones"]:
     """`values[k]` in float32, shaped (B, 1, ...) to multiply latents `like` these, on their device."""
     return values[k].float().to(like.device, non_blocking=True).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def mean_of_rows(values: Latents) -> Float[Tensor, " batch"]:
-    """Mean over the latent dims, one reduction per row.
-
-    `values.flatten(1).mean(1)` would let the number of rows decide how threads split a sum, and a sample scored alone
-    would differ in its last bits from the same sample scored in a batch.
-    """
-    return torch.stack([row.mean() for row in values])

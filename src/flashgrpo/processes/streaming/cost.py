@@ -62,7 +62,7 @@ def update_cost(
 
 def recorded_blocks(explore: StreamExplore, levels: int) -> int:
     """Return how many blocks of latents a unit keeps from its rollout to the end of its update."""
-    return explore.blocks * levels if isinstance(explore, Routing) else 2
+    return explore.blocks * levels if isinstance(explore, Routing) else 3
 
 
 def replay_calls(explore: StreamExplore, score: StreamScore, levels: int) -> tuple[int, int]:

@@ -20,10 +20,12 @@ from flashgrpo.processes.streaming.decoding import decode
 from flashgrpo.processes.streaming.drawing import BlockName, Script, Stream
 from flashgrpo.processes.streaming.energy import RoutedBranches
 from flashgrpo.processes.streaming.model import StreamingModel
+from flashgrpo.processes.streaming.renoised import RenoisedBlocks
 from flashgrpo.processes.streaming.rollout import Groups
 from flashgrpo.processes.streaming.scenes import scenes_of
 from flashgrpo.processes.streaming.settings import (
     Energy,
+    NoisedBlock,
     OneLevel,
     Routing,
     StreamExplore,
@@ -72,6 +74,8 @@ class StreamingProcess(ModelProcess[StreamingModel]):
         if isinstance(explore, Routing) and isinstance(score, Energy):
             return RoutedBranches(self.model, explore, score, self.micro_batch)
         assert isinstance(explore, OneLevel), "refused by `check_pair`"
+        if isinstance(score, NoisedBlock):
+            return RenoisedBlocks(self.model, explore, score, self.micro_batch)
         assert isinstance(score, Transition), "refused by `check_pair`"
         return OneTransition(self.model, explore, score, self.micro_batch)
 
@@ -108,9 +112,11 @@ class StreamingProcess(ModelProcess[StreamingModel]):
         """Draw samples, group by group: a prefix once, then the branches, and the anchor; see `Process`."""
         groups = Groups(self.model, self.source, self.explore, self.rollout.micro_batch, self.world, seed)
         outputs, state, members = groups.draw(samples, self.script, on_drawn)
-        return outputs, self._record(state, members, samples, uses)
+        return outputs, self._record(state, members, samples, uses, columns)
 
-    def _record(self, state: StreamState, members: list[int], samples: Sequence[Sample], uses: int) -> Record:
+    def _record(
+        self, state: StreamState, members: list[int], samples: Sequence[Sample], uses: int, columns: Sequence[str]
+    ) -> Record:
         """Record a term for each branch."""
         sample = torch.tensor(members, dtype=torch.int64)
         key = torch.tensor([samples[row].group.group for row in members], dtype=torch.int64)
@@ -118,7 +124,10 @@ class StreamingProcess(ModelProcess[StreamingModel]):
         weight = torch.tensor([self.source.weight(fork) for fork in state.of_units], device=self.device)
         unit = torch.arange(len(sample))
         record = Record(slot, unit, sample, key, torch.zeros_like(sample), weight.float(), None, state)
-        return record if uses == 1 else replace(record, old=self.old_scores(record))
+        if uses == 1:
+            return record
+        old, kept = self.old_scores(record, self.source.keeps(columns))
+        return self.source.with_kept(replace(record, old=old), kept)
 
     @torch.no_grad()
     def sample(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from flashgrpo.processes.settings import Chosen, RolloutPart, SamplingPart
+from flashgrpo.processes.settings import Chosen, ErrorKind, RolloutPart, SamplingPart, needs_old_velocity
 from flashgrpo.processes.streaming.window import Window
 from flashgrpo.settings import FORBID_EXTRA, MANY, check_number
 
@@ -165,6 +165,23 @@ class Transition:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
 
 
+@dataclass(frozen=True)
+class NoisedBlock:
+    """Score the finished block, noised again to one of the model's levels, by how well the network tells the noise.
+
+    The level is drawn for each group, the noise is a member's own; see `processes/renoise.py`. With the objective
+    `contrast` it is DiffusionNFT (2509.16117) for a model that draws at few levels.
+
+    Args:
+        weight: the error that is minimised.
+    """
+
+    weight: ErrorKind = "self-normalized"
+    kind: Literal["renoised-block"] = "renoised-block"
+    process: ClassVar[str] = STREAMING
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+
+
 class StreamRollout(RolloutPart):
     """How the branches of an update are drawn from a streaming model, block by block."""
 
@@ -218,24 +235,29 @@ def check_pair(explore: Any, score: Any, coupled: bool, anchored: bool, columns:
             "algorithm.score: energy compares contexts, and branches that differ by noise have the same one: every "
             "score is 0, and nothing is learnt; take algorithm.explore.kind=routing, or score.kind=transition"
         )
-    if isinstance(score, Transition) and not isinstance(explore, OneLevel):
+    if not isinstance(score, Energy) and not isinstance(explore, OneLevel):
         raise ValueError(
-            "algorithm.score: transition scores one level's noise; it needs algorithm.explore.kind=one-level"
+            f"algorithm.score: {score.kind} scores one block of each branch; it needs algorithm.explore.kind=one-level"
         )
     if isinstance(score, Energy) and not coupled:
         raise ValueError(
             "algorithm.objective: an energy is no log-probability; take algorithm.objective.kind=competing, in which "
             "branches share a probability of 1"
         )
-    if isinstance(score, Transition) and (coupled or anchored):
+    if not isinstance(score, Energy) and (coupled or anchored):
         raise ValueError(
-            "algorithm.score: a transition is a log-probability of its own, and has no anchor; take "
-            "algorithm.objective.kind=clipped and algorithm.credit.baseline=mean"
+            f"algorithm.score: {score.kind} judges each branch by itself, without an anchor; take "
+            "algorithm.objective.kind=clipped or contrast and algorithm.credit.baseline=mean"
+        )
+    if isinstance(score, Transition) and needs_old_velocity(columns):
+        raise ValueError(
+            "algorithm.objective: it compares velocities with those of the weights that drew, which a transition does "
+            "not record; take algorithm.score.kind=renoised-block, or algorithm.objective.kind=clipped"
         )
 
 
 StreamExplore = Routing | OneLevel
-StreamScore = Energy | Transition
+StreamScore = Energy | Transition | NoisedBlock
 
 
 class StreamSampling(SamplingPart):

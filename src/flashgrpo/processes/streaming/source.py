@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from flashgrpo.process import Columns
+from flashgrpo.process import Columns, Record
 from flashgrpo.processes.streaming.cache import Context, KVCache
 from flashgrpo.processes.streaming.drawing import BlockName, Script, Stream
 from flashgrpo.processes.streaming.model import StreamingModel
@@ -133,6 +133,14 @@ class Source(ABC):
     @abstractmethod
     def idle(self, slot: int, columns: Sequence[str]) -> Iterator[Tensor]:
         """Make the calls of a replay on nothing."""
+
+    def keeps(self, columns: Sequence[str]) -> str | None:
+        """Return the column that a record keeps of the weights that drew, for replays that are asked for `columns`."""
+        return None
+
+    def with_kept(self, record: Record, kept: Tensor | None) -> Record:
+        """Return a record with what it keeps, a row for each unit."""
+        return record
 
     def others(self, columns: Sequence[str]) -> dict[str, Callable[[], AbstractContextManager[None]]]:
         """Return the weights that columns compare with, by column."""

@@ -25,6 +25,9 @@ from flashgrpo.processes.tokens.model import TokenModel
 from flashgrpo.seeds import Name
 from flashgrpo.types import Condition, Media, Prompt, Sample, to_device
 
+LOG_P = "log_p"
+"""A column for this process alone, with a row for each unit: the log-probabilities of all candidates of its places."""
+
 
 class MaskedProcess(ModelProcess[TokenModel]):
     """A network that fills masks, as a `Process`: a unit is a step of a sample, a term a token that the step drew.
@@ -138,23 +141,9 @@ class MaskedProcess(ModelProcess[TokenModel]):
         return Record(torch.zeros_like(at), unit, row[unit], group[row[unit]], nought, weights, None, state)
 
     def _with_old(self, record: Record, keep: bool) -> Record:
-        """Score what was drawn as a replay does: attention takes other kernels without gradients.
-
-        Args:
-            keep: also the log-probabilities of all candidates.
-        """
-        missing = missing_calls(self.world, number_of_calls(len(record), self.micro_batch))
-        scores, rows = [torch.empty(0, device=self.device)], list[Tensor]()
-        for part in self.micro_batches(record):
-            state = state_of(part)
-            with torch.enable_grad():
-                log_p = self.scores.log_p(state).detach()
-            scores.append(of_terms(of_drawn(log_p, state), state))
-            rows += [log_p] if keep else []
-        for _ in range(missing):
-            self._on_nothing(self.logits)
-        state = replace(state_of(record), old_log_p=torch.cat(rows) if rows else None)
-        return replace(record, old=torch.cat(scores), state=state)
+        """Score what was drawn by the weights that drew; `keep` also the log-probabilities of all candidates."""
+        old, log_p = self.old_scores(record, LOG_P if keep else None)
+        return replace(record, old=old, state=replace(state_of(record), old_log_p=log_p))
 
     @torch.no_grad()
     def sample(
@@ -182,6 +171,7 @@ class MaskedProcess(ModelProcess[TokenModel]):
         if "kl_old" in columns:
             others["kl_old"] = log_p.detach() if state.old_log_p is None else state.old_log_p
         found = {name: of_terms(divergence(log_p, other), state) for name, other in others.items()}
+        found |= {LOG_P: log_p.detach()} if LOG_P in columns else {}
         return [(of_terms(of_drawn(log_p, state), state), found)]
 
     def idle(self, slot: int, columns: Sequence[str]) -> list[Tensor]:

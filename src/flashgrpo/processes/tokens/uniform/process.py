@@ -76,7 +76,7 @@ class UniformTokensProcess(ModelProcess[UniformModel]):
         group = torch.tensor([sample.group.group for sample in samples], dtype=torch.int64)
         unit, weight = torch.arange(len(state)), torch.ones(len(state), device=self.device)
         record = Record(state.k, unit, state.sample, group[state.sample], 0 * unit, weight, None, state)
-        return tokens, replace(record, old=self.old_scores(record)) if uses > 1 else record
+        return tokens, replace(record, old=self.old_scores(record)[0]) if uses > 1 else record
 
     @torch.no_grad()
     def sample(

@@ -1,4 +1,4 @@
-"""Re-noised samples: at which noise levels a finished sample is noised again, and the error of a velocity there.
+"""Re-noised samples: the error of a velocity at a noise level of a finished sample.
 
 A finished sample x0 is noised anew, `x_t = (1 - t) x0 + t eps`, and the network is asked for the velocity, whose target
 is `u = eps - x0`. With `d = v - u` and l = mean(d^2) over the latent dims, an error E is one of
@@ -16,32 +16,17 @@ Tensors of any floating type are computed in their own.
 
 import math
 
-import torch
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
-from flashgrpo.processes.flow.choices import ErrorKind
-from flashgrpo.processes.flow.schedule import SigmaGrid
-from flashgrpo.processes.flow.table import Latents, mean_of_rows
+from flashgrpo.processes.calls import mean_of_rows
+from flashgrpo.processes.settings import ErrorKind
 
 Rows = Float[Tensor, " batch"]
+Latents = Float[Tensor, "batch *latent"]
 SMALL = 1e-10  # added to l by AWM's code
 POWER = 0.25  # p of ghuber
 FLOOR = 1e-5  # of what the error is divided by
-
-
-def levels(
-    grid: SigmaGrid, positions: Float64[Tensor, " batch"]
-) -> tuple[Float64[Tensor, " batch"], Shaped[Tensor, " batch"]]:
-    """Return the sigma and the timestep at positions on a grid, between its points too: k is its k-th point.
-
-    Example: on a grid of sigmas 1, 0.75, 0 the position 0.5 is sigma 0.875, and 1.5 is 0.375.
-    """
-    k = positions.long()
-    share = positions - k
-    sigmas, timesteps = grid.sigmas, torch.cat([grid.timesteps, grid.timesteps.new_zeros(1)]).double()
-    sigma, timestep = ((1 - share) * row[k] + share * row[k + 1] for row in (sigmas, timesteps))
-    return sigma, timestep.to(grid.timesteps.dtype)
 
 
 def error(kind: ErrorKind, sigma: Rows, v: Latents, u: Latents) -> Rows:
