@@ -13,6 +13,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -41,12 +44,10 @@ def _text_encoder(config: type, encoder: type) -> Any:
     return encoder(config(vocab_size=len(make_tokenizer()), **sizes))
 
 
-def _wan_transformer(channels: int, seed: int, **settings: Any) -> WanTransformer3DModel:
+def _wan_transformer(channels: int, seed: int, network: type = WanTransformer3DModel, **settings: Any) -> Any:
     torch.manual_seed(seed)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "freq_dim": 16}
-    return WanTransformer3DModel(
-        in_channels=channels, out_channels=16, text_dim=WIDTH, rope_max_seq_len=32, **sizes, **settings
-    )
+    return network(in_channels=channels, out_channels=16, text_dim=WIDTH, rope_max_seq_len=32, **sizes, **settings)
 
 
 def _wan_parts(**vae: Any) -> dict[str, Any]:
@@ -60,6 +61,14 @@ def _wan_parts(**vae: Any) -> dict[str, Any]:
     }
 
 
+def _clip_parts() -> dict[str, Any]:
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=1
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return {"image_encoder": CLIPVisionModel(vision), "image_processor": processor}
+
+
 def wan21() -> WanPipeline:
     """Wan 2.1 text to video."""
     return WanPipeline(transformer=_wan_transformer(16, 1), **_wan_parts())
@@ -67,16 +76,8 @@ def wan21() -> WanPipeline:
 
 def wan21_image() -> WanImageToVideoPipeline:
     """Wan 2.1 image to video: CLIP and further channels."""
-    parts = _wan_parts()
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=1
-    )
-    return WanImageToVideoPipeline(
-        transformer=_wan_transformer(36, 1, image_dim=16, added_kv_proj_dim=24),
-        image_encoder=CLIPVisionModel(vision),
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
-        **parts,
-    )
+    transformer = _wan_transformer(36, 1, image_dim=16, added_kv_proj_dim=24)
+    return WanImageToVideoPipeline(transformer=transformer, **_clip_parts(), **_wan_parts())
 
 
 def wan22_small() -> WanPipeline:
@@ -95,6 +96,19 @@ def wan22_experts_image() -> WanImageToVideoPipeline:
     """Wan 2.2 I2V-A14B: two experts, further channels, no CLIP."""
     experts = {"transformer": _wan_transformer(36, 1), "transformer_2": _wan_transformer(36, 2)}
     return WanImageToVideoPipeline(**experts, boundary_ratio=0.9, **_wan_parts())
+
+
+def skyreels() -> SkyReelsV2Pipeline:
+    """SkyReels-V2 text to video."""
+    return SkyReelsV2Pipeline(transformer=_wan_transformer(16, 1, SkyReelsV2Transformer3DModel), **_wan_parts())
+
+
+def skyreels_image() -> SkyReelsV2ImageToVideoPipeline:
+    """SkyReels-V2 image to video: CLIP and further channels."""
+    settings = {"image_dim": 16, "added_kv_proj_dim": 24}
+    return SkyReelsV2ImageToVideoPipeline(
+        transformer=_wan_transformer(36, 1, SkyReelsV2Transformer3DModel, **settings), **_clip_parts(), **_wan_parts()
+    )
 
 
 def ltx() -> LTXPipeline:
@@ -128,6 +142,8 @@ KINDS = {
     "wan22-5b-image": Kind(wan22_small, width=64, takes_image=True, model={"from_image": True}),
     "wan22-a14b": Kind(wan22_experts, guidance_scale_2=3.0),
     "wan22-a14b-image": Kind(wan22_experts_image, takes_image=True, guidance_scale_2=3.0),
+    "skyreels": Kind(skyreels),
+    "skyreels-image": Kind(skyreels_image, takes_image=True, model={"max_sequence_length": 512}),
     "ltx": Kind(
         ltx,
         width=64,

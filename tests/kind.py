@@ -52,7 +52,7 @@ class Kind:
 
     def open(self, folder: Path) -> Any:
         """The pipeline of diffusers itself, as its users load it."""
-        name = "WanImageToVideoPipeline" if self.takes_image else self.build().__class__.__name__
+        name = "WanImageToVideoPipeline" if "from_image" in self.model else self.build().__class__.__name__
         pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -51,7 +51,7 @@ def recipe(tmp_path, name):
     return path
 
 
-@pytest.mark.parametrize("name", ["wan21-image", "wan22-a14b", "wan22-5b-image", "ltx", *IMAGES])
+@pytest.mark.parametrize("name", ["wan21-image", "wan22-a14b", "wan22-5b-image", "skyreels-image", "ltx", *IMAGES])
 def test_train_resume_evaluate_sample_export(name, tmp_path):
     path = recipe(tmp_path, name)
     run = train(RunConfig.load(path, ["updates=1"]))

@@ -38,6 +38,13 @@ def test_a_shift_that_was_chosen(shift, flow_shift):
     assert said(480, 832, None, 3.0) == []
 
 
+def test_a_shift_that_skyreels_examples_take():
+    model = object.__new__(WanModel)
+    for name, advised in (("SkyReelsV2Pipeline", 8.0), ("SkyReelsV2ImageToVideoPipeline", 5.0)):
+        model.pipeline = type(name, (), {})()
+        assert model._advised_shift() == (advised, f"; SkyReels' examples take {advised:g}")
+
+
 @pytest.mark.parametrize("attention", [None, "native", "_native_cudnn"])
 def test_places_of_text_that_cudnn_cannot_serve(attention):
     model = object.__new__(LtxModel)

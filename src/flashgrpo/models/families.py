@@ -35,6 +35,10 @@ FAMILIES: Mapping[str, Family] = {
     "WanImageToVideoPipeline": Family(
         "Wan 2.1, 2.2 I2V", "wan", "WanModel", "image to video", "UMT5, CLIP vision", "classifier-free"
     ),
+    "SkyReelsV2Pipeline": Family("SkyReels-V2", "wan", "WanModel", "text to video", "UMT5", "classifier-free"),
+    "SkyReelsV2ImageToVideoPipeline": Family(
+        "SkyReels-V2 I2V", "wan", "WanModel", "image to video", "UMT5, CLIP vision", "classifier-free"
+    ),
     "LTXPipeline": Family("LTX-Video", "ltx", "LtxModel", "text to video", "T5", "classifier-free"),
     "StableDiffusion3Pipeline": Family(
         "Stable Diffusion 3.5", "sd3", "Sd3Model", "text to image", "CLIP L, CLIP G, T5", "classifier-free"
@@ -46,6 +50,11 @@ FAMILIES: Mapping[str, Family] = {
 """By the class that a checkpoint's model_index.json names."""
 
 REFUSED: Mapping[str, str] = {
+    "SkyReelsV2DiffusionForcingPipeline": "each of its frames has a noise level of its own",
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": "each of its frames has a noise level of its own",
+    "WanAnimatePipeline": "it needs a video of poses and one of faces beside each prompt",
+    "Kandinsky5T2VPipeline": "its tokenizer needs torchvision",
+    "Kandinsky5I2VPipeline": "its tokenizer needs torchvision",
     "QwenImageEditPipeline": "its processor needs torchvision",
     "QwenImageEditPlusPipeline": "its processor needs torchvision",
 }
@@ -66,10 +75,11 @@ def guidance_kind(pipeline: str, transformer: Mapping[str, Any], settings: Mappi
 
 
 def table() -> str:
-    """Return the families as a table of Markdown."""
+    """Return the families as a table of Markdown, and what is left out."""
     head = "| family | pipeline of diffusers | makes | text encoders | guidance |\n|---|---|---|---|---|\n"
     rows = [
         f"| {family.name} | `{pipeline}` | {family.makes} | {family.encoders} | {family.guidance} |"
         for pipeline, family in FAMILIES.items()
     ]
-    return head + "\n".join(rows)
+    left_out = "; ".join(f"`{pipeline}` ({reason})" for pipeline, reason in REFUSED.items())
+    return head + "\n".join(rows) + f"\n\nLeft out on purpose: {left_out}."

@@ -12,10 +12,11 @@ def _wan(
     vae: Mapping[str, Any] | None = None,
     experts: int = 1,
     shift: float = 3.0,
+    kind: str = "WanTransformer3DModel",
     **settings: Any,
 ) -> Architecture:
     shared = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
-    network = ("WanTransformer3DModel", {**shared, **transformer})
+    network = (kind, {**shared, **transformer})
     scheduler = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     names = ("transformer", "transformer_2")[:experts]
     components: dict[str, tuple[str, Mapping[str, Any]]] = dict.fromkeys(names, network)
@@ -95,6 +96,7 @@ _WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40, "in_c
 _WAN_14B_IMAGE = _WAN_14B | {"in_channels": 36}
 _WAN_14B_CLIP = _WAN_14B_IMAGE | {"image_dim": 1280, "added_kv_proj_dim": 5120}
 _WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+_SKYREELS = "SkyReelsV2Transformer3DModel"
 _WAN22_VAE = {
     "z_dim": 48,
     "base_dim": 160,
@@ -127,6 +129,14 @@ KNOWN: Mapping[str, Architecture] = {
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _wan(
         "WanImageToVideoPipeline", _WAN_14B_IMAGE, experts=2, shift=5.0, boundary_ratio=0.9
     ),
+    **{
+        f"Skywork/SkyReels-V2-{task}-14B-{size}-Diffusers": _wan(family, sizes, shift=1.0, kind=_SKYREELS)
+        for task, family, sizes in (
+            ("T2V", "SkyReelsV2Pipeline", _WAN_14B),
+            ("I2V", "SkyReelsV2ImageToVideoPipeline", _WAN_14B_CLIP),
+        )
+        for size in ("540P", "720P")
+    },
     "Lightricks/LTX-Video": Architecture(
         "LTXPipeline",
         {

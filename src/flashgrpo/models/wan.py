@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, text or image to video; the bundled model is one with tiny widths.
+"""Wan 2.1 and 2.2, text or image to video, and SkyReels-V2 on its body; the bundled model is one with tiny widths.
 
 | checkpoint | image | noise levels |
 |---|---|---|
@@ -6,6 +6,7 @@
 | 2.1 I2V, 14B | encoded by CLIP and by the autoencoder; its latents are further channels | one network |
 | 2.2 TI2V, 5B | optional; its latents stand in for the first frame, which is fed timestep 0 | one network |
 | 2.2 T2V and I2V, A14B | I2V: by the autoencoder, further channels | two experts, each with its guidance scale |
+| SkyReels-V2 T2V and I2V | as 2.1 | one network |
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,13 @@ from flashgrpo.types import Condition, Latents
 
 CLIP_LENGTH = 512  # places of text that diffusers' attention splits off from what CLIP says about an image
 SHIFT_720P = 5.0  # https://huggingface.co/docs/diffusers/api/pipelines/wan: 3.0 for 480p, 5.0 for 720p
+SHIFT_SKYREELS, SHIFT_SKYREELS_IMAGE = 8.0, 5.0  # the example of diffusers' pipeline; its scheduler says none
 PIXELS_720P = 704 * 1280  # Wan 2.2 5B's "720p" is the smallest
 ImageRow = Float[Tensor, "1 channels frames height width"]
 
 
 class WanModel(PipelineModel):
-    """A `WanPipeline` or `WanImageToVideoPipeline` as a `VideoModel`."""
+    """A `WanPipeline`, `SkyReelsV2Pipeline`, or the one of images of either, as a `VideoModel`."""
 
     expert_names = ("transformer", "transformer_2")
     encoder_names = ("text_encoder", "image_encoder")
@@ -39,7 +41,7 @@ class WanModel(PipelineModel):
     @property
     def takes_image(self) -> bool:  # type: ignore[override]
         """Whether a prompt has to bring its first frame."""
-        return type(self.pipeline).__name__ == "WanImageToVideoPipeline"
+        return "ImageToVideo" in type(self.pipeline).__name__
 
     @property
     def cached_parts(self) -> Sequence[str]:  # type: ignore[override]
@@ -85,13 +87,13 @@ class WanModel(PipelineModel):
 
     def _encode_frame(self, frame: Float[Tensor, "1 3 1 video_height video_width"]) -> ImageRow:
         vae: Any = self.part("vae")
-        if not self.pipeline.config.expand_timesteps:
+        if not self.pipeline.config.get("expand_timesteps"):
             frames = self.config.num_frames - 1
             frame = torch.cat([frame, frame.new_zeros(1, 3, frames, *frame.shape[-2:])], dim=2)
         encoded = vae.encode(frame.to(vae.dtype)).latent_dist.mode().float()
         mean, std = self._latent_statistics
         encoded = (encoded - mean) / std
-        if self.pipeline.config.expand_timesteps:
+        if self.pipeline.config.get("expand_timesteps"):
             return encoded
         given = torch.zeros(1, vae.config.scale_factor_temporal, *encoded.shape[2:], device=self.device)
         given[:, :, 0] = 1  # the first frame of latents stands for one frame of the video, which is given
@@ -102,7 +104,7 @@ class WanModel(PipelineModel):
         row = dict(super().nothing().tensors)
         if self.takes_image:
             channels, frames, height, width = self.latent_shape
-            if not self.pipeline.config.expand_timesteps:
+            if not self.pipeline.config.get("expand_timesteps"):
                 channels = self.source.architecture.of("transformer")["in_channels"] - channels
             else:
                 frames = 1
@@ -115,7 +117,7 @@ class WanModel(PipelineModel):
 
     def expert_at(self, timestep: float) -> str:
         """Return the second expert below the boundary."""
-        boundary = self.pipeline.config.boundary_ratio
+        boundary = self.pipeline.config.get("boundary_ratio")
         training_steps = self.pipeline.scheduler.config.num_train_timesteps
         return self.expert_names[int(boundary is not None and timestep < boundary * training_steps)]
 
@@ -129,7 +131,7 @@ class WanModel(PipelineModel):
         extra = condition.tensors.get("latents")
         timestep = point.timestep.to(x.device, non_blocking=True)
         fed, given = x, None
-        if self.pipeline.config.expand_timesteps:
+        if self.pipeline.config.get("expand_timesteps"):
             timestep = timestep[:, None].repeat(1, self.tokens())
             if extra is not None:
                 given = extra
@@ -181,13 +183,19 @@ class WanModel(PipelineModel):
             )
         scale, (_, patch, _) = vae.scale_factor_spatial, network["patch_size"]
         frames = checked_size(self.config, scale * patch, vae.scale_factor_temporal)
-        own, pixels = self.pipeline.scheduler.config.get("flow_shift"), self.config.height * self.config.width
-        if self.config.shift is None and own is not None and own < SHIFT_720P and pixels >= PIXELS_720P:
-            self.say(
-                f"the checkpoint's scheduler has flow_shift {own:g}, which is for 480p; Wan's authors advise "
-                f"{SHIFT_720P:g} at 720p: model.shift={SHIFT_720P:g}"
-            )
+        own, (advised, why) = self.pipeline.scheduler.config.get("flow_shift"), self._advised_shift()
+        if self.config.shift is None and own is not None and own < advised:
+            self.say(f"the checkpoint's scheduler has flow_shift {own:g}{why}: model.shift={advised:g}")
         return vae.z_dim, frames, self.config.height // scale, self.config.width // scale
+
+    def _advised_shift(self) -> tuple[float, str]:
+        """Return the flow shift that the authors advise, 0 where the scheduler's own will do, and a word on it."""
+        if type(self.pipeline).__name__.startswith("SkyReels"):
+            shift = SHIFT_SKYREELS_IMAGE if self.takes_image else SHIFT_SKYREELS
+            return shift, f"; SkyReels' examples take {shift:g}"
+        if self.config.height * self.config.width < PIXELS_720P:
+            return 0.0, ""
+        return SHIFT_720P, f", which is for 480p; Wan's authors advise {SHIFT_720P:g} at 720p"
 
     def tokens(self) -> int:
         """Count the tokens of all patches."""
