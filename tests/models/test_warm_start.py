@@ -27,6 +27,7 @@ LAYERS = {  # of block 1 of Wan: diffusers' name -> that of the released checkpo
     "ffn.net.2": "ffn.2",
 }
 TOLD = []
+LORA = {"kind": "lora", "rank": RANK, "alpha": 4}
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
@@ -208,6 +209,39 @@ def test_what_a_merged_start_exports_is_what_was_trained_on_top(folders, tmp_pat
     pipeline.load_lora_weights(str(tmp_path / "lora"))
     with torch.no_grad():
         torch.testing.assert_close(pipeline.transformer(**call)[0], merged.network(**call)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_whose_results_are_dropped_are_passed_over(folders, tmp_path):
+    """What others train on Stable Diffusion 3.5 has adapters on the last block's queries of the text, too."""
+    model = load(folders("sd35"), "sd35", train={"kind": "full"})
+    layers = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.add_q_proj")
+    source, tensors = torch.Generator().manual_seed(3), {}
+    for name in layers:
+        layer = model.network.get_submodule(name)
+        for part, size in (("A", (RANK, layer.in_features)), ("B", (layer.out_features, RANK))):
+            tensors[f"transformer.{name}.lora_{part}.weight"] = torch.randn(size, generator=source)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    before, path = velocity(model), str(tmp_path / "lora.safetensors")
+    merged = load(folders("sd35"), "sd35", train=LORA, adapters=path, merge_adapters=True)
+    further = load(folders("sd35"), "sd35", train=LORA, adapters=path)
+    torch.testing.assert_close(velocity(further), velocity(merged), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(velocity(further), before, atol=1e-3)
+
+
+def test_layers_that_are_fused_in_the_released_checkpoint(folders, tmp_path):
+    """Kohya's files for FLUX have one matrix for query, key and value; diffusers' converter cuts it."""
+    model = load(folders("flux1-dev"), "flux1-dev", train={"kind": "full"})
+    attention = model.network.transformer_blocks[0].attn
+    width = attention.to_q.in_features
+    down, up = torch.randn(RANK, width), torch.randn(3 * width, RANK)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(ALPHA)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with torch.no_grad():
+        for layer, part in zip((attention.to_q, attention.to_k, attention.to_v), up.chunk(3), strict=True):
+            layer.weight += ALPHA / RANK * part @ down
+    further = load(folders("flux1-dev"), "flux1-dev", train=LORA, adapters=str(tmp_path / "lora.safetensors"))
+    torch.testing.assert_close(velocity(further), velocity(model), rtol=1e-4, atol=1e-4)
 
 
 def rank_3(tensors):

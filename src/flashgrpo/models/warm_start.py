@@ -70,7 +70,8 @@ class WarmStart:
         """Give the adapters that were put on a network these values, which leave the velocity what it was.
 
         Adapters of a higher rank begin with zeros in the further columns of B; where alpha / rank is another than the
-        file's, B is scaled. Layers that the file lacks begin as the identity.
+        file's, B is scaled. Layers that the file lacks begin as the identity; those that the network computes and drops
+        (`left_out`) are passed over, since what they give changes nothing.
 
         Raises:
             UserError: a layer has no adapter to hold its values, or one of a lower rank.
