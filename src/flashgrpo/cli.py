@@ -52,7 +52,9 @@ def demo(
         typer.Option(**PATH, help="The run directory; runs/demo-seedS or the like when not given."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts, steps and noise.")] = 0,
-    process: Annotated[str, typer.Option(help="Whose bundled model: flow, uniform-tokens or masked-tokens.")] = "flow",
+    process: Annotated[
+        str, typer.Option(help="Whose bundled model: flow, streaming, uniform-tokens, masked-tokens or programs.")
+    ] = "flow",
 ) -> None:
     """Align a bundled model on this machine, from start to report, in minutes and without a GPU."""
     from flashgrpo.demo import demo as run_demo

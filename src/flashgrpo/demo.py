@@ -15,6 +15,7 @@ RECIPES = {
     "streaming": "tiny-streaming",
     "uniform-tokens": "tiny-uniform-tokens",
     "masked-tokens": "tiny-masked-tokens",
+    "programs": "tiny-prompt-writer",
 }
 """Process -> the recipe of its bundled run."""
 

@@ -15,6 +15,7 @@ from flashgrpo.processes.flow.choices import Deterministic, Explore, Recorded, R
 from flashgrpo.processes.flow.noise import ConstantSde, Cps, FlowSde, LinearSde
 from flashgrpo.processes.flow.steps import AllSteps, OneStep, Window
 from flashgrpo.processes.flow.weighting import Rectified
+from flashgrpo.processes.programs.settings import CallTokens, ProgramRuns
 from flashgrpo.processes.streaming.settings import (
     Energy,
     NoisedBlock,
@@ -29,10 +30,14 @@ from flashgrpo.processes.tokens.uniform.settings import TokensAtTimes, UniformTo
 from flashgrpo.settings import default_kind
 
 AnyExplore = Annotated[
-    Explore | StreamExplore | Unmasking | UniformTokens, Field(discriminator="kind"), default_kind("stochastic")
+    Explore | StreamExplore | Unmasking | UniformTokens | ProgramRuns,
+    Field(discriminator="kind"),
+    default_kind("stochastic"),
 ]
 AnyScore = Annotated[
-    ScoreKind | StreamScore | UnmaskedSteps | TokensAtTimes, Field(discriminator="kind"), default_kind("recorded")
+    ScoreKind | StreamScore | UnmaskedSteps | TokensAtTimes | CallTokens,
+    Field(discriminator="kind"),
+    default_kind("recorded"),
 ]
 
 
@@ -109,6 +114,13 @@ AGRPO = Algorithm(
 # Uniform tokens: the finished sample, noised again to some times of the sampler
 UDM_GRPO = Algorithm(UniformTokens(), TokensAtTimes(), Credit(), Clipped(clip_range=1e-4, kl_coef=0.05))
 
+# Programs of a language model: calls compared by module and number, and phases of a completion judged apart
+_RAW = Credit(std="none", combine="raw", clip=1e6)
+MM_GRPO = Algorithm(
+    ProgramRuns(temperature=0.6), CallTokens(length="sequence"), _RAW, Clipped(clip_range=(0.2, 0.28), kl_coef=0.04)
+)
+F_GRPO = Algorithm(ProgramRuns(), CallTokens("phase", "sequence"), _RAW, Clipped(clip_range=0.2))
+
 # Flash-GRPO without one or both of its two ideas
 RECTIFICATION_ONLY = replace(FLASH_GRPO, explore=Stochastic(_PER_SAMPLE, LinearSde(eta=1.0)))
 ONE_STEP = replace(RECTIFICATION_ONLY, score=Recorded())
@@ -141,6 +153,8 @@ PRESETS = {
     "kvpo": KVPO,
     "flash-stream": FLASH_STREAM,
     "stream-nft": STREAM_NFT,
+    "mmgrpo": MM_GRPO,
+    "f-grpo": F_GRPO,
     "one-step": ONE_STEP,
     "grouping-only": GROUPING_ONLY,
     "rectification-only": RECTIFICATION_ONLY,

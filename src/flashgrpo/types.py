@@ -22,6 +22,18 @@ Media = Videos | list[str]
 """What samples are to rewards and to people: videos in [0, 1], images as videos of one frame, or texts."""
 
 
+class Failed(str):
+    """What a sample is that came to nothing: an empty text, whose `reward` stands in place of any that is computed."""
+
+    reward: float
+
+    def __new__(cls, reward: float) -> "Failed":
+        """Make one with this reward."""
+        made = super().__new__(cls, "")
+        made.reward = reward
+        return made
+
+
 def index_rows(tensor: Tensor, rows: Tensor | slice) -> Tensor:
     """Return rows of a tensor by their numbers on the CPU, without waiting for the device that the tensor is on."""
     return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device, non_blocking=True)]

@@ -27,6 +27,8 @@ from flashgrpo.processes.flow.choices import Recorded
 from flashgrpo.processes.flow.model import VideoModel
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.processes.flow.weighting import NormalizedRatio, StepLength
+from flashgrpo.processes.programs.process import ProgramProcess
+from flashgrpo.processes.programs.settings import CallTokens, ProgramRollout, ProgramRuns, ProgramSampling
 from flashgrpo.processes.streaming.settings import Energy, NoisedBlock, OneLevel, Transition
 from flashgrpo.processes.tokens.masked.process import MaskedProcess
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, UnmaskedSteps, Unmasking
@@ -35,6 +37,7 @@ from flashgrpo.processes.tokens.uniform.settings import TokensAtTimes, UniformRo
 from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
 from tests.conftest import EXACT
 from tests.fakes import Colour, InTwo, Program, whole_score
+from tests.programs import plan_and_draw, tiny_language_model
 from tests.streams import ROUTED, Stream
 from tests.tokens import TokenDouble, TokenPictures
 
@@ -124,6 +127,17 @@ def uniform(score: TokensAtTimes, objective: AnyObjective = OBJECTIVE, **rollout
     return Case(make, objective)
 
 
+def program(score: CallTokens, objective: AnyObjective = OBJECTIVE, explore=ProgramRuns(), **rollout) -> Case:  # noqa: B008
+    """Programs, with a Llama of random weights."""
+
+    def make(micro_batch: int) -> Process:
+        sizes = {"prompts": len(PROMPTS), "group_size": SIZE, "micro_batch": micro_batch}
+        how = ProgramRollout(**sizes, **rollout), ProgramSampling()
+        return ProgramProcess(tiny_language_model(), plan_and_draw, explore, score, *how, micro_batch, WORLD)
+
+    return Case(make, objective)
+
+
 GUARD = Recorded(StepLength(), NormalizedRatio())
 CASES = {
     "flow: flash-grpo": flow(FLASH_GRPO, *EXACT),
@@ -152,6 +166,10 @@ CASES = {
         guidance_scale=2.0,
         schedule="cosine",
         num_steps=3,
+    ),
+    "programs: mmgrpo": program(CallTokens(), Clipped(clip_range=0.2, kl_coef=0.1)),
+    "programs: f-grpo, truncated": program(
+        CallTokens("phase", "sequence"), explore=ProgramRuns(0.8, 6, 0.95), phases={"first": "1", "second": "2"}
     ),
     "colour": fake(Colour),
     "program": fake(Program),

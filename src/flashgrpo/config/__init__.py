@@ -136,7 +136,7 @@ class RunConfig(Part):
 
         def absolute_call(call: str) -> str:
             file, colon, function = call.rpartition(":")
-            return f"{absolute(file)}{colon}{function}" if file.endswith(".py") else call
+            return f"{absolute(file)}{colon}{function}" if file.endswith(".py") else absolute(call)
 
         rewards = {name: r.model_copy(update={"call": absolute_call(r.call)}) for name, r in self.rewards.items()}
         prompts = PromptsConfig(train=absolute(self.prompts.train), heldout=absolute(self.prompts.heldout))
@@ -150,6 +150,7 @@ class RunConfig(Part):
         }
         model = self.model.model_copy(update=folders)
         changes = {"out": str(Path(self.out).absolute()), "model": model, "prompts": prompts, "rewards": rewards}
+        changes["rollout"] = self.rollout.absolute(absolute_call)
         return self.model_copy(update=changes)
 
     @classmethod

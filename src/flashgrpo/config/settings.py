@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, GetJsonSchemaHandler
 
 from flashgrpo.processes.flow.settings import RolloutConfig, SamplingConfig
+from flashgrpo.processes.programs.settings import ProgramRollout, ProgramSampling
 from flashgrpo.processes.streaming.settings import StreamRollout, StreamSampling
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling
 from flashgrpo.processes.tokens.uniform.settings import UniformRollout, UniformSampling
@@ -37,6 +38,10 @@ class UniformEvaluation(HeldoutConfig, UniformSampling):
     """Held-out prompts on fixed random numbers, paired with the base model, by a model of uniform tokens."""
 
 
+class ProgramEvaluation(HeldoutConfig, ProgramSampling):
+    """Held-out prompts on fixed random numbers, paired with the base model, by a program of a language model."""
+
+
 class ByKind:
     """Lets a JSON schema accept settings that name no `kind`, which the algorithm decides, and that several fit."""
 
@@ -47,10 +52,14 @@ class ByKind:
 
 
 AnyRollout = Annotated[
-    RolloutConfig | StreamRollout | MaskedRollout | UniformRollout, Field(discriminator="kind"), ByKind()
+    RolloutConfig | StreamRollout | MaskedRollout | UniformRollout | ProgramRollout,
+    Field(discriminator="kind"),
+    ByKind(),
 ]
 AnyEvaluation = Annotated[
-    EvaluationConfig | StreamEvaluation | MaskedEvaluation | UniformEvaluation, Field(discriminator="kind"), ByKind()
+    EvaluationConfig | StreamEvaluation | MaskedEvaluation | UniformEvaluation | ProgramEvaluation,
+    Field(discriminator="kind"),
+    ByKind(),
 ]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import World
-from flashgrpo.kinds import flow, masked_tokens, streaming, uniform_tokens
+from flashgrpo.kinds import flow, masked_tokens, programs, streaming, uniform_tokens
 from flashgrpo.models.load import Say
 from flashgrpo.process import Cost, Process
 from flashgrpo.types import Prompt
@@ -93,6 +93,7 @@ KINDS: Mapping[str, Kind] = {
     "streaming": streaming,
     "masked-tokens": masked_tokens,
     "uniform-tokens": uniform_tokens,
+    "programs": programs,
 }
 
 

@@ -14,7 +14,7 @@ from flashgrpo.models.load import META, Say
 from flashgrpo.models.load_tokens import load_token_model, weightless_token_model
 from flashgrpo.models.token_network import TokenNetwork
 from flashgrpo.process import Cost
-from flashgrpo.processes.tokens.choices import entropy, log_probs
+from flashgrpo.processes.choices import entropy, log_probs
 from flashgrpo.processes.tokens.guided import GuidedLogits
 from flashgrpo.processes.tokens.masked.cost import update_cost
 from flashgrpo.processes.tokens.masked.process import MaskedProcess

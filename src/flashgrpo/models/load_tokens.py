@@ -37,7 +37,7 @@ def load_token_model(
     settings = _known(path) if config.random_init else None
     folder = None
     if settings is None:
-        folder = _folder(path, config.random_init)
+        folder = find_folder(path, config.random_init)
         settings = _read(folder, config.path)
     given = settings, None if config.random_init else folder, config, world, seed, keep_reference
     model = _class_of(settings)
@@ -95,7 +95,7 @@ def _setting(file: Path, name: str) -> Any:
     return content.get(name) if isinstance(content, dict) else None
 
 
-def _folder(path: str, random_init: bool) -> Path:
+def find_folder(path: str, random_init: bool) -> Path:
     """Return a checkpoint's folder, downloaded where it is a name on the hub."""
     folder = Path(path)
     if folder.is_dir():

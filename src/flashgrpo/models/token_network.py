@@ -21,8 +21,8 @@ from flashgrpo.processes.tokens.model import Read, Tokens
 from flashgrpo.types import Condition, LoraStyle, Prompt
 
 
-class TokenNetwork(ABC):
-    """A network that predicts tokens, made ready to be trained; most of a `TokenModel`. A family's file says the rest.
+class TransformerModel(ABC):
+    """A network of transformers or diffusers, made ready to be trained: most of a `Model`.
 
     Attributes:
         decoder: what makes media of tokens; empty where nothing does.
@@ -94,11 +94,6 @@ class TokenNetwork(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         self._save_whole(folder)
 
-    length: int
-    vocabulary: int
-    mask: int | None
-    end: int | None
-
     @property
     @abstractmethod
     def identity(self) -> str:
@@ -117,16 +112,25 @@ class TokenNetwork(ABC):
         """Count the tokens of each text before any are cut off."""
 
     @abstractmethod
+    def _save_whole(self, folder: Path) -> None:
+        """Write the network, and what belongs to it, as the checkpoint had them."""
+
+
+class TokenNetwork(TransformerModel):
+    """A network that predicts tokens from all others: most of a `TokenModel`."""
+
+    length: int
+    vocabulary: int
+    mask: int | None
+    end: int | None
+
+    @abstractmethod
     def call(self, tokens: Tokens, condition: Condition, read: Read) -> Tensor:
         """Call the network; see `TokenModel`."""
 
     @abstractmethod
     def decode(self, tokens: Tokens, frames: int | None = None) -> Any:
         """Return media; see `TokenModel`."""
-
-    @abstractmethod
-    def _save_whole(self, folder: Path) -> None:
-        """Write the network, and what belongs to it, as the checkpoint had them."""
 
 
 def write_peft(

@@ -1,7 +1,7 @@
 """Settings that every process has, and what a process is told of a run before it says whether it can do it."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -59,6 +59,10 @@ class RolloutPart(Part):
     @abstractmethod
     def check(self, chosen: Chosen) -> None:
         """Refuse choices that cannot work with each other or with these settings, with a ValueError."""
+
+    def absolute(self, call: Callable[[str], str]) -> "RolloutPart":
+        """Return the same settings, with every path in them made absolute by `call`."""
+        return self
 
     def facts(self) -> Mapping[str, str]:
         """Return what a model card says of the rollout beside its size."""

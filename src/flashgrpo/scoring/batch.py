@@ -15,7 +15,7 @@ from flashgrpo.media import suffix_of, write_medium
 from flashgrpo.prompts import columns_of
 from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels, VideoFiles, kinds
 from flashgrpo.scoring.loading import checked_values, told
-from flashgrpo.types import Media, Prompt, Reward
+from flashgrpo.types import Failed, Media, Prompt, Reward
 
 Columns = Mapping[str, Sequence[float]]
 """Component -> a value for each sample."""
@@ -34,6 +34,7 @@ class Batch:
     ) -> None:
         self.prompts = prompts
         self._fps, self._media, self._latents = fps, media, latents
+        self._texts: Sequence[str] = media if isinstance(media, list) else ()
         self._forms: dict[Input, Any] = {}
         self._sums: dict[Input, int] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -57,13 +58,15 @@ class Batch:
                     self._folder.cleanup()
 
     def values(self, name: str, reward: Reward, takes: Input) -> Columns:
-        """Return what the reward finds of each sample, by component.
+        """Return what the reward finds of each sample, by component; of one that has failed, what it comes with.
 
         Raises:
             UserError: as `scored_by`.
             ValueError: it returned something else than numbers.
         """
-        return checked_values(self.scored_by(name, reward, takes), len(self.prompts), f"reward {name}")
+        found = checked_values(self.scored_by(name, reward, takes), len(self.prompts), f"reward {name}")
+        failed = {row: one.reward for row, one in enumerate(self._texts) if isinstance(one, Failed)}
+        return {part: [failed.get(row, value) for row, value in enumerate(of)] for part, of in found.items()}
 
     def scored_by(self, name: str, reward: Reward, takes: Input) -> Any:
         """Return what the reward returns for this batch.

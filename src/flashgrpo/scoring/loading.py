@@ -24,6 +24,15 @@ CLIENT = "flashgrpo.serving.client:Remote"
 """The reward that stands for one on a server; by its name, as every reward is."""
 
 
+def load_function(call: str, key: str) -> Any:
+    """Import `package.module:function` or `path/to/file.py:function`.
+
+    Raises:
+        UserError: no such module, file or function; the sentence starts with `key`.
+    """
+    return _imported(call, key, "package.module:function or path/to/file.py:function")
+
+
 def load_reward(call: str, key: str) -> Any:
     """Import `package.module:function`, `path/to/file.py:function`, or make `http://host:port` a client of that server.
 
@@ -35,11 +44,20 @@ def load_reward(call: str, key: str) -> Any:
     """
     if call.startswith(("http://", "https://")):
         return partial(load_reward(CLIENT, key), call.replace(",", " ").split())
+    found = _imported(call, key, "package.module:function, path/to/file.py:function or http://host:port")
+    try:
+        inspect.signature(found)
+    except (ValueError, TypeError) as error:  # of what is written in C, such as max or dict
+        raise UserError(
+            f"{key}: {call} does not say which arguments it takes; write a function reward(videos, prompts, **columns)"
+        ) from error
+    return found
+
+
+def _imported(call: str, key: str, forms: str) -> Any:
     module_name, colon, function = call.rpartition(":")
     if not colon or not module_name or not function:
-        raise UserError(
-            f"{key}: {call!r} must have the form package.module:function, path/to/file.py:function or http://host:port"
-        )
+        raise UserError(f"{key}: {call!r} must have the form {forms}")
     with told(f"{key}: {module_name}"):
         try:
             module = _load_file(Path(module_name), key) if module_name.endswith(".py") else import_module(module_name)
@@ -49,12 +67,6 @@ def load_reward(call: str, key: str) -> Any:
     if not callable(found):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UserError(f"{key}: {module_name} has no function {function!r}; {suggest(function, public)}")
-    try:
-        inspect.signature(found)
-    except (ValueError, TypeError) as error:  # of what is written in C, such as max or dict
-        raise UserError(
-            f"{key}: {call} does not say which arguments it takes; write a function reward(videos, prompts, **columns)"
-        ) from error
     return found
 
 

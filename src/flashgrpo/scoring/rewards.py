@@ -92,11 +92,11 @@ class Rewards:
             UserError: one is not.
         """
         for name, config in self.configs.items():
-            if config.channel not in channels:
-                raise UserError(
-                    f"rewards.{name}.channel: this model has no channel {config.channel!r}; "
-                    f"{suggest(config.channel, channels)}"
-                )
+            for channel in config.channels:
+                if channel not in channels:
+                    raise UserError(
+                        f"rewards.{name}.channel: this model has no channel {channel!r}; {suggest(channel, channels)}"
+                    )
 
     def began_with(self, names: Iterable[str]) -> None:
         """Hold the rewards to the components that a run began with, by the names in its evaluations.
@@ -226,19 +226,29 @@ class Rewards:
                     f"reward {name} returned {_named(parts)}, and at first {_named(before)}; "
                     "a reward has to return the same ones each time"
                 )
-        shares = {name: len(parts) for name, parts in ranks[0]["values"].items()}
         configs = [self.configs[name] for name, _ in components]
+        channels = [self._channel(name, part) for name, part in components]
+        credited = [(name, channel) for (name, _), channel in zip(components, channels, strict=True)]
         weights = [
-            0.0 if c.watched else c.weight / shares[name] for c, (name, _) in zip(configs, components, strict=True)
+            0.0 if c.watched else c.weight / credited.count(own) for c, own in zip(configs, credited, strict=True)
         ]
         columns = [[v for rank in ranks for v in rank["values"][name][part]] for name, part in components]
         return RewardTable(
             names=tuple(f"{name}.{part}" if part else name for name, part in components),
             values=torch.tensor(columns, dtype=torch.float64).T.contiguous(),
             weights=torch.tensor(weights, dtype=torch.float64),
-            failures={name: sum(rank["failures"].get(name, 0) for rank in ranks) for name in shares},
-            channels=tuple(config.channel for config in configs),
+            failures={name: sum(rank["failures"].get(name, 0) for rank in ranks) for name in ranks[0]["values"]},
+            channels=tuple(channels),
         )
+
+    def _channel(self, name: str, component: str) -> str:
+        channel = self.configs[name].channel_of(component)
+        if channel is None:
+            raise SharedError(
+                f"rewards.{name}.channel: the reward returned the component {component!r}, which has no channel there; "
+                "add it"
+            )
+        return channel
 
     def close(self) -> None:
         """Let go of what was not begun."""

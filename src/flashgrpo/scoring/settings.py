@@ -14,8 +14,9 @@ class RewardConfig(Part):
 
     call: PathText
     """`package.module:function`, `path/to/file.py:function`, or `http://host:port` of a server; several with commas."""
-    channel: str = "reward"
-    """What the reward is credited to, of a model that judges parts of a sample apart; most have this one only."""
+    channel: str | dict[str, str] = "reward"
+    """What the reward is credited to, of a model that judges parts of a sample apart; most have this one only. Of a
+    reward that returns a mapping, component -> channel: components of one channel share the reward's weight."""
     looks_at: Literal["whole", "chunk", "clips"] = "whole"
     """Which part of a sample: all of it, or of a streaming video the `chunk` in which branches differ (at evaluation
     its clips), or its `clips`. A part is judged under its own prompt; of several parts the mean counts."""
@@ -30,6 +31,15 @@ class RewardConfig(Part):
     """What it is handed; as the reward says itself when not given."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the callable."""
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """What any of its components is credited to."""
+        return tuple(self.channel.values()) if isinstance(self.channel, dict) else (self.channel,)
+
+    def channel_of(self, component: str) -> str | None:
+        """Return what a component is credited to; None where a recipe names others."""
+        return self.channel.get(component) if isinstance(self.channel, dict) else self.channel
 
     @model_validator(mode="after")
     def _counts(self) -> "RewardConfig":

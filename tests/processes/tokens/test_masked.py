@@ -7,7 +7,7 @@ import torch
 
 from flashgrpo.distributed.world import single_process
 from flashgrpo.learning.objective import Clipped
-from flashgrpo.processes.tokens.choices import log_probs, truncated
+from flashgrpo.processes.choices import log_probs, truncated
 from flashgrpo.processes.tokens.guided import GuidedLogits
 from flashgrpo.processes.tokens.masked.process import MaskedProcess
 from flashgrpo.processes.tokens.masked.settings import MaskedRollout, MaskedSampling, Plan, UnmaskedSteps, Unmasking

@@ -11,9 +11,9 @@ from torch import Tensor
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, Record
 from flashgrpo.processes.calls import by_other_weights, fixed_batches, missing_calls, number_of_calls
+from flashgrpo.processes.choices import divergence
 from flashgrpo.processes.of_model import ModelProcess
 from flashgrpo.processes.subsets import draw_units
-from flashgrpo.processes.tokens.choices import divergence
 from flashgrpo.processes.tokens.guided import GuidedLogits
 from flashgrpo.processes.tokens.masked import settings
 from flashgrpo.processes.tokens.masked.cost import update_cost

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashgrpo.process import Record
 from flashgrpo.processes.calls import fixed_batches
-from flashgrpo.processes.tokens.choices import log_probs, place_among
+from flashgrpo.processes.choices import log_probs, place_among
 from flashgrpo.processes.tokens.guided import GuidedLogits
 from flashgrpo.processes.tokens.masked.state import MaskedState
 from flashgrpo.processes.tokens.model import Tokens

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from flashgrpo.processes.tokens.choices import Kept
+from flashgrpo.processes.choices import Kept
 from flashgrpo.processes.tokens.masked.unmasking import Unmasked
 from flashgrpo.types import Condition, index_rows, to_device
 

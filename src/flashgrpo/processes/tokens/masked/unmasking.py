@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from flashgrpo.processes.tokens.choices import Kept, entropy, gumbel, truncated
+from flashgrpo.processes.choices import Kept, entropy, gumbel, truncated
 from flashgrpo.processes.tokens.masked.settings import Order, Plan
 from flashgrpo.processes.tokens.model import Tokens
 from flashgrpo.seeds import Name, generator

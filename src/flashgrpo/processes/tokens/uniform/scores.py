@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashgrpo.processes.tokens.choices import divergence
+from flashgrpo.processes.choices import divergence
 from flashgrpo.processes.tokens.chunks import by_chunks
 from flashgrpo.processes.tokens.model import Head, Tokens
 

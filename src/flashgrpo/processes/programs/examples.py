@@ -1,0 +1,37 @@
+"""The programs of the bundled language model: what docs/programs.md explains, line by line."""
+
+from collections.abc import Callable
+from typing import Any
+
+Call = Callable[[str, str], str]
+
+
+def plan_and_draw(prompt: str, call: Call, **columns: Any) -> str:
+    """Plan a colour and a number of strokes, and draw each stroke by a call of its own; returns the strokes.
+
+    Raises:
+        ValueError: the plan is no colour and number, or a stroke no word.
+    """
+    color, number = call("plan", f"plan {prompt}").split()
+    strokes = [call("draw", f"draw {color}") for _ in range(int(number))]
+    if any(len(stroke.split()) != 1 for stroke in strokes):
+        raise ValueError("a stroke is one word")
+    return " ".join(strokes)
+
+
+def slate_and_rank(prompt: str, call: Call, **columns: Any) -> str:
+    """Choose some of the listed words and put the best of them in order, in one completion of two phases.
+
+    Raises:
+        ValueError: the two tags do not each come once, in this order.
+    """
+    text = call("recommend", f"choose {prompt}")
+    before, slate, rest = text.partition("<slate>")
+    if before or not slate or rest.count("<rank>") != 1 or "<slate>" in rest:
+        raise ValueError("a completion is <slate> words <rank> words")
+    return text
+
+
+def write_caption(prompt: str, call: Call, **columns: Any) -> str:
+    """Write a caption that a video model follows, for what somebody wishes."""
+    return call("write", f"wish {prompt}")

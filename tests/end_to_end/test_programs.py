@@ -1,0 +1,95 @@
+"""Programs, trained as any model is: a run of a tiny random one from recipe to report, and what recipes may not say."""
+
+import json
+
+import pytest
+import torch
+
+from flashgrpo.config import RunConfig
+from flashgrpo.errors import UserError
+from flashgrpo.export import export
+from flashgrpo.report import write_report
+from flashgrpo.run import checkpoint
+from flashgrpo.run.lines import read_lines
+from flashgrpo.train import train
+from tests.programs import write_language_model
+
+REWARD = """
+def both(texts, prompts, more="second", **columns):
+    return {"first": [float(len(t)) for t in texts], more: [float(t.count("1")) for t in texts]}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Settings of a very small run, with overrides."""
+    (tmp_path / "reward.py").write_text(REWARD, "utf-8")
+    for part, text in (("train", "a red"), ("heldout", "a blue")):
+        lines = [json.dumps({"prompt": f"{text} {n}"}) for n in range(1, 5)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines), "utf-8")
+    folder = write_language_model(tmp_path / "model")
+
+    def make(*overrides: str) -> RunConfig:
+        small = [
+            f"out={tmp_path}/run",
+            "updates=4",
+            f"model.path={folder}",
+            "model.length=4",
+            "model.max_sequence_length=20",
+            "rollout={prompts: 2, group_size: 4, program: 'tests.programs:plan_and_draw', phases: {a: '1', b: '2'}}",
+            f"rewards={{strokes: null, both: {{call: '{tmp_path}/reward.py:both', channel: {{first: a, second: b}}}}}}",
+            f"prompts={{train: {tmp_path}/train.jsonl, heldout: {tmp_path}/heldout.jsonl}}",
+            "optim={micro_batch: 4, ema: {decay: 0.5, every: 1}}",
+            "evaluation={every: 2, videos: 1}",
+            "checkpoint.every=1",
+            "tracking.progress=false",
+        ]
+        return RunConfig.load("tiny-program", [*small, *overrides])
+
+    return make
+
+
+def test_a_run_from_recipe_to_export(recipe, tmp_path):
+    run = train(recipe("algorithm={preset: f-grpo}", "optim.minibatches=2"))
+    lines = read_lines(run / "metrics.jsonl")
+    assert all(line["drift"] == 0 and line["grad_norm"] > 0 for line in lines)
+    assert {*lines[0]["rewards"]} == {"both.first", "both.second"}
+    assert write_report(run).is_file()
+    assert [file.suffix for file in (run / "videos/000000").iterdir()] == [".txt"]
+    export(run, out=tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(recipe, tmp_path):
+    whole = train(recipe(f"out={tmp_path}/whole"))
+    parts = train(recipe(f"out={tmp_path}/parts", "updates=2"))
+    assert train(recipe(f"out={tmp_path}/parts")) == parts
+    one, other = (checkpoint.load(run / "checkpoints", 4) for run in (whole, parts))
+    for kind, tensors in one.items():
+        assert all(torch.equal(tensor, other[kind][name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["algorithm.credit.baseline=anchor"], "programs have no anchor"),
+        (["algorithm.objective.kind=competing"], "of programs there are log-probabilities"),
+        (["algorithm.objective.kind=kl-masked"], "programs keep no divergence to the policy that drew"),
+        (["rollout.phases.b="], "a phase begins behind a text that is not empty"),
+        (["rollout.phases.b=green"], "tokenizer cannot write 'green'"),
+        (["rollout.environment=tiny-sudoku"], "is a recipe of masked-tokens; name one of a flow model"),
+        (["rollout.program=tests.programs:nothing"], "rollout.program: tests.programs has no function 'nothing'"),
+        (["rollout.program=nothing"], "rollout.program: 'nothing' must have the form"),
+        (["rewards.both.args={more: third}"], "'third', which has no channel there; add it"),
+        (["rewards.both.channel={first: a, second: c}"], "this model has no channel 'c'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(recipe, overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train(recipe(*overrides))
+
+
+def test_what_a_program_raises_is_told_with_its_place(recipe, tmp_path):
+    (tmp_path / "program.py").write_text("def broken(prompt, call, **columns):\n    return undefined\n", "utf-8")
+    with pytest.raises(UserError, match=r"rollout.program raised NameError .* at .*program.py:2"):
+        train(recipe(f"rollout.program={tmp_path}/program.py:broken"))
