@@ -35,6 +35,8 @@ class Kind:
     """Whether a guidance scale has an effect."""
     linear: bool = True
     """Whether guidance goes straight from the negative prompt through the text."""
+    unipc: bool = True
+    """Whether its pipeline can call that scheduler: one hands over a list, which UniPC cannot divide by."""
     comfyui: bool = True
     """Whether adapters can be written in ComfyUI's style."""
 

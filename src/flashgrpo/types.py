@@ -103,7 +103,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a model is conditioned on, as named tensors with one row per sample: {"text": (B, L, D), ...}."""
+    """What a model is conditioned on, as named tensors with one row per sample: {"text": (B, L, D), ...}.
+
+    Names that begin with `host_` stay on the CPU: numbers that decide how a network is called.
+    """
 
     tensors: Mapping[str, Tensor]
 
@@ -112,7 +115,8 @@ class Condition:
 
     def to(self, device: torch.device) -> "Condition":
         """Return the same on another device, without waiting for it."""
-        return Condition({name: to_device(tensor, device) for name, tensor in self.tensors.items()})
+        stays = {name: tensor for name, tensor in self.tensors.items() if name.startswith("host_")}
+        return Condition({name: to_device(tensor, device) for name, tensor in self.tensors.items()} | stays)
 
     def replaced(self, row: "Condition") -> "Condition":
         """Return the same with the tensors of `row`, which has one row, in every row."""

@@ -1,5 +1,7 @@
 """Kinds of guidance: a second branch, a number that the network is fed, none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,10 +9,12 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.kinds.flow import FlowMemory, planned_cost
-from flashgrpo.models.families import FAMILIES, REFUSED, refusal
+from flashgrpo.models.families import FAMILIES, REFUSED, guidance_kind, refusal
+from flashgrpo.models.image import pack
 from flashgrpo.models.load import load_model
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.network import guidance_of
+from flashgrpo.processes.flow.rollout import noise_of
 from flashgrpo.types import Prompt
 from tests.end_to_end.test_families import recipe
 from tests.families import KINDS
@@ -62,6 +66,34 @@ def test_an_interval_needs_a_branch_to_leave_out(tmp_path):
     model = loaded("flux1-dev", tmp_path)
     with pytest.raises(UserError, match="guidance_interval: this model has one branch only"):
         guidance_of(model, model.grid(4), 4.0, interval=(0.2, 0.8))
+
+
+def test_z_image_is_whole_on_every_process(tmp_path):
+    """Its network is called once a picture, so ranks would call it differently often."""
+    KINDS["z-image"].build().save_pretrained(tmp_path / "model")
+    world = replace(WORLD, uses_fsdp=True)
+    with pytest.raises(UserError, match="is called on one picture at a time"):
+        load_model(KINDS["z-image"].config(tmp_path / "model"), world, 0, [PROMPT])
+
+
+def test_guidance_of_a_distilled_checkpoint():
+    settings = {"is_distilled": True}
+    assert guidance_kind("Flux2KleinPipeline", {}, settings) == "none"
+    assert guidance_kind("Flux2KleinPipeline", {}, {"is_distilled": False}) == "classifier-free"
+    assert guidance_kind("FluxKontextPipeline", {"guidance_embeds": True}, {}) == "embedded"
+
+
+def test_qwen_image_keeps_the_length_of_each_token(tmp_path):
+    model = loaded("qwen-image", tmp_path)
+    v_text, v_negative = noise_of(model, [(0, "noise"), (1, "noise")]).split(1)
+    guided = model.guided(v_text, v_negative, torch.full((1, 1, 1, 1, 1), 4.0))
+    straight, lengths = (
+        v_negative + 4 * (v_text - v_negative),
+        [pack(v[:, :, 0]).norm(dim=-1) for v in (guided, v_text)],
+    )
+    torch.testing.assert_close(*lengths)
+    alike = torch.cosine_similarity(pack(guided[:, :, 0]), pack(straight[:, :, 0]), dim=-1)
+    torch.testing.assert_close(alike, torch.ones_like(alike))
 
 
 def test_images_are_one_frame(tmp_path):

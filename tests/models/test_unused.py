@@ -13,7 +13,7 @@ from tests.families import KINDS
 PROMPT = Prompt("a red circle", {})
 
 
-@pytest.mark.parametrize("name", ["sd35"])
+@pytest.mark.parametrize("name", ["sd35", "qwen-image"])
 def test_full_training_leaves_out_what_is_dropped(name, tmp_path):
     KINDS[name].build().save_pretrained(tmp_path)
     model = load_model(KINDS[name].config(tmp_path, train={"kind": "full"}), single_process(), 0, [PROMPT])

@@ -46,6 +46,19 @@ FAMILIES: Mapping[str, Family] = {
     "FluxPipeline": Family(
         "FLUX.1", "flux", "FluxModel", "text to image", "CLIP L, T5", "embedded (dev), none (schnell)"
     ),
+    "FluxKontextPipeline": Family(
+        "FLUX.1 Kontext", "flux_kontext", "FluxKontextModel", "image and text to image", "CLIP L, T5", "embedded"
+    ),
+    "Flux2KleinPipeline": Family(
+        "FLUX.2 klein", "flux2", "Flux2KleinModel", "text to image", "Qwen3", "classifier-free (base), none (distilled)"
+    ),
+    "QwenImagePipeline": Family(
+        "Qwen-Image", "qwen_image", "QwenImageModel", "text to image", "Qwen2.5-VL", "classifier-free, of kept length"
+    ),
+    "ZImagePipeline": Family(
+        "Z-Image", "z_image", "ZImageModel", "text to image", "Qwen3", "classifier-free; 1 for Turbo"
+    ),
+    "SanaPipeline": Family("Sana", "sana", "SanaModel", "text to image", "Gemma 2", "classifier-free"),
 }
 """By the class that a checkpoint's model_index.json names."""
 

@@ -1,5 +1,8 @@
 """FLUX.1 (dev, schnell), text to image; dev is fed its guidance scale and has one branch only."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -16,7 +19,7 @@ class FluxModel(ImageModel):
     keeps_spacing = True
     encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_name = "tokenizer_2"
-    cached_parts = ("tokenizer", "tokenizer_2", *encoder_names)
+    cached_parts: ClassVar[Sequence[str]] = ("tokenizer", "tokenizer_2", *encoder_names)
 
     def mu(self, num_steps: int) -> float | None:
         """Return the shift by the number of tokens."""

@@ -34,6 +34,11 @@ def places(*sides: int, device: torch.device) -> Float[Tensor, "tokens axes"]:
     return torch.stack(axes, dim=-1).flatten(0, -2).float()
 
 
+def padded(rows: Tensor, length: int) -> Tensor:
+    """Return rows (1, L', ...) with zeros up to L = `length` places."""
+    return torch.cat([rows, rows.new_zeros(1, length - rows.shape[1], *rows.shape[2:])], dim=1)
+
+
 class ImageModel(PipelineModel):
     """A pipeline of images as a `VideoModel` of one frame."""
 
@@ -50,11 +55,15 @@ class ImageModel(PipelineModel):
 
     def shape_of_latents(self) -> Size:
         """Return (C, 1, H, W); a side is a multiple of what the autoencoder and the network's patches need."""
-        config, scale = self.config, self.pipeline.vae_scale_factor
+        config, scale = self.config, self.pixels()
         if config.num_frames != 1:
             raise UserError(f"model.num_frames: this model makes images, which are 1 frame, not {config.num_frames}")
         checked_size(config, scale * self.patch, 1)
         return self.latent_channels(), 1, config.height // scale, config.width // scale
+
+    def pixels(self) -> int:
+        """Return the pixels along a side of a latent."""
+        return int(self.pipeline.vae_scale_factor)
 
     def latent_channels(self) -> int:
         """Return C of the latents."""

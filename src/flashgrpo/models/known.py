@@ -45,7 +45,7 @@ def _sd3(transformer: Mapping[str, Any]) -> Architecture:
 
 
 def _flux(family: str, guidance_embeds: bool) -> Architecture:
-    vae = ("AutoencoderKL", {**_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159})
+    vae = ("AutoencoderKL", _FLUX_VAE)
     shift = {"shift": 3.0, **_BY_RESOLUTION} if guidance_embeds else {"shift": 1.0}
     return _image(
         family,
@@ -58,6 +58,11 @@ def _flux(family: str, guidance_embeds: bool) -> Architecture:
     )
 
 
+def _klein(is_distilled: bool) -> Architecture:
+    network, shift = ("Flux2Transformer2DModel", _KLEIN), {"use_dynamic_shifting": True}
+    return _image("Flux2KleinPipeline", network, ("AutoencoderKLFlux2", {}), shift, is_distilled=is_distilled)
+
+
 _VAE = {
     "latent_channels": 16,
     "block_out_channels": (128, 256, 512, 512),
@@ -66,6 +71,39 @@ _VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
+}
+_FLUX_VAE = {**_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+_KLEIN = {
+    "in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+_QWEN = {"num_layers": 60, "joint_attention_dim": 3584}
+_QWEN_SHIFT = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+}
+_SANA = {"caption_channels": 2304, "in_channels": 32, "out_channels": 32, "sample_size": 32}
+_SANA_SIDE = {
+    "block_out_channels": (128, 256, 512, 512, 1024, 1024),
+    "block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
+}
+_SANA_VAE = {
+    **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _SANA_SIDE.items()},
+    "latent_channels": 32,
+    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
+    "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
 }
 _BY_RESOLUTION = {
     "use_dynamic_shifting": True,
@@ -149,5 +187,28 @@ KNOWN: Mapping[str, Architecture] = {
     "stabilityai/stable-diffusion-3.5-large": _sd3(_SD35_LARGE),
     "black-forest-labs/FLUX.1-dev": _flux("FluxPipeline", guidance_embeds=True),
     "black-forest-labs/FLUX.1-schnell": _flux("FluxPipeline", guidance_embeds=False),
+    "black-forest-labs/FLUX.1-Kontext-dev": _flux("FluxKontextPipeline", guidance_embeds=True),
+    "black-forest-labs/FLUX.2-klein-4B": _klein(is_distilled=True),
+    "black-forest-labs/FLUX.2-klein-base-4B": _klein(is_distilled=False),
+    "Qwen/Qwen-Image": _image(
+        "QwenImagePipeline", ("QwenImageTransformer2DModel", _QWEN), ("AutoencoderKLQwenImage", {}), _QWEN_SHIFT
+    ),
+    "Tongyi-MAI/Z-Image-Turbo": _image(
+        "ZImagePipeline",
+        ("ZImageTransformer2DModel", {"cap_feat_dim": 2560}),
+        ("AutoencoderKL", _FLUX_VAE),
+        {"shift": 3.0},
+    ),
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": Architecture(
+        "SanaPipeline",
+        {
+            "transformer": ("SanaTransformer2DModel", _SANA),
+            "vae": ("AutoencoderDC", _SANA_VAE),
+            "scheduler": (
+                "DPMSolverMultistepScheduler",
+                {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, "solver_order": 2},
+            ),
+        },
+    ),
 }
 """By hub id."""
