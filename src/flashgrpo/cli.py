@@ -1,4 +1,7 @@
-"""The command line. No logic lives here: each command reads its arguments, calls one function, shows the result."""
+"""The command line. No logic lives here: each command reads its arguments, calls one function, shows the result.
+
+Commands that are one function of a terminal's own lie beside it (`init`, `list`, `reward`).
+"""
 
 import contextlib
 import json
@@ -16,7 +19,9 @@ from flashgrpo import __version__
 from flashgrpo.config import RunConfig, recipe_schema
 from flashgrpo.errors import UserError, clean, suggest, system_reason
 from flashgrpo.formats import Numbers
+from flashgrpo.init import init
 from flashgrpo.jsontext import to_json
+from flashgrpo.listing import print_listing
 from flashgrpo.outlets import check_arrived, outlets
 from flashgrpo.serving.commands import reward_app
 from flashgrpo.terminal import PATH, PATH_TEXT, cell, check_arguments, path, path_text, prints, use_utf8
@@ -24,10 +29,11 @@ from flashgrpo.terminal import PATH, PATH_TEXT, cell, check_arguments, path, pat
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(reward_app, name="reward")
+app.command()(init)
+app.command("list")(print_listing)
 Recipe = Annotated[
     str,
     typer.Argument(parser=path_text, help="A YAML recipe, or the name of one that ships with the package."),
@@ -70,12 +76,19 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     ray_workers: Annotated[int, typer.Option(min=0, help="Start this number of workers through Ray Train.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check what precedes an update; write no run.")
+    ] = False,
 ) -> None:
     """Train a recipe, or resume a run directory. Under torchrun, with all its processes."""
     from flashgrpo.train import settings_of, train_on_ray
     from flashgrpo.train import train as run_training
 
     config = settings_of(recipe, overrides or [])
+    if dry_run:
+        from flashgrpo.doctor.rehearsal import rehearse
+
+        return rehearse(config, ray_workers)
     run = train_on_ray(config, ray_workers) if ray_workers else run_training(config)
     if prints():
         print(run)
@@ -187,15 +200,8 @@ def doctor(
     from flashgrpo.doctor import examine
 
     diagnosis = examine(recipe, overrides or [])
-    if prints() and as_json:
-        print(to_json(diagnosis.as_json()))
-    elif prints():
-        table = Table("", "check", "finding", show_header=False, box=None)
-        colors = {"sound": "green", "warning": "yellow", "unsound": "red"}
-        for finding in diagnosis.findings:
-            table.add_row(cell(finding.level, colors[finding.level]), cell(finding.check), cell(finding.sentence))
-        Console().print(table)
-        print("a run would be sound" if diagnosis.sound else "a run would not be sound")
+    if prints():
+        diagnosis.print(as_json)
     check_arrived()
     raise typer.Exit(0 if diagnosis.sound else 1)
 

@@ -12,13 +12,18 @@ from flashgrpo.files import PACKAGE
 RECIPE_FOLDERS = (PACKAGE / "recipes", PACKAGE.parent.parent / "recipes")  # installed; in a checkout
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Return name -> file of the recipes that come with the package."""
+    return {file.stem: file for folder in RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
+
+
 def find_recipe(recipe: str) -> Path:
     """Find the file itself, or `recipes/NAME.yaml` of the package."""
     path = Path(recipe)
     with contextlib.suppress(OSError, ValueError):  # too long for a path, or with NUL: it is none
         if path.is_file():
             return path
-    shipped = {file.stem: file for folder in RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
+    shipped = shipped_recipes()
     if recipe in shipped:
         return shipped[recipe]
     raise UserError(f"there is no recipe {recipe}; give a YAML file or one of: {', '.join(sorted(shipped))}")

@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from flashgrpo.assembly import Assembly
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import process_group
@@ -16,7 +19,9 @@ from flashgrpo.doctor.checks import QUICK, THOROUGH, TOLD, Check, constant_rewar
 from flashgrpo.doctor.costs import COSTS
 from flashgrpo.doctor.trial import Trial, try_out
 from flashgrpo.errors import UserError
+from flashgrpo.jsontext import to_json
 from flashgrpo.process import Finding
+from flashgrpo.terminal import cell
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,18 @@ class Diagnosis:
     def as_json(self) -> dict[str, Any]:
         """Return the findings as plain data, for machines."""
         return {"sound": self.sound, "checks": [asdict(finding) for finding in self.findings]}
+
+    def print(self, as_json: bool) -> None:
+        """Print a line for each finding, and what they come to."""
+        if as_json:
+            print(to_json(self.as_json()))
+            return
+        table = Table("", "check", "finding", show_header=False, box=None)
+        colors = {"sound": "green", "warning": "yellow", "unsound": "red"}
+        for finding in self.findings:
+            table.add_row(cell(finding.level, colors[finding.level]), cell(finding.check), cell(finding.sentence))
+        Console().print(table)
+        print("a run would be sound" if self.sound else "a run would not be sound")
 
 
 def examine(recipe: str, overrides: Sequence[str] = ()) -> Diagnosis:
