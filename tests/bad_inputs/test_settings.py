@@ -9,6 +9,8 @@ LONG_PATHS = "out=", "prompts.train=", "model.path=", "model.condition_cache=", 
 CASES = [
     Case("train RECIPE updatse=3", "unknown key updatse; did you mean 'updates'?"),
     Case("train RECIPE rollout.group_size=1", "rollout.group_size"),
+    Case("train RECIPE optim.lr=true", "optim.lr must be a number, not true"),
+    Case("train RECIPE algorithm.steps.window=[false,0.5]", "algorithm.steps.window must be a number, not false"),
     Case("train RECIPE algorithm.steps.window=[0.0,2.0]", "window of OneStep"),
     Case("train RECIPE algorithm.objective.kind=contrast", "contrast compares velocities at re-noised samples"),
     Case("train RECIPE algorithm.objective.kind=drpo", "scores of flow are no log-probabilities of tokens"),

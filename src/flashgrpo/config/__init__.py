@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from flashgrpo.config.algorithm import Written, algorithm_from, read_tree
-from flashgrpo.config.explain import explain
+from flashgrpo.config.explain import explain, truths
 from flashgrpo.config.processes import check_one_process, of_its_process
 from flashgrpo.config.reading import read_recipe, write_yaml
 from flashgrpo.config.recipe import find_recipe, merge_choices, parse_override
@@ -174,10 +174,12 @@ class RunConfig(Part):
 
     @classmethod
     def _validated(cls, layers: Sequence[tuple[str, Mapping[Any, Any]]]) -> "RunConfig":
-        try:
-            return cls.model_validate(layers[-1][1])
-        except ValidationError as error:
-            raise UserError(explain(layers, cls.model_validate, recipe_schema())) from error
+        config = None
+        with contextlib.suppress(ValidationError):
+            config = cls.model_validate(layers[-1][1])
+        if config is None or truths(layers[-1][1], recipe_schema()):
+            raise UserError(explain(layers, cls.model_validate, recipe_schema()))
+        return config
 
     def to_yaml(self) -> str:
         """Return the resolved settings; loading the text again gives an equal RunConfig."""

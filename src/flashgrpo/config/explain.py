@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flashgrpo.config.algorithm import short_name
-from flashgrpo.config.schema import alternatives, kinds_with, known_below
+from flashgrpo.config.schema import alternatives, kinds_with, known_below, nodes_at
 from flashgrpo.errors import suggest
 
 Tree = Mapping[Any, Any]
@@ -47,7 +47,7 @@ def explain(layers: Sequence[tuple[str, Tree]], validate: Callable[[Tree], Any],
         validate: raises the `ValidationError` of settings.
         schema: the JSON schema of what is validated.
     """
-    told = [_mistakes(tree, validate, schema) for _, tree in layers]
+    told = [[*_mistakes(tree, validate, schema), *truths(tree, schema)] for _, tree in layers]
     lines = []
     for sentence in told[-1]:
         brought = len(told) - 1
@@ -75,6 +75,30 @@ def _mistakes(tree: Tree, validate: Callable[[Tree], Any], schema: Tree) -> list
         keys = _written(mistake["loc"], schema, mistake["type"] in UNKNOWN)
         sentences.setdefault(f"{keys} {mistake['type'] in UNKNOWN}", _sentence(mistake, keys, schema))
     return list(sentences.values())
+
+
+def truths(tree: Tree, schema: Tree, above: tuple[str, ...] = ()) -> list[str]:
+    """Return a sentence for each true or false in place of a number, which pydantic takes for 1 or 0."""
+    sentences = []
+    for key, value in tree.items():
+        keys = (*above, str(key))
+        if isinstance(value, Mapping):
+            sentences += truths(value, schema, keys)
+            continue
+        entries = value if isinstance(value, list | tuple) else [value]
+        found = [entry for entry in entries if isinstance(entry, bool)]
+        if found and _takes_numbers(keys, schema):
+            sentences.append(f"{short_name('.'.join(keys))} must be a number, not {_shown(found[0])}")
+    return sentences
+
+
+def _takes_numbers(keys: Sequence[str], schema: Tree) -> bool:
+    """Whether a setting, or an entry of it where it is a list, is a number and never true or false."""
+    nodes = nodes_at(keys, schema)
+    entries = [entry for node in nodes for entry in [*node.get("prefixItems", ()), node.get("items", {})] if entry]
+    every = [*nodes, *(node for entry in entries for node in alternatives(entry, schema))]
+    types = {node.get("type") for node in every} | {type(c).__name__ for node in every for c in node.get("enum", ())}
+    return bool(types & {"number", "integer"}) and not types & {"boolean", "bool"}
 
 
 def _sentence(mistake: Mapping[str, Any], keys: list[str], schema: Tree) -> str:
