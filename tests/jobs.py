@@ -48,7 +48,7 @@ from flashgrpo.run.progress import Clock
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring
 from flashgrpo.scoring.settings import RewardConfig
-from flashgrpo.types import Prompt, PromptGroup, RewardTable, Sample
+from flashgrpo.types import Failed, Prompt, PromptGroup, RewardTable, Sample
 from tests.filesystem import death, failing
 from tests.streams import Stream, number_of
 
@@ -370,12 +370,14 @@ def score_texts_for_others(total: int, micro_batch: int, parallel: dict) -> list
 
 
 def numbered(tokens: torch.Tensor, frames: int | None = None) -> list[str]:
-    return ["é" * number + f" {number}" for number in tokens[:, 0].tolist()]
+    texts = ["é" * number + f" {number}" for number in tokens[:, 0].tolist()]
+    return [Failed(-5.0) if text.endswith(" 3") else text for text in texts]
 
 
 def named(texts: list[str], prompts: list[str], **columns: list) -> list[float]:
-    assert all(text.count("é") == int(text.split()[-1]) for text in texts)
-    return [float(text.split()[-1]) for text in texts]
+    numbers = [int(text.split()[-1]) if text else 0 for text in texts]
+    assert [text.count("é") for text in texts] == numbers
+    return [float(number) for number in numbers]
 
 
 def score_for_others(total: int, micro_batch: int, parallel: dict) -> list[dict]:

@@ -1,6 +1,7 @@
 """Programs, trained as any model is: a run of a tiny random one from recipe to report, and what recipes may not say."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,22 @@ def test_resumed_is_uninterrupted_bit_for_bit(recipe, tmp_path):
     one, other = (checkpoint.load(run / "checkpoints", 4) for run in (whole, parts))
     for kind, tensors in one.items():
         assert all(torch.equal(tensor, other[kind][name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("parallel", ["{}", "{shard: 2}"])
+def test_two_processes_train_what_one_does(recipe, tmp_path, nursery, parallel):
+    """Runs of a program call ragged numbers of times; processes that hold the network between them call together."""
+    one, two = f"{tmp_path}/one", f"{tmp_path}/two"
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe("updates=2", f"out={one}", "algorithm={preset: f-grpo}").to_yaml(), "utf-8")
+    train(RunConfig.load(file))
+    nursery.run("train", file, f"out={two}", f"parallel={parallel}", size=2)
+    lines, others = (read_lines(Path(run) / "metrics.jsonl") for run in (one, two))
+    assert [line["reward"] for line in lines[:1]] == [line["reward"] for line in others[:1]]
+    assert all(line["drift"] == 0 for line in others)
+    assert lines[0]["compute"] == others[0]["compute"]
+    if parallel == "{}":
+        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in others], abs=1e-6)
 
 
 @pytest.mark.parametrize(

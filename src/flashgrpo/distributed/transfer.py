@@ -9,6 +9,7 @@ from torch import Tensor
 from flashgrpo.distributed.messages import from_bytes, to_bytes
 from flashgrpo.distributed.shares import overlap
 from flashgrpo.distributed.world import World
+from flashgrpo.types import Failed
 
 DIMENSIONS = 8  # of rows, at most; their shape travels ahead of them, and of texts 0 dimensions and their bytes
 
@@ -59,7 +60,7 @@ def hand_over(world: World, rows: Rows | None, piece: Piece) -> Rows | None:
     world.meet(piece.source, piece.destination)  # which may have waited for a reward
     if world.rank == piece.source:
         assert rows is not None
-        sent = to_bytes(rows) if isinstance(rows, list) else rows.float().cpu().contiguous()
+        sent = to_bytes(_packed(rows)) if isinstance(rows, list) else rows.float().cpu().contiguous()
         _send(world, torch.tensor(_header(rows, sent)), piece.destination)
         _send(world, sent, piece.destination)
     if world.rank != piece.destination:
@@ -69,8 +70,16 @@ def hand_over(world: World, rows: Rows | None, piece: Piece) -> Rows | None:
     count, *shape = header.tolist()
     received = torch.empty(shape[:count]) if count else torch.empty(shape[0], dtype=torch.uint8)
     dist.recv(received, piece.source, world.cpu_group)
-    rows = received if count else from_bytes(received)
-    return rows
+    return received if count else _unpacked(from_bytes(received))
+
+
+def _packed(texts: list[str]) -> list[str | float]:
+    """Write texts such that those that have failed keep their reward."""
+    return [text.reward if isinstance(text, Failed) else text for text in texts]
+
+
+def _unpacked(texts: list[str | float]) -> list[str]:
+    return [text if isinstance(text, str) else Failed(text) for text in texts]
 
 
 def _header(rows: Rows, sent: Tensor) -> list[int]:
