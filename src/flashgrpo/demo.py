@@ -15,7 +15,7 @@ RECIPES = {
     "streaming": "tiny-streaming",
     "uniform-tokens": "tiny-uniform-tokens",
     "masked-tokens": "tiny-masked-tokens",
-    "programs": "tiny-prompt-writer",
+    "programs": "tiny-program",
 }
 """Process -> the recipe of its bundled run."""
 
