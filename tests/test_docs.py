@@ -60,6 +60,7 @@ README_NOT_RUN = {
     "make ": "installs packages, or runs for minutes; the target has to exist",
     "torchrun ": "tests/distributed/test_launch.py does",
     "flashgrpo train wan21-1.3b-24gb": "needs a GPU and the checkpoint",
+    "flashgrpo watch ": "runs until it is told to end; tests/report/test_live.py does",
     "flashgrpo reward ": "runs until it is told to end; tests/serving does",
     "flashgrpo compare": "runs for minutes; tests/compare/test_compare.py does",
 }

@@ -12,19 +12,16 @@ from pathlib import Path
 from typing import Annotated, NoReturn, get_args
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from flashgrpo import __version__
 from flashgrpo.config import RunConfig, recipe_schema
 from flashgrpo.errors import UserError, clean, suggest, system_reason
-from flashgrpo.formats import Numbers
 from flashgrpo.init import init
 from flashgrpo.jsontext import to_json
 from flashgrpo.listing import print_listing
 from flashgrpo.outlets import check_arrived, outlets
 from flashgrpo.serving.commands import reward_app
-from flashgrpo.terminal import PATH, PATH_TEXT, cell, check_arguments, path, path_text, prints, use_utf8
+from flashgrpo.terminal import PATH, PATH_TEXT, check_arguments, path, path_text, prints, use_utf8
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,6 +76,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check what precedes an update; write no run.")
     ] = False,
+    live: Annotated[bool, typer.Option("--watch", help="Serve a page that follows the run.")] = False,
 ) -> None:
     """Train a recipe, or resume a run directory. Under torchrun, with all its processes."""
     from flashgrpo.train import settings_of, train_on_ray
@@ -89,7 +87,12 @@ def train(
         from flashgrpo.doctor.rehearsal import rehearse
 
         return rehearse(config, ray_workers)
-    run = train_on_ray(config, ray_workers) if ray_workers else run_training(config)
+    with contextlib.ExitStack() as stack:
+        if live and prints():
+            from flashgrpo.report.live import watching
+
+            stack.enter_context(watching(Path(config.out)))
+        run = train_on_ray(config, ray_workers) if ray_workers else run_training(config)
     if prints():
         print(run)
 
@@ -106,24 +109,12 @@ def evaluate(
 ) -> None:
     """Score the held-out prompts, paired with the base model."""
     from flashgrpo.evaluate import evaluate as run_evaluation
-    from flashgrpo.run.progress import describe
+    from flashgrpo.evaluate import print_record
 
     record = run_evaluation(target, overrides or [], checkpoint)
-    if not prints():
-        return
-    if as_json:
-        print(to_json(record))
-        return check_arrived()
-    tuned = [f"update {record['update']}"] if record["update"] else []
-    table = Table("", "base", *tuned)
-    for kind in ("rewards", "watched"):
-        for name, value in record[kind].items():
-            base, label = record[f"base_{kind}"][name], name if kind == "rewards" else f"{name} (watched)"
-            form = Numbers.alone(base, value)
-            table.add_row(cell(label), form.plain(base), *(form.plain(value) for _ in tuned))
-    Console().print(table)
-    print(describe(record))
-    check_arrived()
+    if prints():
+        print_record(record, as_json)
+        check_arrived()
 
 
 @app.command()
@@ -248,6 +239,17 @@ def report(run: RunFolder) -> None:
     from flashgrpo.report import write_report
 
     print(write_report(run))
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run directories.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 0,
+) -> None:
+    """Serve a page on this machine that follows runs while they train."""
+    from flashgrpo.report.live import watch as follow
+
+    follow(runs, port)
 
 
 @app.command()

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from flashgrpo.errors import UserError
+from flashgrpo.formats import Numbers
+from flashgrpo.jsontext import to_json
+from flashgrpo.terminal import cell
 
 
 def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_update: int | None = None) -> dict[str, Any]:
@@ -26,3 +32,21 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     from flashgrpo.evaluation import evaluate_checkpoint  # brings torch, which `import flashgrpo` does without
 
     return evaluate_checkpoint(target, overrides, checkpoint_update)
+
+
+def print_record(record: dict[str, Any], as_json: bool) -> None:
+    """Print an evaluation as a table of its rewards, base beside tuned, and its result in a sentence."""
+    from flashgrpo.run.progress import describe  # brings torch
+
+    if as_json:
+        print(to_json(record))
+        return
+    tuned = [f"update {record['update']}"] if record["update"] else []
+    table = Table("", "base", *tuned)
+    for kind in ("rewards", "watched"):
+        for name, value in record[kind].items():
+            base, label = record[f"base_{kind}"][name], name if kind == "rewards" else f"{name} (watched)"
+            form = Numbers.alone(base, value)
+            table.add_row(cell(label), form.plain(base), *(form.plain(value) for _ in tuned))
+    Console().print(table)
+    print(describe(record))

@@ -150,8 +150,8 @@ def test_the_whole_page(whole: Path) -> None:
     for name in (*COMPONENTS, "persistence", "rollout", "checkpoint", "other"):
         assert name in text
     assert "In 1 prompt group all rewards were equal" in text
-    assert page.count("<video ") == 8
-    assert page.count('src="data:video/mp4;base64,') == 8
+    assert page.count("<video ") == 8 + 14  # pairs, and films of two prompts
+    assert page.count('src="data:video/mp4;base64,') == 8 + 14
     assert page.count('role="img"') == page.count("<svg ") >= 14
     assert not [name.name for name in whole.parent.iterdir() if name.name.startswith(".")], "the aside file is gone"
 
@@ -420,7 +420,7 @@ def probe(report: Path, tmp_path: Path, *flags: str) -> dict[str, str]:
 def test_chromium_plays_it_from_disk(whole: Path, tmp_path: Path, width: int) -> None:
     found = probe(whole, tmp_path, f"--window-size={width},900")
     assert found["errors"] == ""
-    assert (found["ready"], found["playing"]) == ("8", "8")
+    assert (found["ready"], found["playing"]) == ("22", "22")
     assert (found["toggled"], found["label"]) == ("0", "Play")
     assert float(found["drift"]) <= 0.05
     assert int(found["overflow"]) <= 0
@@ -430,5 +430,5 @@ def test_chromium_plays_it_from_disk(whole: Path, tmp_path: Path, width: int) ->
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium")
 def test_chromium_keeps_still_where_motion_is_unwanted(whole: Path, tmp_path: Path) -> None:
     found = probe(whole, tmp_path, "--force-prefers-reduced-motion")
-    assert (found["ready"], found["playing"]) == ("8", "0")
-    assert (found["toggled"], found["label"]) == ("8", "Pause")
+    assert (found["ready"], found["playing"]) == ("22", "0")
+    assert (found["toggled"], found["label"]) == ("22", "Pause")

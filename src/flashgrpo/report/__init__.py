@@ -10,6 +10,7 @@ elsewhere; whatever is missing is named on the page. The same files give the sam
     findings.py       what the page says in words and figures
     charts.py         what it draws
     template.html.j2  how it looks; style.css, page.py: what all pages share
+    live.py           serves it while the run trains (`flashgrpo watch`); runs.html.j2, waiting.html.j2
     comparison.py, comparison_charts.py, comparison.html.j2: the same for a comparison
 """
 
@@ -19,6 +20,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
@@ -33,6 +35,7 @@ from flashgrpo.report.record import Row, Run, column, headline_evaluation, names
 __all__ = ["write_report"]
 
 MOST_PAIRS = 12
+MOST_STRIPS = 4
 MOST_MEDIA_BYTES = 24 * 2**20  # of all embedded samples together
 URIS = {".mp4": "data:video/mp4;base64,", ".png": "data:image/png;base64,"}
 EXTREMES = 5  # prompts shown at either end of the sorted table
@@ -59,17 +62,24 @@ def write_report(run: Path) -> Path:
     return target
 
 
-def render(run: Run) -> str:
+def render(run: Run, live: bool = False) -> str:
+    """Return the page of a run.
+
+    Args:
+        live: as `flashgrpo watch` serves it: media are links into the run directory, and the page follows the run.
+    """
     shown = run.result
     form = Numbers(findings.decimals(shown))
     prompts = findings.by_prompt(samples_of(shown))
-    pairs = shown_pairs(run, headline_evaluation(run.evaluations))
+    media = Media(run.path, live)
+    pairs = shown_pairs(run, headline_evaluation(run.evaluations), media)
     return template("template.html.j2").render(
         name=run.path.resolve().name,
         kind=called(shown or next(iter(run.evaluations), {})),
         date=findings.date(run.environment.get("started")),
         version=run.environment.get("flashgrpo", ""),
-        notes=run.notes,
+        live=live,
+        notes=[*run.notes, *findings.warnings(run)],
         result=findings.result(shown, run.evaluations, form) if shown else None,
         tiles=findings.tiles(run, shown, form),
         form=form,
@@ -82,6 +92,7 @@ def render(run: Run) -> str:
             if findings.correlations(shown, of_changes)
         ],
         pairs=pairs,
+        strips=filmstrips(run, media),
         videos=any(pair["kind"] == "video" for pair in (*pairs.plain, *pairs.extremes)),
         prompts=prompts,
         lowest=prompts[:EXTREMES],
@@ -177,6 +188,21 @@ def timing(run: Run) -> dict[str, Any]:
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 
+class Media(NamedTuple):
+    """The files of a run's samples, as they stand in its page: embedded, or as links into the run directory."""
+
+    run: Path
+    linked: bool
+
+    def content(self, name: object) -> str | None:
+        """Return a data URI, a link, or a text itself; None where the file is not one that is shown."""
+        data = file_bytes(self.run, name)
+        uri = URIS.get(Path(str(name)).suffix)
+        if data is None or uri is None:
+            return None if data is None else data.decode("utf-8", "replace")
+        return quote(str(name)) if self.linked else uri + base64.b64encode(data).decode("ascii")
+
+
 class Pairs(NamedTuple):
     """Pairs of one evaluation, in the order of the prompts' file and those that changed most, the worst first."""
 
@@ -186,15 +212,15 @@ class Pairs(NamedTuple):
     note: str = ""  # a sentence where some are left out
 
 
-def shown_pairs(run: Run, shown: Row | None) -> Pairs:
+def shown_pairs(run: Run, shown: Row | None, media: Media) -> Pairs:
     """Pairs of the evaluation that is shown, or else of the latest that has any."""
     for evaluation in filter(None, [shown, *reversed(run.evaluations)]):
         samples = samples_of(evaluation)
         rows = [row for row in evaluation.get("extremes", []) if row in range(len(samples))]
         changed = [sample for row in rows if is_pair(sample := samples[row])]
         both = [s for s in samples if is_pair(s) and not Path(str(s["base_video"])).stem.endswith("-base")]
-        ends, left = embedded(run, changed, MOST_MEDIA_BYTES // 2)
-        plain, _ = embedded(run, both[:MOST_PAIRS], left + MOST_MEDIA_BYTES // 2)
+        ends, left = embedded(media, changed, MOST_MEDIA_BYTES // 2)
+        plain, _ = embedded(media, both[:MOST_PAIRS], left + MOST_MEDIA_BYTES // 2)
         if plain or ends:
             note = f"{len(plain)} of {len(both)} pairs are shown." if len(plain) < len(both) else ""
             return Pairs(plain, ends, evaluation["update"], note)
@@ -205,34 +231,54 @@ def is_pair(sample: Row) -> bool:
     return bool(sample.get("video") and sample.get("base_video"))
 
 
-def embedded(run: Run, samples: Sequence[Row], left: int) -> tuple[list[dict[str, Any]], int]:
+def embedded(media: Media, samples: Sequence[Row], left: int) -> tuple[list[dict[str, Any]], int]:
     """Return the pairs that fit into `left` bytes, and the bytes that are left over."""
     pairs = []
     for sample in samples:
-        base, tuned = (file_bytes(run.path, sample[key]) for key in ("base_video", "video"))
+        base, tuned = (media.content(sample[key]) for key in ("base_video", "video"))
         if base is not None and tuned is not None and len(base) + len(tuned) <= left:
             left -= len(base) + len(tuned)
             pairs.append(shown_pair(sample, base, tuned))
     return pairs, left
 
 
-def shown_pair(sample: Row, base: bytes, tuned: bytes) -> dict[str, Any]:
-    ending = Path(str(sample["video"])).suffix
-    uri = URIS.get(ending)
-
-    def content(data: bytes) -> str:
-        return uri + base64.b64encode(data).decode("ascii") if uri else data.decode("utf-8", "replace")
-
+def shown_pair(sample: Row, base: str, tuned: str) -> dict[str, Any]:
     return {
         "prompt": str(sample.get("prompt", "")),
-        "kind": NOUNS[ending],
-        "base": content(base),
-        "tuned": content(tuned),
+        "kind": NOUNS[Path(str(sample["video"])).suffix],
+        "base": base,
+        "tuned": tuned,
         "base_reward": sample.get("base_reward"),
         "reward": sample.get("reward"),
         "components": findings.components(sample),
         "scenes": scenes(sample),
     }
+
+
+def filmstrips(run: Run, media: Media) -> list[dict[str, Any]]:
+    """Return a row for each of the first prompts: what the same noise became at each evaluation that kept it."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    left = MOST_MEDIA_BYTES // 2
+    of_row = zip(*(samples_of(evaluation) for evaluation in run.evaluations), strict=False)
+    for samples in of_row:
+        prompt = str(samples[0].get("prompt", ""))
+        kept = [pair for pair in zip(run.evaluations, samples, strict=True) if pair[1].get("video")]
+        if prompt in rows or len(rows) == MOST_STRIPS or len(kept) < 2:
+            continue
+        shown = [film_frame(evaluation, sample, media) for evaluation, sample in kept]
+        frames = [frame for frame in shown if frame["content"] is not None]
+        left -= sum(len(frame["content"]) for frame in frames)
+        if left < 0:
+            break
+        if len(frames) > 1:
+            rows[prompt] = frames
+    return [{"prompt": prompt, "frames": frames} for prompt, frames in rows.items()]
+
+
+def film_frame(evaluation: Row, sample: Row, media: Media) -> dict[str, Any]:
+    kind = NOUNS.get(Path(str(sample["video"])).suffix, "")
+    shown = {"prompt": str(sample.get("prompt", "")), "kind": kind, "content": media.content(sample["video"])}
+    return {"after": evaluation["update"], "reward": sample.get("reward"), **shown}
 
 
 def scenes(sample: Row) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the page says in words and figures."""
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from flashgrpo import formats
 from flashgrpo.formats import DASH, MINUS, Numbers, called, not_held_out, number
 from flashgrpo.report.record import Row, Run, Values, bounds, column, names, samples_of
 
+RECENT = 10  # updates that tell how a run goes now
 __all__ = ["DASH", "MINUS", "Numbers"]
 
 SURE = "95\N{NO-BREAK SPACE}% interval"
@@ -101,7 +103,30 @@ def tiles(run: Run, shown: Row | None, form: Numbers) -> list[tuple[str, str, st
         figures.append(("Updates", f"{run.metrics[-1]['update']:,}", scored))
         if len(seconds):
             figures.append(("Time", duration(seconds.sum()), f"{seconds.mean():.3g} s an update"))
+            if left := updates_left(run):
+                pace = f"if it goes on: {left:,} updates, each as long as the last {len(seconds[-RECENT:])}"
+                figures.append(("Left", duration(left * float(seconds[-RECENT:].mean())), pace))
     return figures
+
+
+def updates_left(run: Run) -> int:
+    """Return how many updates of the recipe have not been done; 0 where that cannot be read."""
+    found = re.search(r"(?m)^updates: (\d{1,7})$", run.config)
+    return max(0, int(found[1]) - run.metrics[-1]["update"]) if found and run.metrics else 0
+
+
+def warnings(run: Run) -> list[str]:
+    """Say in plain words what is wrong with the newest updates; of all updates the sections tell."""
+    recent, said = run.metrics[-RECENT:], []
+    count = "the last update" if len(recent) == 1 else f"the last {len(recent)} updates"
+    if skipped := int(np.nansum(column(recent, "skipped_steps"))):
+        said.append(f"In {count} {skipped} optimizer step(s) were skipped, since their gradient was not finite.")
+    if dropped := int(np.nansum(column(recent, "dropped_groups"))):
+        said.append(f"In {count} {dropped} prompt group(s) were dropped, since a reward of theirs was not finite.")
+    spread = column(recent, "reward_std")
+    if len(recent) == RECENT and not np.nansum(np.abs(spread)) and np.isfinite(spread).any():
+        said.append(f"In {count} all samples had the same reward, which teaches nothing.")
+    return said
 
 
 def date(started: object) -> str:
