@@ -236,6 +236,12 @@ def agreement_of(seen: Measurement, prompts: Sequence[str], columns: dict[str, S
     }
 
 
+def depiction(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str]) -> dict[str, Tensor]:
+    """How far each image shows what its caption says: ``color`` and ``shape`` of ``agreement``, (B,) in [0, 1] each."""
+    found = agreement(videos, prompts, **columns)
+    return {name: found[name] for name in ("color", "shape")}
+
+
 def persistence(videos: Tensor, prompts: Sequence[str], **columns: Sequence[str]) -> Tensor:
     """Score one object of stable area in every frame, (B,) in [0, 1]. ``prompts`` and ``columns`` are not looked at.
 
@@ -275,3 +281,4 @@ def _planted_pair() -> PlantedPair:
 
 
 agreement.planted_pair = _planted_pair  # type: ignore[attr-defined]
+depiction.planted_pair = _planted_pair  # type: ignore[attr-defined]
