@@ -34,6 +34,14 @@ def test_a_full_forward_and_the_cache_agree_with_transformers(folder):
         logits = model.go_on(torch.tensor([token]), cache)
 
 
+def test_a_row_computes_alike_whether_its_batch_has_padding(folder):
+    """Transformers drops the mask of a batch without any."""
+    model, ids = language_model(folder), torch.randint(1, 14, (4, 20))
+    full, mixed = torch.tensor([16, 16, 16, 16]), torch.tensor([16, 16, 16, 3])
+    assert torch.equal(model.logits(ids, full)[:3], model.logits(ids, mixed)[:3])
+    assert torch.equal(model.begin(ids[:, :16], full)[0][:3], model.begin(ids[:, :16], mixed)[0][:3])
+
+
 def test_texts(folder):
     model = language_model(folder)
     assert model.text(model.prompt_ids("plan a red")) == "plan a red"

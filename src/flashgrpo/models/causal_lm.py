@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
@@ -121,13 +122,8 @@ class CausalLm(TransformerModel):
 
     def logits(self, ids: Tensor, count: Tensor) -> Tensor:
         """Return the logits that each token of completions is drawn from, (B, L, V)."""
-        width = ids.shape[1] - self.length
-        place = torch.arange(ids.shape[1], device=ids.device)
-        first = width - count[:, None]
         result: Tensor = self.network(
-            input_ids=ids,
-            attention_mask=(place >= first).long(),
-            position_ids=(place - first).clamp(min=0),
+            **self._laid_out(ids, count, ids.shape[1] - self.length),
             use_cache=False,
             logits_to_keep=self.length + 1,
         )
@@ -135,17 +131,23 @@ class CausalLm(TransformerModel):
 
     def begin(self, ids: Tensor, count: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Return the logits of the first token behind prompts, (B, V), and the cache."""
-        first, place = ids.shape[1] - count[:, None], torch.arange(ids.shape[1], device=ids.device)
-        cache = {"past": DynamicCache(), "mask": (place >= first).long(), "next": count[:, None]}
-        result: Tensor = self.network(
-            input_ids=ids,
-            attention_mask=cache["mask"],
-            position_ids=(place - first).clamp(min=0),
-            past_key_values=cache["past"],
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        laid_out = self._laid_out(ids, count, ids.shape[1])
+        cache = {"past": DynamicCache(), "mask": laid_out["attention_mask"], "next": count[:, None]}
+        result: Tensor = self.network(**laid_out, past_key_values=cache["past"], use_cache=True, logits_to_keep=1)
         return result[:, -1], cache
+
+    def _laid_out(self, ids: Tensor, count: Tensor, places: int) -> dict[str, Tensor | None]:
+        """Return what the network is given: ids with one place more on their left, which is never seen.
+
+        Without it transformers drops the mask of a batch that has no padding, and attention takes another kernel: what
+        a row computes would depend on its neighbours. To count memory there are no values, and so neither mask nor places.
+        """
+        place, first = torch.arange(-1, ids.shape[1], device=ids.device), places - count[:, None]
+        return {
+            "input_ids": functional.pad(ids, (1, 0)),
+            "attention_mask": None if ids.is_meta else (place >= first).long(),
+            "position_ids": None if ids.is_meta else (place - first).clamp(min=0),
+        }
 
     def go_on(self, token: Tensor, cache: dict[str, Any]) -> Tensor:
         """Return the logits of the token behind this one, (B, V)."""
