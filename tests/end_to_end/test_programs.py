@@ -9,6 +9,7 @@ import torch
 from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError
 from flashgrpo.export import export
+from flashgrpo.kinds import kind_of
 from flashgrpo.report import write_report
 from flashgrpo.run import checkpoint
 from flashgrpo.run.lines import read_lines
@@ -110,3 +111,9 @@ def test_what_a_program_raises_is_told_with_its_place(recipe, tmp_path):
     (tmp_path / "program.py").write_text("def broken(prompt, call, **columns):\n    return undefined\n", "utf-8")
     with pytest.raises(UserError, match=r"rollout.program raised NameError .* at .*program.py:2"):
         train(recipe(f"rollout.program={tmp_path}/program.py:broken"))
+
+
+def test_memory_is_counted():
+    memory = kind_of(config := RunConfig.load("tiny-program")).memory(config)
+    counts = memory.drawing(64), memory.update(64), memory.sampling(64), memory.kept(64)["samples"]
+    assert all(100_000 < count < 100_000_000 for count in counts)

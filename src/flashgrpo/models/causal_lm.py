@@ -136,17 +136,21 @@ class CausalLm(TransformerModel):
         result: Tensor = self.network(**laid_out, past_key_values=cache["past"], use_cache=True, logits_to_keep=1)
         return result[:, -1], cache
 
-    def _laid_out(self, ids: Tensor, count: Tensor, places: int) -> dict[str, Tensor | None]:
+    def _laid_out(self, ids: Tensor, count: Tensor, places: int) -> dict[str, Tensor]:
         """Return what the network is given: ids with one place more on their left, which is never seen.
 
         Without it transformers drops the mask of a batch that has no padding, and attention takes another kernel: what
-        a row computes would depend on its neighbours. To count memory there are no values, and so neither mask nor places.
+        a row computes would depend on its neighbours. Where memory is counted there are no values, and the mask is
+        what transformers would make of it.
         """
         place, first = torch.arange(-1, ids.shape[1], device=ids.device), places - count[:, None]
+        seen = (place >= first).long()
+        if ids.is_meta:
+            seen = torch.empty(len(ids), 1, len(place), len(place), dtype=torch.bool, device=ids.device)
         return {
             "input_ids": functional.pad(ids, (1, 0)),
-            "attention_mask": None if ids.is_meta else (place >= first).long(),
-            "position_ids": None if ids.is_meta else (place - first).clamp(min=0),
+            "attention_mask": seen,
+            "position_ids": (place - first).clamp(min=0),
         }
 
     def go_on(self, token: Tensor, cache: dict[str, Any]) -> Tensor:
