@@ -96,6 +96,9 @@ class Fake:
     def checks(self, record, outputs, seed, thorough):
         return []
 
+    def call_arguments(self, given):
+        return given
+
     def save_lora(self, folder: Path, tensors, style="diffusers"):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "policy.safetensors")

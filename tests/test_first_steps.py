@@ -37,7 +37,7 @@ def test_everything_is_listed_with_a_line():
     assert tuple(parts) == PARTS
     assert set(parts["recipes"]) == set(shipped_recipes())
     assert set(parts["presets"]) == set(PRESETS)
-    assert set(parts["processes"]) == {"flow", "streaming", "masked-tokens", "uniform-tokens"}
+    assert set(parts["processes"]) == {"flow", "streaming", "masked-tokens", "uniform-tokens", "programs"}
     assert all(line and "\n" not in line for lines in parts.values() for line in lines.values())
 
 

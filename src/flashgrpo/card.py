@@ -1,6 +1,6 @@
 """The model card of an export: what it is, what it was trained on, what came of it, and a program that uses it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from flashgrpo.run.progress import describe
 
 Format = Literal["diffusers", "comfyui", "merged"]
 Library = Literal["diffusers", "peft"] | None
+Named = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 WITH_PEFT = """from peft import PeftModel
@@ -28,6 +29,7 @@ def model_card(
     evaluated: dict[str, Any] | None,
     image: bool,
     library: Library = "diffusers",
+    arguments: Named = dict,
 ) -> str:
     """Write what a reader of the files needs to know; it names no folder of the machine that trained.
 
@@ -36,6 +38,7 @@ def model_card(
         evaluated: the line of evaluations.jsonl that tells of this update.
         image: whether the model starts from one.
         library: that loads the files; None where only the code of the base model does.
+        arguments: names the arguments of an evaluation as the pipeline does; see `Process.call_arguments`.
     """
     train = config.model.train
     what = f"LoRA, rank {train.rank}, alpha {train.alpha}" if isinstance(train, Lora) else "every weight"
@@ -60,7 +63,7 @@ def model_card(
         _result(evaluated),
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         "## Use",
-        _use(config, format, files, image, library),
+        _use(config, format, files, image, library, arguments),
         "## Algorithm",
         f"```yaml\n{algorithm}```",
     ]
@@ -115,11 +118,13 @@ def _metadata(config: RunConfig, format: Format, image: bool, library: Library) 
     }
 
 
-def _use(config: RunConfig, format: Format, files: Sequence[str], image: bool, library: Library) -> str:
+def _use(
+    config: RunConfig, format: Format, files: Sequence[str], image: bool, library: Library, arguments: Named
+) -> str:
     if format == "comfyui":
         return _in_comfyui(files)
     if library == "diffusers":
-        return f"```python\n{_program(config, files, image)}```"
+        return f"```python\n{_program(config, files, image, arguments)}```"
     if library == "peft":
         return f"With `network`, loaded by the code of {code(public(config.model.path))}:\n\n```python\n{WITH_PEFT}```"
     return f"The folder is laid out as that of {code(public(config.model.path))} and is loaded by the same code."
@@ -152,7 +157,18 @@ def _loads_merged(config: RunConfig, files: Sequence[str]) -> list[str]:
     return [f"pipe.load_lora_weights({literal(where)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
 
 
-def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
+def _called_with(config: RunConfig, arguments: Named) -> Iterable[tuple[str, Any]]:
+    """Return what a pipeline is called with to draw as an evaluation does, beside the prompt."""
+    given = {
+        **{"height": config.model.height, "width": config.model.width, "num_frames": config.model.num_frames},
+        **config.evaluation.pipeline_arguments(config.rollout),
+        **({"negative_prompt": config.model.negative_prompt} if config.model.negative_prompt else {}),
+        "max_sequence_length": config.model.max_sequence_length,
+    }
+    return arguments(given).items()
+
+
+def _program(config: RunConfig, files: Sequence[str], image: bool, arguments: Named) -> str:
     """Write a program that runs in the folder of the export."""
     base, frames = public(config.model.path), config.model.num_frames
     shipped, local = base.startswith("flashgrpo:"), Path(config.model.path).is_absolute()
@@ -166,13 +182,12 @@ def _program(config: RunConfig, files: Sequence[str], image: bool) -> str:
     given = {
         "prompt": '"A prompt like those it was trained on"',
         **({"image": 'load_image("first-frame.png")'} if image else {}),
-        **{"height": config.model.height, "width": config.model.width, "num_frames": frames},
-        **config.evaluation.pipeline_arguments(config.rollout),
-        "max_sequence_length": config.model.max_sequence_length,
+        **{name: literal(one) if isinstance(one, str) else one for name, one in _called_with(config, arguments)},
     }
     if frames == 1:
+        result = "frames[0][0]" if "num_frames" in given else "images[0]"
         given["output_type"] = '"pil"'
-        save = ["image = pipe(", ").frames[0][0]", 'image.save("image.png")']
+        save = ["image = pipe(", f").{result}", 'image.save("image.png")']
     else:
         save = ["video = pipe(", ").frames[0]", f'export_to_video(video, "video.mp4", fps={config.model.fps:g})']
     helpers = [*(["export_to_video"] if frames > 1 else []), *(["load_image"] if image else [])]

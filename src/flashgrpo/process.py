@@ -264,6 +264,10 @@ class Process(Protocol):
         """Return what the doctor has to know of this process alone, of samples that `draw` has drawn."""
         ...
 
+    def call_arguments(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return arguments of an evaluation as the model's own pipeline names and counts them, for the model card."""
+        ...
+
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write trained adapters (name -> tensor) as others load them; returns the names of the files."""
         ...

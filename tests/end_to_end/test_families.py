@@ -1,6 +1,7 @@
 """Whole runs of tiny checkpoints of other kinds than the bundled one: what works there works here."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def recipe(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["wan21-image", "wan22-a14b", "wan22-5b-image", "skyreels-image", "ltx", *IMAGES])
-def test_train_resume_evaluate_sample_export(name, tmp_path):
+def test_train_resume_evaluate_sample_export(name, tmp_path, monkeypatch):
     path = recipe(tmp_path, name)
     run = train(RunConfig.load(path, ["updates=1"]))
     assert train(RunConfig.load(path)) == run
@@ -78,8 +79,14 @@ def test_train_resume_evaluate_sample_export(name, tmp_path):
     for style in ("diffusers", "comfyui") if KINDS[name].comfyui else ("diffusers",):
         folder = export(run, style)
         assert len(list(folder.glob("*.safetensors"))) == experts
-    card = (export(run, "diffusers", tmp_path / "again") / "README.md").read_text()
+    folder = export(run, "diffusers", tmp_path / "again")
+    card = (folder / "README.md").read_text()
     assert ('weight_name="low_noise.safetensors", load_into_transformer_2=True' in card) == (experts == 2)
+    monkeypatch.chdir(folder)
+    Path("model").symlink_to(tmp_path / "model")
+    Image.new("RGB", (64, 64), "navy").save("first-frame.png")
+    exec(compile(card.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
+    assert Path("image.png" if frames == 1 else "video.mp4").stat().st_size > 0
 
 
 def test_the_same_weights_have_to_be_there(tmp_path):

@@ -219,7 +219,9 @@ def test_sampling_equals_the_pipeline(model, kind, folder, prompts, solver):
         call["guidance_scale_2"] = kind.guidance_scale_2
     if kind.takes_image:
         picture = cropped(open_image(prompts[0].columns["image"]), kind.width, kind.height)  # theirs stretches
-        call["image"] = picture.resize((kind.width, kind.height), Image.Resampling.LANCZOS)
+        if kind.num_frames == 1:  # pipelines of images take it at the size that it has
+            picture = picture.resize((kind.width, kind.height), Image.Resampling.LANCZOS)
+        call["image"] = picture
     call |= kind.call(model)
     known = inspect.signature(pipeline.__call__).parameters
     call = {name: value for name, value in call.items() if name in known}

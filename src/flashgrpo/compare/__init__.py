@@ -87,31 +87,35 @@ def compare(
         UserError: an unknown or doubled algorithm, a bad setting, a budget below one update, no seed, an algorithm that
             cannot be diagnosed, or a folder that holds something else.
     """
+    _check_start(jobs)
     plan = make_plan(recipe, overrides, algorithms, seeds, budget, points, keep)
-    _check_start(jobs, plan.algorithms if diagnose else {})
+    _check_diagnosed(plan.algorithms if diagnose else {})
     folder = ComparisonFolder(Path(out or Path("runs") / f"compare-{Path(recipe).stem}"))
     with folder.claimed(plan):
-        console = console or Console(stderr=True)
-        if not (signal := _run(plan, folder, jobs, levels, console)) and diagnose:
-            _diagnose(plan, folder, console)
+        signal = _run(plan, folder, jobs, levels, console or Console(stderr=True), diagnose)
         return _write_all(folder, levels, signal)
 
 
-def _check_start(jobs: int, diagnosed: Mapping[str, RunConfig]) -> None:
-    """Refuse what would fail only after hours have been spent."""
+def _check_start(jobs: int) -> None:
     if jobs < 1:
         raise UserError(f"--jobs: at least 1 run at a time, not {jobs}")
     if launcher_number("WORLD_SIZE", 1) > 1:
         raise UserError("compare starts processes of its own; call it without torchrun")
-    for name, config in diagnosed.items():
+
+
+def _check_diagnosed(algorithms: Mapping[str, RunConfig]) -> None:
+    """Refuse what would fail only after hours have been spent."""
+    for name, config in algorithms.items():
         try:
             stochastic_of(config.algorithm)
         except UserError as error:
             raise UserError(f"--diagnose: {name}: {error}") from error
 
 
-def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console) -> int:
-    """Run whatever of the plan is not done yet; comparison.json is written after each run.
+def _run(
+    plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float], console: Console, diagnose: bool
+) -> int:
+    """Run whatever of the plan is not done yet, then diagnose; comparison.json is written after each run.
 
     Returns:
         The number of the signal that came before all had ended; 0 without one.
@@ -137,7 +141,10 @@ def _run(plan: Plan, folder: ComparisonFolder, jobs: int, levels: Sequence[float
     lengths = ", ".join(f"{name} {config.updates} updates" for name, config in plan.algorithms.items())
     count = f"{len(runs)} run" + "s" * (len(runs) > 1)
     say(f"{folder.path}: {count} of {plan.budget:,} forwards each ({lengths}), {len(todo)} to do")
-    return run_all(todo, jobs, console, ended)
+    signal = run_all(todo, jobs, console, ended)
+    if diagnose and not signal:
+        _diagnose(plan, folder, console)
+    return signal
 
 
 def _diagnose(plan: Plan, folder: ComparisonFolder, console: Console) -> None:

@@ -1,5 +1,6 @@
 """A diffusers pipeline as a `VideoModel`: all that families have in common. A family's own file says what differs."""
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -238,6 +239,11 @@ class PipelineModel(EncodesPrompts):
         return at_start(self.network, list(self.experts.values()), self._start)
 
     # Getting the result out
+
+    def call_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments of an evaluation as the family's own pipeline names and counts them; others are left out."""
+        known = inspect.signature(type(self.pipeline).__call__).parameters
+        return {name: value for name, value in given.items() if name in known}
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write `pytorch_lora_weights.safetensors`, or one file for each of two experts.

@@ -1,5 +1,6 @@
 """Qwen-Image, text to image: a vision-language model reads the text; guidance keeps the length of velocities."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ class QwenImageModel(ImageModel):
         length, network = self.config.max_sequence_length, self.source.architecture.of("transformer")
         mask = torch.ones(1, length, dtype=torch.int64)
         return {"text": normal((1, length, network["joint_attention_dim"]), self.seed, f"text:{text}"), "mask": mask}
+
+    def call_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the guidance scale under the pipeline's name, which takes none without a negative prompt."""
+        own = {"true_cfg_scale": given["guidance_scale"], "negative_prompt": self.config.negative_prompt or " "}
+        return super().call_arguments({**given, "guidance_scale": None, **own})
 
     def predict(self, network: nn.Module, x: Plane, point: GridPoint, condition: Condition) -> Plane:
         """Call the transformer as the pipeline does, on tokens."""

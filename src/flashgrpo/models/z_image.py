@@ -5,6 +5,9 @@ computed otherwise beside other rows. Its velocity is x0 - eps, and its pipeline
 4 there is 5 here, and 0 there, which Turbo is for, is 1.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -37,6 +40,10 @@ class ZImageModel(ImageModel):
         length, network = self.config.max_sequence_length, self.source.architecture.of("transformer")
         embedding = normal((1, length, network["cap_feat_dim"]), self.seed, f"text:{text}")
         return {"text": embedding, "host_length": torch.tensor([[length]])}
+
+    def call_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the guidance scale as the pipeline counts it."""
+        return super().call_arguments({**given, "guidance_scale": given["guidance_scale"] - 1})
 
     def predict(self, network: nn.Module, x: Plane, point: GridPoint, condition: Condition) -> Plane:
         """Call the transformer as the pipeline does, a row at a time."""

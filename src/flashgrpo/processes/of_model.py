@@ -209,6 +209,10 @@ class ModelProcess(ABC, Generic[ModelT]):
         """The weights that divergences compare with, by the name of their column."""
         return {"kl": self.reference, "kl_average": self.average}
 
+    def call_arguments(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return arguments of an evaluation under the names that the settings have for them."""
+        return given
+
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write trained adapters as others load them; returns the names of the files."""
         return self.model.save_lora(folder, tensors, style)

@@ -29,6 +29,8 @@ class Linear:
         self.network.weight.data = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
         self.network.bias.data = torch.randn(6, generator=torch.Generator().manual_seed(2))
 
+    guidance = "classifier-free"
+
     def expert(self, timestep):
         return self.network
 

@@ -1,7 +1,8 @@
 """What the flow process asks of a video model, and what it records of a stochastic step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float32, Float64, Shaped
 from torch import Tensor, nn
@@ -65,6 +66,10 @@ class VideoModel(Model, Protocol):
 
     def decode(self, latents: Latents, frames: int | None = None) -> Videos:
         """Return videos (B, F, 3, H, W) in [0, 1]; with `frames` only the first of F, at less expense where it can."""
+        ...
+
+    def call_arguments(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return arguments of an evaluation as the family's own pipeline names and counts them."""
         ...
 
     def idle(self, point: GridPoint) -> Tensor:

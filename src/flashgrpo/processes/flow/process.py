@@ -1,8 +1,9 @@
 """The flow process: a rectified-flow model whose stochastic denoising steps are drawn, recorded and scored again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float32
@@ -198,6 +199,10 @@ class FlowProcess(ModelProcess[VideoModel]):
         how = self.explore, self.score, self.rollout
         branches = branches_of(self.model.guidance)
         return update_cost(*how, seed, update, passes, columns, uses, recomputes, guided, branches)
+
+    def call_arguments(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return arguments of an evaluation as the family's own pipeline names and counts them."""
+        return self.model.call_arguments(given)
 
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Residual noise, the evaluation's sampler, and how far rounding would move a ratio."""
