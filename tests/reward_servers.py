@@ -193,7 +193,9 @@ class Fake:
             lines = head.decode().split("\r\n")
             length = next((int(line.split(":")[1]) for line in lines if line.lower().startswith("content-length")), 0)
             while len(body) < length:
-                body += connection.recv(65536)
+                if not (chunk := connection.recv(65536)):
+                    return  # the client gave up half way
+                body += chunk
             self.heads.append(head.decode())
             if " /info" in lines[0] or "/info " in lines[0]:
                 connection.sendall(answer(200, json.dumps(self._info)))
