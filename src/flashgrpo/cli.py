@@ -159,14 +159,14 @@ def export(
     ] = "diffusers",
     out: Annotated[Path | None, typer.Option(**PATH, help="The folder; RUN/export/FORMAT when not given.")] = None,
     checkpoint: Annotated[int | None, typer.Option(help="The update to export; the best when not given.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to the hub.")] = None,
 ) -> None:
     """Write the tuned weights for diffusers or ComfyUI, with a model card."""
-    from flashgrpo.export import Format
-    from flashgrpo.export import export as run_export
+    from flashgrpo.export import Format, published
 
     if format not in get_args(Format):
         raise UserError(f"--format: {suggest(format, get_args(Format))}, not {format!r}")
-    print(run_export(run, format, out, checkpoint))  # type: ignore[arg-type]
+    print(*published(run, format, out, checkpoint, push), sep="\n")  # type: ignore[arg-type]
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Any
 from flashgrpo.assembly import make_process
 from flashgrpo.card import Format, Library, model_card
 from flashgrpo.distributed.world import single_process
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, first_line
 from flashgrpo.files import read_object, write_aside
 from flashgrpo.models.settings import Lora
 from flashgrpo.run import checkpoint
@@ -54,6 +54,53 @@ def export(
         )
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def published(
+    run: Path, format: Format, out: Path | None, checkpoint_update: int | None, repository: str | None
+) -> list[str]:
+    """Export, and upload the export where a repository is given; returns the folder and the address."""
+    if repository is not None:
+        check_repository(repository)
+    folder = export(run, format, out, checkpoint_update)
+    return [str(folder), *([push(folder, repository)] if repository is not None else [])]
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload an export to the Hugging Face hub, into a private repository where there is none of that name.
+
+    Args:
+        name: OWNER/NAME.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: no such name can be, no token, no right to write there, or no connection; the folder stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    check_repository(name)
+    hub = HfApi(library_name="flashgrpo")
+    try:
+        address = hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of Flash-GRPO")
+    except HFValidationError as error:
+        raise UserError(f"--push: {name!r:.100} can be no name of a repository") from error
+    except Exception as error:  # of the hub, its client, or the connection
+        raise UserError(
+            f"--push: {name} was not written: {first_line(error)}; the export is in {folder}, and hf auth login gives "
+            "this machine a token"
+        ) from error
+    return str(address)
+
+
+def check_repository(name: str) -> None:
+    """Refuse what is no OWNER/NAME, before anything is written."""
+    owner, _, repository = name.partition("/")
+    if not owner or not repository or "/" in repository:
+        raise UserError(f"--push: {name!r:.100} is no repository; write OWNER/NAME")
 
 
 def library_of(folder: Path, files: Sequence[str]) -> Library:

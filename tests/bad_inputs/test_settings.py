@@ -56,6 +56,7 @@ CASES = [
     Case("sample HERE/run", "give either a prompt or --file"),
     Case("reward serve jpeg:compressibility --host 203.0.113.1", "choose another --port or --host"),
     Case("sample RUN ''", "the prompt is empty"),
+    Case("export RUN --push lora", "'lora' is no repository; write OWNER/NAME"),
     Case("config HERE/a.yaml", "line 1: $FLASHGRPO_MISSING is not set", {"a.yaml": "out: !env FLASHGRPO_MISSING/a"}),
     Case("config HERE/a.yaml", "it holds more than 10,000 values", {"a.yaml": f"out: [{'1,' * 10_001}]"}),
     Case("train RECIPE parallel.shares=[1,1]", "parallel.shares: 2 shares for 1 data ranks; give each one"),
