@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
@@ -131,9 +130,14 @@ class PipelineModel(EncodesPrompts):
         return None
 
     def shift_by_tokens(self, max_shift: float = 1.15) -> float:
-        """Return a `mu` that rises with the number of tokens, between the scheduler's own ends or diffusers'."""
+        """Return a `mu` that rises with the number of tokens, between the scheduler's own ends or diffusers'.
+
+        It is `calculate_shift` of diffusers' pipelines, whose modules print notices of torchvision when imported.
+        """
         own = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
-        return calculate_shift(self.tokens(), *(self.pipeline.scheduler.config.get(*item) for item in own.items()))
+        few, many, low, high = (self.pipeline.scheduler.config.get(*item) for item in own.items())
+        slope = (high - low) / (many - few)
+        return float(self.tokens() * slope + (low - slope * few))
 
     # The network
 
