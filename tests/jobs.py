@@ -193,9 +193,8 @@ def replicas_that_differ(recipe: str, *overrides: str) -> None:
     """Train from other weights on rank 1."""
     real = flashgrpo.models.network.prepare
 
-    def other(network, train, seed, prefix):
-
-        real(network, train, seed + int(os.environ["RANK"]), prefix)
+    def other(network, train, seed, *more):
+        real(network, train, seed + int(os.environ["RANK"]), *more)
 
     flashgrpo.models.network.prepare = other
     train(recipe, *overrides)
