@@ -96,8 +96,8 @@ class Fake:
     def checks(self, record, outputs, seed, thorough):
         return []
 
-    def call_arguments(self, given):
-        return given
+    def pipeline_call(self, given):
+        return "DiffusionPipeline", given
 
     def save_lora(self, folder: Path, tensors, style="diffusers"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -219,8 +219,8 @@ def examine(recipe: str, *overrides: str) -> dict:
 def examine_with_other_replica(recipe: str) -> dict:
     """Let the doctor examine a run of which rank 1 has other weights."""
     real = flashgrpo.models.network.prepare
-    flashgrpo.models.network.prepare = lambda network, train, seed, prefix: real(
-        network, train, seed + int(os.environ["RANK"]), prefix
+    flashgrpo.models.network.prepare = lambda network, train, seed, *more: real(
+        network, train, seed + int(os.environ["RANK"]), *more
     )
     return examine(recipe)
 

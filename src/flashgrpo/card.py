@@ -1,6 +1,6 @@
 """The model card of an export: what it is, what it was trained on, what came of it, and a program that uses it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from flashgrpo.run.progress import describe
 
 Format = Literal["diffusers", "comfyui", "merged"]
 Library = Literal["diffusers", "peft"] | None
-Named = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+PipelineCall = Callable[[Mapping[str, Any]], tuple[str, Mapping[str, Any]]]
 
 
 WITH_PEFT = """from peft import PeftModel
@@ -29,7 +29,7 @@ def model_card(
     evaluated: dict[str, Any] | None,
     image: bool,
     library: Library = "diffusers",
-    arguments: Named = dict,
+    call: PipelineCall = lambda given: ("DiffusionPipeline", given),
 ) -> str:
     """Write what a reader of the files needs to know; it names no folder of the machine that trained.
 
@@ -38,7 +38,7 @@ def model_card(
         evaluated: the line of evaluations.jsonl that tells of this update.
         image: whether the model starts from one.
         library: that loads the files; None where only the code of the base model does.
-        arguments: names the arguments of an evaluation as the pipeline does; see `Process.call_arguments`.
+        call: see `Process.pipeline_call`.
     """
     train = config.model.train
     what = f"LoRA, rank {train.rank}, alpha {train.alpha}" if isinstance(train, Lora) else "every weight"
@@ -63,7 +63,7 @@ def model_card(
         _result(evaluated),
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         "## Use",
-        _use(config, format, files, image, library, arguments),
+        _use(config, format, files, image, library, call),
         "## Algorithm",
         f"```yaml\n{algorithm}```",
     ]
@@ -119,12 +119,12 @@ def _metadata(config: RunConfig, format: Format, image: bool, library: Library) 
 
 
 def _use(
-    config: RunConfig, format: Format, files: Sequence[str], image: bool, library: Library, arguments: Named
+    config: RunConfig, format: Format, files: Sequence[str], image: bool, library: Library, call: PipelineCall
 ) -> str:
     if format == "comfyui":
         return _in_comfyui(files)
     if library == "diffusers":
-        return f"```python\n{_program(config, files, image, arguments)}```"
+        return f"```python\n{_program(config, files, image, call)}```"
     if library == "peft":
         return f"With `network`, loaded by the code of {code(public(config.model.path))}:\n\n```python\n{WITH_PEFT}```"
     return f"The folder is laid out as that of {code(public(config.model.path))} and is loaded by the same code."
@@ -157,18 +157,17 @@ def _loads_merged(config: RunConfig, files: Sequence[str]) -> list[str]:
     return [f"pipe.load_lora_weights({literal(where)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
 
 
-def _called_with(config: RunConfig, arguments: Named) -> Iterable[tuple[str, Any]]:
+def _evaluation(config: RunConfig) -> dict[str, Any]:
     """Return what a pipeline is called with to draw as an evaluation does, beside the prompt."""
-    given = {
+    return {
         **{"height": config.model.height, "width": config.model.width, "num_frames": config.model.num_frames},
         **config.evaluation.pipeline_arguments(config.rollout),
         **({"negative_prompt": config.model.negative_prompt} if config.model.negative_prompt else {}),
         "max_sequence_length": config.model.max_sequence_length,
     }
-    return arguments(given).items()
 
 
-def _program(config: RunConfig, files: Sequence[str], image: bool, arguments: Named) -> str:
+def _program(config: RunConfig, files: Sequence[str], image: bool, call: PipelineCall) -> str:
     """Write a program that runs in the folder of the export."""
     base, frames = public(config.model.path), config.model.num_frames
     shipped, local = base.startswith("flashgrpo:"), Path(config.model.path).is_absolute()
@@ -179,10 +178,11 @@ def _program(config: RunConfig, files: Sequence[str], image: bool, arguments: Na
     loads = [
         f'pipe.load_lora_weights(".", weight_name="{file}"{more})' for file, more in zip(files, second, strict=False)
     ]
+    pipeline, arguments = call(_evaluation(config))
     given = {
         "prompt": '"A prompt like those it was trained on"',
         **({"image": 'load_image("first-frame.png")'} if image else {}),
-        **{name: literal(one) if isinstance(one, str) else one for name, one in _called_with(config, arguments)},
+        **{name: literal(one) if isinstance(one, str) else one for name, one in arguments.items()},
     }
     if frames == 1:
         result = "frames[0][0]" if "num_frames" in given else "images[0]"
@@ -193,13 +193,13 @@ def _program(config: RunConfig, files: Sequence[str], image: bool, arguments: Na
     helpers = [*(["export_to_video"] if frames > 1 else []), *(["load_image"] if image else [])]
     lines = [
         "import torch",
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {pipeline}",
         *([f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []),
         *(["from flashgrpo.files import resolve_path"] if shipped and files else []),
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({where}, dtype=torch.bfloat16){note}"
+        f"pipe = {pipeline}.from_pretrained({where}, dtype=torch.bfloat16){note}"
         if files
-        else 'pipe = DiffusionPipeline.from_pretrained(".", dtype=torch.bfloat16)',
+        else f'pipe = {pipeline}.from_pretrained(".", dtype=torch.bfloat16)',
         *begins,
         *loads,
         "if torch.accelerator.is_available():",

@@ -50,7 +50,7 @@ def export(
             files = process.save_lora(aside, averaged, style=format)
         told = evaluated(directory, update)
         card = model_card(
-            config, format, files, update, told, process.takes_image, library_of(aside, files), process.call_arguments
+            config, format, files, update, told, process.takes_image, library_of(aside, files), process.pipeline_call
         )
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder

@@ -264,8 +264,8 @@ class Process(Protocol):
         """Return what the doctor has to know of this process alone, of samples that `draw` has drawn."""
         ...
 
-    def call_arguments(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return arguments of an evaluation as the model's own pipeline names and counts them, for the model card."""
+    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """Return which class of diffusers to call for a sample, and the arguments as it names and counts them."""
         ...
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:

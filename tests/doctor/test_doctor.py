@@ -147,8 +147,8 @@ def test_replay_that_differs_from_rollout(diagnose, monkeypatch):
 def test_a_layer_without_its_adapter(diagnose, monkeypatch):
     real = flashgrpo.models.network.prepare
 
-    def forgetful(network, choice, seed, prefix):
-        real(network, choice, seed, prefix)
+    def forgetful(network, *given):
+        real(network, *given)
         attention = network.blocks[2].attn2
         attention.to_q = attention.to_q.base_layer
 
@@ -160,8 +160,8 @@ def test_a_layer_without_its_adapter(diagnose, monkeypatch):
 def test_a_parameter_without_gradient(diagnose, monkeypatch, choice):
     real = flashgrpo.models.network.prepare
 
-    def cut(network, chosen, seed, prefix):
-        real(network, chosen, seed, prefix)
+    def cut(network, *given):
+        real(network, *given)
         name = next(name for name in trained_parameters(network) if "attn2.to_q" in name and "lora_A" not in name)
         trained_parameters(network)[name].register_hook(torch.zeros_like)
 

@@ -244,10 +244,10 @@ class PipelineModel(EncodesPrompts):
 
     # Getting the result out
 
-    def call_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return arguments of an evaluation as the family's own pipeline names and counts them; others are left out."""
+    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the pipeline, and arguments of an evaluation as it names and counts them; others are left out."""
         known = inspect.signature(type(self.pipeline).__call__).parameters
-        return {name: value for name, value in given.items() if name in known}
+        return type(self.pipeline).__name__, {name: value for name, value in given.items() if name in known}
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write `pytorch_lora_weights.safetensors`, or one file for each of two experts.

@@ -38,10 +38,10 @@ class QwenImageModel(ImageModel):
         mask = torch.ones(1, length, dtype=torch.int64)
         return {"text": normal((1, length, network["joint_attention_dim"]), self.seed, f"text:{text}"), "mask": mask}
 
-    def call_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the guidance scale under the pipeline's name, which takes none without a negative prompt."""
         own = {"true_cfg_scale": given["guidance_scale"], "negative_prompt": self.config.negative_prompt or " "}
-        return super().call_arguments({**given, "guidance_scale": None, **own})
+        return super().pipeline_call({**given, "guidance_scale": None, **own})
 
     def predict(self, network: nn.Module, x: Plane, point: GridPoint, condition: Condition) -> Plane:
         """Call the transformer as the pipeline does, on tokens."""

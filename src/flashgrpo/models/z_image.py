@@ -41,9 +41,9 @@ class ZImageModel(ImageModel):
         embedding = normal((1, length, network["cap_feat_dim"]), self.seed, f"text:{text}")
         return {"text": embedding, "host_length": torch.tensor([[length]])}
 
-    def call_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the guidance scale as the pipeline counts it."""
-        return super().call_arguments({**given, "guidance_scale": given["guidance_scale"] - 1})
+        return super().pipeline_call({**given, "guidance_scale": given["guidance_scale"] - 1})
 
     def predict(self, network: nn.Module, x: Plane, point: GridPoint, condition: Condition) -> Plane:
         """Call the transformer as the pipeline does, a row at a time."""

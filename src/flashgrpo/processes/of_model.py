@@ -209,9 +209,9 @@ class ModelProcess(ABC, Generic[ModelT]):
         """The weights that divergences compare with, by the name of their column."""
         return {"kl": self.reference, "kl_average": self.average}
 
-    def call_arguments(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return arguments of an evaluation under the names that the settings have for them."""
-        return given
+    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """Return the class that finds the right one, and the arguments under the names that the settings have."""
+        return "DiffusionPipeline", given
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write trained adapters as others load them; returns the names of the files."""

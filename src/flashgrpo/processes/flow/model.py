@@ -68,8 +68,8 @@ class VideoModel(Model, Protocol):
         """Return videos (B, F, 3, H, W) in [0, 1]; with `frames` only the first of F, at less expense where it can."""
         ...
 
-    def call_arguments(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return arguments of an evaluation as the family's own pipeline names and counts them."""
+    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """Return the family's own pipeline, and arguments of an evaluation as it names and counts them."""
         ...
 
     def idle(self, point: GridPoint) -> Tensor:

@@ -200,9 +200,9 @@ class FlowProcess(ModelProcess[VideoModel]):
         branches = branches_of(self.model.guidance)
         return update_cost(*how, seed, update, passes, columns, uses, recomputes, guided, branches)
 
-    def call_arguments(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return arguments of an evaluation as the family's own pipeline names and counts them."""
-        return self.model.call_arguments(given)
+    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """Return the family's own pipeline, and the arguments as it names and counts them."""
+        return self.model.pipeline_call(given)
 
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Residual noise, the evaluation's sampler, and how far rounding would move a ratio."""
