@@ -44,6 +44,8 @@ def main() -> None:
     noise = torch.Generator().manual_seed(0)
     for parameter in trained_parameters(process.network).values():  # off the start, where half of the gradient is 0
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
+    chosen = config.algorithm.score
+    process.score = replace(chosen, chance="entropy")  # entropies are measured where they are asked for
     drawn = parts.draw_and_score(groups, untimed)
     state = drawn.record.state
 
@@ -55,7 +57,6 @@ def main() -> None:
         policy_update(process, parts.objective, optimizer, compared.record, config.optim, parts.world)
         return optimizer.taken
 
-    chosen = config.algorithm.score
     whole = gradient(replace(chosen, draw="all"), 0)
     print(f"{chosen.steps} of {config.rollout.num_steps} steps, {len(samples)} samples, {given.repeats} draws each")
     for draw in ("independent", "stratified"):

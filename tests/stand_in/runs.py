@@ -107,7 +107,7 @@ def family(name: str, folder: str, **settings: Any) -> Numbers:
     prompts = [Prompt(text, columns) for text in ("a red circle moving left", "a blue square moving up quickly")]
     config = kind.config(place / "model", condition_cache=tempfile.mkdtemp(), **settings)
     model = load_model(config, single_process(), 0, prompts)
-    walk = {"num_steps": 5, "guidance_scale": 4.0, "guidance_scale_2": kind.guidance_scale_2, "solver": UniPC()}
+    walk = {"num_steps": 5, "guidance_scale": 4.0, "solver": UniPC(), **kind.guidance}
     rollout, sampling = RolloutConfig.model_validate(walk), SamplingConfig.model_validate({"num_steps": 3})
     algorithm = replace(FLOW_GRPO, objective=replace(FLOW_GRPO.objective, kl_coef=0.1))
     flow = FlowProcess(model, algorithm.explore, algorithm.score, rollout, sampling, 2, single_process())
