@@ -92,7 +92,7 @@ class ProgramRollout(RolloutPart):
         if chosen.coupled or any(not column.startswith("kl") for column in chosen.columns):
             raise ValueError(
                 "algorithm.objective: of programs there are log-probabilities and divergences; take "
-                "algorithm.objective.kind=clipped or kl-masked"
+                "algorithm.objective.kind=clipped"
             )
         if "kl_old" in chosen.columns:
             raise ValueError(
