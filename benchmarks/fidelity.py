@@ -17,7 +17,6 @@ Weights are the base model's, or with --run the averaged weights of the best che
 
 import argparse
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from update import PUBLISHED
+from update import PUBLISHED, split_ways
 
 from flashgrpo import RunConfig
 from flashgrpo.assembly import Assembly
@@ -103,13 +102,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("ways", nargs="+", metavar="NAME='key=value ...'")
     arguments = parser.parse_intermixed_args()
-    ways, common = {}, []
-    for word in arguments.ways:
-        name, _, changes = word.partition("=")
-        if "." in name or "=" not in changes:
-            common.append(word)
-        else:
-            ways[name] = shlex.split(changes)
+    common, ways = split_ways(arguments.ways)
 
     def config(changes: Sequence[str]) -> RunConfig:
         fixed = ["out=unused", f"updates={arguments.updates}", *PUBLISHED, *common]
