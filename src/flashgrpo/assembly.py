@@ -92,13 +92,14 @@ class Assembly:
         """Return the trained rewards of samples that are about to be drawn, of all ranks."""
         batch, deferred = self.config.rollout.decode_micro_batch, self.config.model.offload
         watch = self._watch if clock is not untimed else lambda done, of: None  # what is scored again is not drawn
-        prompts = [sample.group.prompt for sample in samples]
+        prompts, groups = [sample.group.prompt for sample in samples], [sample.group.group for sample in samples]
 
         def clips(view: str, number: int) -> Sequence[Clip]:
             return self.process.clips(view, prompts[number], (samples[number], self.config.seed))
 
         rewards, process = self.rewards, self.process
-        return Scoring(rewards, process.media, clips, self.world, prompts, False, batch, (), deferred, clock, watch)
+        settings = prompts, False, batch, (), deferred, clock, watch, groups
+        return Scoring(rewards, process.media, clips, self.world, *settings)
 
     def compare(self, drawn: Drawn) -> Compared:
         """Compare the samples of all ranks within their keys."""

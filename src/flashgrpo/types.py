@@ -220,6 +220,7 @@ class Reward(Protocol):
         takes: Input                                frames at a stride, size or rate; latents; or files
         score_range: tuple[float | None, float | None]      the lowest and highest score there is
         planted_pair: PlantedPair                   or a function that makes one: what the doctor tries it on
+        compares: bool                              it is called with all samples of one prompt group, or with one alone
         failures: int                               attempts that failed and were repeated, so far
     """
 

@@ -3,6 +3,7 @@
 import functools
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -340,3 +341,48 @@ def test_settings_of_a_reward(tmp_path):
         RunConfig.load("tiny", ["rewards.agreement.max_fall=0.1"])
     with pytest.raises(UserError, match=r"unknown key rewards.agreement.input.strid; did you mean 'stride'"):
         RunConfig.load("tiny", ["rewards.agreement.input={kind: pixels, strid: 2}"])
+
+
+SEEN: list[tuple[list[int], int]] = []
+
+
+class Ranks:
+    """Ranks the samples of a call; notes which they were."""
+
+    compares = True
+
+    def __call__(self, videos, prompts, n):
+        SEEN.append((list(n), len(videos)))
+        values = videos.mean(dim=(1, 2, 3, 4))
+        return (values[:, None] > values).sum(dim=1).double()
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_reward_that_compares_is_called_with_whole_groups(deferred):
+    """Whatever the batches that they were drawn in, and beside rewards that take those as they come."""
+    SEEN.clear()
+    configs = {"rank": config("Ranks"), "mean": config("mean")}
+    batches, groups = ((5, 0, 3), (4, 1), (2,)), [0, 0, 0, 1, 1, 1]
+    table, _ = score(configs, Model(), batches, deferred=deferred, groups=groups)
+    assert sorted(SEEN) == [([0, 1, 2], 3), ([3, 4, 5], 3)]
+    assert table.values[:, 0].tolist() == [0, 1, 2, 0, 1, 2]
+    torch.testing.assert_close(table.values[:, 1], torch.arange(6.0).double(), rtol=0, atol=1e-5)
+    SEEN.clear()
+    assert score({"rank": config("Ranks")}, Model(), batches)[0].values.flatten().tolist() == [0.0] * 6
+    assert sorted(SEEN) == [([n], 1) for n in range(6)]
+
+
+def test_a_reward_that_compares_needs_whole_samples_of_whole_groups():
+    two = replace(single_process(computes=False), size=2)
+    rewards = Rewards({"rank": config("Ranks")})
+    settings = Model().media, no_clips, two, PROMPTS, True, 2
+    Scoring(rewards, *settings, groups=[0, 0, 0, 1, 1, 1])
+    with pytest.raises(UserError, match=r"rewards\.rank compares the samples of a group, and here groups are divided"):
+        Scoring(rewards, *settings, groups=[0, 0, 1, 1, 2, 2])
+    with pytest.raises(UserError, match=r"rewards\.rank\.looks_at: whole samples are what this reward compares"):
+        Rewards({"rank": config("Ranks", looks_at="clips")}).load(single_process(computes=False))
+    served = replace(single_process(computes=False), reward_ranks=(0,))
+    with pytest.raises(
+        UserError, match=r"parallel\.reward_ranks: they get parts of groups, and rewards\.rank compares"
+    ):
+        Rewards({"rank": config("Ranks")}).load(served)

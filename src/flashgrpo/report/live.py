@@ -20,8 +20,8 @@ from flashgrpo.errors import UserError, system_reason
 from flashgrpo.report import file_bytes, render
 from flashgrpo.report.page import template
 from flashgrpo.report.record import read_run
+from flashgrpo.serving.local import HOST, names_of
 
-HOST = "127.0.0.1"
 LOOK_EVERY = 1.0  # seconds between two looks at the files
 ALIVE_EVERY = 15  # looks after which a connection without news is told so, which finds out that it is closed
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "confirmation.json")
@@ -66,10 +66,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer."""
-        if self.headers.get("Host", "") not in {
-            f"{name}:{self.server.server_address[1]}" for name in (HOST, "localhost")
-        }:
-            return self.send_error(HTTPStatus.FORBIDDEN, "Another host's name")  # a page elsewhere that renames itself
+        if self.headers.get("Host", "") not in names_of(self.server.server_address[1]):
+            return self.send_error(HTTPStatus.FORBIDDEN, "Another host's name")
         path = unquote(urlsplit(self.path).path)
         if path == "/" and len(self.server.runs) == 1:
             return self._elsewhere("/0/")

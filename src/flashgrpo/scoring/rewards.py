@@ -49,6 +49,7 @@ class Rewards:
             check_arguments(self._found[name], config.args, f"rewards.{name}.args")
         self._rewards: dict[str, Reward] = {}
         self._takes: dict[str, Input] = {}
+        self._compares: dict[str, bool] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._failed: dict[str, BaseException] = {}
         self._components: dict[str, set[str]] = {}
@@ -133,13 +134,21 @@ class Rewards:
         kinds: TypeAdapter[Input] = TypeAdapter(Input)
 
         def load() -> dict[str, Any] | None:
-            return {name: asdict(self.takes(name)) for name in self.configs} if world.scores else None
+            every = self.configs if world.scores else ()
+            return {name: [asdict(self.takes(name)), self.compares(name)] for name in every} or None
 
-        takes = next(takes for takes in world.on_all(load) if takes)
-        self._takes = {name: kinds.validate_python(value) for name, value in takes.items()}
+        said = next(said for said in world.on_all(load) if said)
+        self._takes = {name: kinds.validate_python(takes) for name, (takes, _) in said.items()}
+        self._compares = {name: compares for name, (_, compares) in said.items()}
         for name, value in self._takes.items():
             if isinstance(value, LatentVideos) and self.view(name) != WHOLE:
                 raise UserError(f"rewards.{name}.looks_at: latents are handed over whole; leave looks_at out")
+            if self.compares(name) and self.view(name) != WHOLE:
+                raise UserError(f"rewards.{name}.looks_at: whole samples are what this reward compares; leave it out")
+            if self.compares(name) and world.reward_ranks:
+                raise UserError(
+                    f"parallel.reward_ranks: they get parts of groups, and rewards.{name} compares whole ones"
+                )
 
     def reward(self, name: str) -> Reward:
         """Return the reward, which is loaded when it is first asked for."""
@@ -152,6 +161,12 @@ class Rewards:
         if name not in self._takes:
             self._takes[name] = self.configs[name].input or takes_of(self.reward(name))
         return self._takes[name]
+
+    def compares(self, name: str) -> bool:
+        """Whether the reward is called with all samples of one prompt group, or with one alone (its `compares`)."""
+        if name not in self._compares:
+            self._compares[name] = bool(declared(self.reward(name), "compares", False))
+        return self._compares[name]
 
     def names(self, watched: bool) -> list[str]:
         """Those that are trained on, and where `watched` those that are not."""

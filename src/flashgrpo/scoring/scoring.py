@@ -15,6 +15,7 @@ from flashgrpo.media import Medium
 from flashgrpo.process import MakesMedia, Outputs
 from flashgrpo.scoring.batch import Batch, Columns
 from flashgrpo.scoring.clips import ClipBatch
+from flashgrpo.scoring.groups import Groups
 from flashgrpo.scoring.inputs import LatentVideos, decoded_for
 from flashgrpo.scoring.rewards import Results, Rewards
 from flashgrpo.types import WHOLE, Clip, Media, Prompt, RewardTable, index_rows
@@ -48,6 +49,7 @@ class Scoring:
         deferred: decode and score once all is drawn: with parts of the model that take turns on the device. What waits
             are outputs, far smaller than videos; they are decoded and scored a micro-batch at a time all the same.
         watch: told how many of this rank's samples are drawn, and how many there are.
+        groups: number of each sample's group, for rewards that compare; when not given, each is one of its own.
     """
 
     def __init__(
@@ -63,11 +65,16 @@ class Scoring:
         deferred: bool = False,
         clock: Callable[[str], AbstractContextManager[None]] = untimed,
         watch: Callable[[int, int], None] = lambda done, of: None,
+        groups: Sequence[int] | None = None,
     ) -> None:
         self.kept: dict[int, Medium] = {}
         self._rewards, self._media, self._world, self._prompts = rewards, media, world, prompts
         self._micro_batch, self._keep, self._clock = micro_batch, set(keep), clock
         self._names = rewards.names(watched)
+        self._comparing = [name for name in self._names if rewards.compares(name)]
+        self._groups = Groups(range(len(prompts)) if groups is None else groups)
+        for name in self._comparing:
+            self._groups.refuse_divided(name, world)
         self._clips, self._views = clips, {rewards.view(name) for name in self._names}
         takes = [rewards.takes(name) for name in self._names if rewards.view(name) == WHOLE]
         self._frames = None if keep else decoded_for(takes)
@@ -78,7 +85,8 @@ class Scoring:
         self._watch, self._drawn = watch, 0
         watch(0, self._own)
         self._waiting: list[tuple[list[int], Outputs]] = []  # numbers of samples, and what was drawn
-        self._scored: list[int] = []  # numbers of the samples that this rank's rewards were given, in that order
+        # Numbers of the samples that each of this rank's rewards was given, in that order.
+        self._scored: dict[str, list[int]] = {name: [] for name in self._names}
         self._futures: dict[str, list[Future[Columns]]] = {name: [] for name in self._names}
         self._failures = rewards.begin()
 
@@ -112,10 +120,12 @@ class Scoring:
         if not any(self._futures.values()):
             return None
         results = self._rewards.results(self._futures, self._failures)
-        order = sorted(range(len(self._scored)), key=self._scored.__getitem__)
+
+        def in_order(name: str, values: Sequence[float]) -> list[float]:
+            return [value for _, value in sorted(zip(self._scored[name], values, strict=True))]
+
         parts = results["values"].items()
-        in_order = {name: {part: [v[i] for i in order] for part, v in of.items()} for name, of in parts}
-        return {**results, "values": in_order}
+        return {**results, "values": {n: {part: in_order(n, v) for part, v in of.items()} for n, of in parts}}
 
     def _score(self, numbers: Sequence[int], outputs: Outputs) -> None:
         """Decode some samples and have them scored here, where they were drawn."""
@@ -155,11 +165,17 @@ class Scoring:
         """Give some samples to the rewards of this rank, once these are not too far behind."""
         with self._clock("reward"):
             wait(self._behind())
-        self._scored += numbers
         for view in sorted(self._views):
-            names = [name for name in self._names if self._rewards.view(name) == view]
-            for name, future in self._rewards.submit(self._seen(view, numbers, media, outputs), names).items():
-                self._futures[name].append(future)
+            names = [name for name in self._names if self._rewards.view(name) == view and name not in self._comparing]
+            if names:
+                self._give(names, numbers, self._seen(view, numbers, media, outputs))
+        for group in self._groups.completed_by(numbers, media, outputs) if self._comparing else ():
+            self._give(self._comparing, group.numbers, self._seen(WHOLE, group.numbers, group.media, group.outputs))
+
+    def _give(self, names: Sequence[str], numbers: Sequence[int], batch: Batch | ClipBatch) -> None:
+        for name, future in self._rewards.submit(batch, names).items():
+            self._futures[name].append(future)
+            self._scored[name] += numbers
 
     def _seen(
         self, view: str, numbers: Sequence[int], media: Media | None, outputs: Outputs | None

@@ -43,12 +43,14 @@ class Remote:
         batch: videos in a piece.
         timeout: seconds that one request may take, in the server's queue too.
         patience: seconds for which failures are repeated, and for which servers are waited for at the start. When not
-            given, 600, and at the start each is asked once: one that is not there yet is a slip more often than not.
+            given, what they ask for or 600, and at the start each is asked once: one that is not there yet is a slip
+            more often than not.
         token_env: variable with the servers' token, FLASHGRPO_...; by default FLASHGRPO_REWARD_TOKEN, if set.
 
     Attributes:
         takes: what it is called with, as the servers say.
         score_range: lowest and highest number, where the servers say so.
+        compares: whether a call has to have all samples of one prompt group, which then travel together.
         failures: attempts that failed and were repeated, so far.
 
     Raises:
@@ -70,7 +72,7 @@ class Remote:
         if batch < 1 or not timeout > 0 or (patience is not None and not patience >= 0) or not urls:
             raise UserError("a remote reward needs a URL, batch of 1 or more, timeout above 0, patience of 0 or more")
         self._encoding: Any = encoding
-        self._batch, self._patience = batch, PATIENCE if patience is None else float(patience)
+        self._batch = batch
         self._servers = [Endpoint(url, token_env, TOKEN, float(timeout)) for url in dict.fromkeys(urls)]
         self._warned = -QUIET
         self.failures = 0
@@ -82,7 +84,9 @@ class Remote:
                     f"{self._servers[0].url} serves {self._reward}, and {server.url} serves {info.reward}; "
                     "the servers of one reward must be alike"
                 )
+        self._patience = float((infos[0].patience or PATIENCE) if patience is None else patience)
         self._max_bytes = min(info.max_bytes for info in infos)
+        self.compares = infos[0].compares
         self.takes: Input = infos[0].takes
         self.score_range = infos[0].score_range
 
@@ -104,7 +108,8 @@ class Remote:
                 raise ValueError(f"there are {len(prompts)} prompts for {len(column)} of {name}")
         if not prompts:
             return []
-        pieces = [slice(start, start + self._batch) for start in range(0, len(prompts), self._batch)]
+        size = len(prompts) if self.compares else self._batch
+        pieces = [slice(start, start + size) for start in range(0, len(prompts), size)]
         answers = run(
             self._score(
                 [(videos[rows], list(prompts[rows]), {n: list(c[rows]) for n, c in columns.items()}) for rows in pieces]

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from flashgrpo.errors import UserError
-from flashgrpo.terminal import PATH
+from flashgrpo.serving.local import HOST as LOCAL
+from flashgrpo.terminal import PATH, path
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,21 @@ def reward_environment(
 
     options = Options(host, port, batch, queue, max_mib, token_env)
     start(Environment.of(name, requirements), args or [], options, rebuild)
+
+
+@reward_app.command("human")
+def ask_people(
+    folder: Annotated[
+        Path, typer.Argument(parser=path, metavar="FOLDER", help="Of the votes; a new one, or to go on.")
+    ],
+    port: Port = Options.port,
+    voters: Annotated[int, typer.Option(min=1, help="People who judge each group before it counts.")] = 1,
+    wait: Annotated[
+        float | None, typer.Option(min=0, help="Seconds until a group that nobody judges has no reward; else it waits.")
+    ] = None,
+) -> None:
+    """Let people judge samples on a page of this machine; for recipes with `call: "http://127.0.0.1:PORT"`."""
+    from flashgrpo.serving.server import load_and_serve
+
+    settings = {"folder": str(folder), "voters": voters, "wait": wait}
+    load_and_serve("flashgrpo.serving.human.judging:Human", "reward human", settings, Options(LOCAL, port))

@@ -34,15 +34,15 @@ from flashgrpo.scoring.names import full_name
 from flashgrpo.serving import wire
 from flashgrpo.serving.client import TOKEN
 from flashgrpo.serving.commands import Options
-from flashgrpo.serving.http import is_loopback, token_of
+from flashgrpo.serving.http import Transient, is_loopback, token_of
 from flashgrpo.types import Reward
 
 try:
-    import h11
     import uvicorn
     from fastapi import Depends, FastAPI, HTTPException, Request, Response
     from starlette.requests import ClientDisconnect
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from flashgrpo.serving.connection import Connection, unless_gone
 except ImportError as missing:
     raise UserError(f"a reward server needs FastAPI and uvicorn: {install_hint('server')}") from missing
 
@@ -82,7 +82,11 @@ class Service:
         return app
 
     def close(self, wait: bool = False) -> None:
-        """Tell those that wait to go elsewhere; let what is computed end, and `wait` for it or not."""
+        """Tell those that wait to go elsewhere; let what is computed end, and `wait` for it or not.
+
+        A reward that waits for people has a `close`, which ends that.
+        """
+        declared(self._reward, "close", lambda: None)()
         self._scoring.shutdown(wait=wait, cancel_futures=True)
 
     async def _check_token(self, request: Request) -> None:
@@ -105,7 +109,7 @@ class Service:
         try:
             answer = self._scoring.submit(self._answer, body)
             answer.add_done_callback(lambda _: body.close())
-            return Response(await _unless_gone(request, asyncio.wrap_future(answer)), media_type="application/json")
+            return Response(await unless_gone(request, asyncio.wrap_future(answer)), media_type="application/json")
         except (RuntimeError, asyncio.CancelledError) as error:  # after `close`
             body.close()
             raise HTTPException(503, "the server is ending", {"Retry-After": "5"}) from error
@@ -159,9 +163,9 @@ class Service:
         about, name, takes = request.about, self._info.name, self._info.takes
         if about.kind not in kinds(takes):
             raise ValueError(f"{name} takes {takes.kind}, not {about.kind}")
-        parts = []
-        for start in range(0, request.count, self._options.batch):
-            rows = slice(start, start + self._options.batch)
+        parts, size = [], request.count if self._info.compares else self._options.batch
+        for start in range(0, request.count, size):
+            rows = slice(start, start + size)
             columns = {key: values[rows] for key, values in about.columns.items()}
             with request.inputs(rows) as inputs:
                 parts.append(self._called(inputs, about.prompts[rows], columns))
@@ -174,6 +178,9 @@ class Service:
         name = self._info.name
         try:
             values: Any = self._reward(inputs, prompts, **columns)
+        except Transient as error:
+            after = {"Retry-After": f"{error.after or 1:.0f}"}
+            raise HTTPException(503, f"{name}: {printable(str(error))}", after) from error
         except ValueError as error:
             raise ValueError(f"{name} refused its input: {printable(str(error))}") from error
         except BaseException as error:
@@ -183,28 +190,6 @@ class Service:
             return checked_values(values, len(prompts))
         except ValueError as error:
             raise HTTPException(500, printable(f"{name} failed: {error}")) from error
-
-
-class Connection(H11Protocol):
-    """Closes a connection on which the head of a request does not arrive in time, the first one or a later one."""
-
-    _deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def _watch(self) -> None:
-        """Start the clock when a head is waited for, once for all its bytes, and stop it when it is whole."""
-        if self.conn.their_state is h11.IDLE:
-            self._deadline = self._deadline or self.loop.call_later(self.timeout_keep_alive, self.transport.close)
-        elif self._deadline:
-            self._deadline.cancel()
-            self._deadline = None
 
 
 class Server(uvicorn.Server):
@@ -239,13 +224,19 @@ def listen(options: Options) -> socket.socket:
 
 
 def serve_on(listener: socket.socket, reward: Reward, name: str, version: str, options: Options, token: str) -> None:
-    """Serve a reward until SIGTERM or SIGINT; what is computed then is answered still."""
+    """Serve a reward until SIGTERM or SIGINT; what is computed then is answered still.
+
+    A reward that people look at adds its page to the application (`add_page`).
+    """
     bounds, takes = tuple(declared(reward, "score_range") or ()) or None, takes_of(reward)
-    info = wire.Info(name=name, version=version, takes=takes, score_range=bounds, max_bytes=options.limit)
+    more = {"compares": declared(reward, "compares", False), "patience": declared(reward, "patience")}
+    info = wire.Info(name=name, version=version, takes=takes, score_range=bounds, max_bytes=options.limit, **more)
     service = Service(reward, info, options, token)
+    application = service.application()
+    declared(reward, "add_page", lambda app: None)(application)
     settings: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False, "lifespan": "off"}
     settings |= {"http": Connection, "timeout_keep_alive": options.arrival_seconds, "ws": "none"}
-    server = Server(uvicorn.Config(service.application(), **settings))
+    server = Server(uvicorn.Config(application, **settings))
     host, port = listener.getsockname()[:2]
     server.announcement = f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}"
     server.service = service
@@ -265,10 +256,19 @@ def serve(name: str, args: Sequence[str], options: Options) -> None:
     """
     if name.startswith(("http://", "https://")):
         raise UserError(f"{name} is a server already; serve a reward by its name")
-    token, call = token_of(options.token_env, TOKEN), full_name(name)
     settings: dict[str, Any] = {}
     for arg in args:
         settings = merge_choices(settings, parse_override(arg))
+    load_and_serve(full_name(name), name, settings, options)
+
+
+def load_and_serve(call: str, name: str, settings: Mapping[str, Any], options: Options) -> None:
+    """Load the reward `call` with these arguments and serve it; `name` is what sentences call it.
+
+    Raises:
+        UserError: as `serve`.
+    """
+    token = token_of(options.token_env, TOKEN)
     with listen(options) as listener:  # before the reward is loaded, which may take minutes
         reward = bind(load_reward(call, name), settings, name)
         if not is_loopback(options.host) and not token:
@@ -284,17 +284,3 @@ def version_of(call: str, settings: Mapping[str, Any]) -> str:
     source = Path(file).read_bytes() if file else b""
     settled = json.dumps(settings, sort_keys=True, default=str).encode()
     return f"{release}+{hashlib.sha256(source + b'|' + settled).hexdigest()[:12]}"
-
-
-async def _unless_gone(request: Request, answer: "asyncio.Future[bytes]") -> bytes:
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    leaving = asyncio.ensure_future(gone())
-    await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
-    leaving.cancel()
-    if not answer.done():
-        answer.cancel()
-        raise ClientDisconnect
-    return answer.result()

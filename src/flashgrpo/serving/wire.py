@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import os
-import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,9 +31,10 @@ from flashgrpo.errors import printable
 from flashgrpo.scoring.inputs import Input, Kind
 from flashgrpo.scoring.loading import checked_values
 from flashgrpo.serving import texts
+from flashgrpo.serving.layout import laid_out
 from flashgrpo.serving.mp4 import ending_of, read_mp4, to_mp4
 
-FORMAT: Literal[3] = 3
+FORMAT: Literal[4] = 4
 MEDIA_TYPE = "application/x-safetensors"  # not one that a web page may post without being allowed to
 DIGEST = "X-CRC32"
 ABOUT_LIMIT = 4 * 2**20  # bytes of prompts and columns: parsed, they may take thirty times as much
@@ -75,16 +75,20 @@ class Info(BaseModel):
         takes: what its reward looks at.
         score_range: lowest and highest number of the reward, where it says so.
         max_bytes: that a request may have, as it is sent and as uint8.
+        compares: whether a request has all samples of one prompt group.
+        patience: seconds for which clients repeat what fails, where a recipe does not say; people are slow.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     name: Shown
     version: Shown
     takes: Annotated[Input, Field(discriminator="kind")]
     score_range: tuple[float | None, float | None] | None = None
     max_bytes: int = Field(gt=0)
+    compares: bool = False
+    patience: float | None = Field(default=None, gt=0, lt=1e9)
 
     @property
     def reward(self) -> str:
@@ -152,7 +156,7 @@ def pack(
     tensors, shape = _encoded(kind, inputs, encoding)
     columns = {name: list(column) for name, column in columns.items()}
     about = {"id": id, "kind": kind, "prompts": list(prompts), "columns": columns, "shape": shape}
-    body = _laid_out({**tensors, "request": torch.frombuffer(_dump(about), dtype=torch.uint8)})
+    body = laid_out({**tensors, "request": torch.frombuffer(_dump(about), dtype=torch.uint8)})
     checksum = 0
     for part in body:
         checksum = zlib.crc32(part, checksum)
@@ -246,19 +250,6 @@ def _videos(about: About, tensors: Mapping[str, Tensor], limit: int) -> Tensor |
 
 def _are_bytes(tensors: Iterable[Tensor]) -> bool:
     return all(tensor.dtype == torch.uint8 and tensor.ndim == 1 for tensor in tensors)
-
-
-def _laid_out(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """Lay out a safetensors file in parts that stay where they are; `safetensors.torch.save` copies them twice."""
-    layout, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        dtype = "U8" if tensor.dtype == torch.uint8 else "F32"
-        layout[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(layout).encode()
-    text += b" " * (-len(text) % 8)  # so that floats are aligned
-    payloads = (tensor.numpy().data.cast("B") for tensor in tensors.values())
-    return [memoryview(struct.pack("<Q", len(text)) + text), *payloads]
 
 
 def _as_floats(videos: Tensor) -> Tensor:

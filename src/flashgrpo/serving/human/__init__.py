@@ -1,0 +1,1 @@
+"""People as a reward: `flashgrpo reward human FOLDER`."""
