@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import current_device
 from flashgrpo.models.lora import weights_replaced
-from flashgrpo.process import Cost, Record
+from flashgrpo.process import Cost, PipelineCall, Record
 from flashgrpo.processes.calls import fixed_batches
 from flashgrpo.seeds import generator, keyed_bits, normal
 from flashgrpo.types import REWARD, WHOLE, Condition, index_rows, to_device
@@ -97,7 +97,7 @@ class Fake:
         return []
 
     def pipeline_call(self, given):
-        return "DiffusionPipeline", given
+        return PipelineCall(given)
 
     def save_lora(self, folder: Path, tensors, style="diffusers"):
         folder.mkdir(parents=True, exist_ok=True)

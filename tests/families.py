@@ -33,6 +33,7 @@ from transformers import (
 
 from tests.image_families import IMAGES
 from tests.kind import Kind
+from tests.video_families import VIDEOS
 from tools.tiny.architecture import make_tokenizer
 
 WIDTH = 24  # of a text's embedding
@@ -153,4 +154,5 @@ KINDS = {
         from_pipeline=lambda pipeline, x, shape: pipeline._unpack_latents(x, *shape[1:]),
     ),
     **IMAGES,
+    **VIDEOS,
 }

@@ -8,11 +8,12 @@ from flashgrpo.config import RunConfig
 from flashgrpo.config.reading import write_yaml
 from flashgrpo.formats import Numbers, called
 from flashgrpo.models.settings import Lora
+from flashgrpo.process import PipelineCall
 from flashgrpo.run.progress import describe
 
 Format = Literal["diffusers", "comfyui", "merged"]
 Library = Literal["diffusers", "peft"] | None
-PipelineCall = Callable[[Mapping[str, Any]], tuple[str, Mapping[str, Any]]]
+CallOf = Callable[[Mapping[str, Any]], PipelineCall]
 
 
 WITH_PEFT = """from peft import PeftModel
@@ -29,7 +30,7 @@ def model_card(
     evaluated: dict[str, Any] | None,
     image: bool,
     library: Library = "diffusers",
-    call: PipelineCall = lambda given: ("DiffusionPipeline", given),
+    call_of: CallOf = PipelineCall,
 ) -> str:
     """Write what a reader of the files needs to know; it names no folder of the machine that trained.
 
@@ -38,7 +39,7 @@ def model_card(
         evaluated: the line of evaluations.jsonl that tells of this update.
         image: whether the model starts from one.
         library: that loads the files; None where only the code of the base model does.
-        call: see `Process.pipeline_call`.
+        call_of: see `Process.pipeline_call`.
     """
     train = config.model.train
     what = f"LoRA, rank {train.rank}, alpha {train.alpha}" if isinstance(train, Lora) else "every weight"
@@ -63,7 +64,7 @@ def model_card(
         _result(evaluated),
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         "## Use",
-        _use(config, format, files, image, library, call),
+        _use(config, format, files, image, library, call_of),
         "## Algorithm",
         f"```yaml\n{algorithm}```",
     ]
@@ -119,12 +120,12 @@ def _metadata(config: RunConfig, format: Format, image: bool, library: Library) 
 
 
 def _use(
-    config: RunConfig, format: Format, files: Sequence[str], image: bool, library: Library, call: PipelineCall
+    config: RunConfig, format: Format, files: Sequence[str], image: bool, library: Library, call_of: CallOf
 ) -> str:
     if format == "comfyui":
         return _in_comfyui(files)
     if library == "diffusers":
-        return f"```python\n{_program(config, files, image, call)}```"
+        return f"```python\n{_program(config, files, image, call_of(_evaluation(config)))}```"
     if library == "peft":
         return f"With `network`, loaded by the code of {code(public(config.model.path))}:\n\n```python\n{WITH_PEFT}```"
     return f"The folder is laid out as that of {code(public(config.model.path))} and is loaded by the same code."
@@ -147,14 +148,16 @@ def _in_comfyui(files: Sequence[str]) -> str:
     return "\n".join(f"- LoraLoaderModelOnly on `{file}`, strength 1" for file in files)
 
 
-def _loads_merged(config: RunConfig, files: Sequence[str]) -> list[str]:
+def _loads_merged(config: RunConfig, files: Sequence[str], loader: str) -> list[str]:
     """Write the lines that add the adapters which a run began with and merged; a whole pipeline has them in it."""
     if config.model.adapters is None or not config.model.merge_adapters or not files:
         return []
     where = public(config.model.adapters)
     if len(files) > 1:  # each expert's file has a name of its own
         return [f"# here the adapters of {code(where)} are to be loaded, and fused, on both transformers"]
-    return [f"pipe.load_lora_weights({literal(where)})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
+    holder, _, load = loader.rpartition(".")
+    unload = "unload_lora_weights" if load == "load_lora_weights" else "unload_lora"
+    return [f"{loader}({literal(where)})", f"{holder}.fuse_lora()", f"{holder}.{unload}()"]
 
 
 def _evaluation(config: RunConfig) -> dict[str, Any]:
@@ -174,15 +177,14 @@ def _program(config: RunConfig, files: Sequence[str], image: bool, call: Pipelin
     where = f"resolve_path({literal(base)})" if shipped else literal(base)
     note = "  # the folder of the base model" if local else ""
     second = ["", ", load_into_transformer_2=True"]
-    begins = _loads_merged(config, files)
-    loads = [
-        f'pipe.load_lora_weights(".", weight_name="{file}"{more})' for file, more in zip(files, second, strict=False)
-    ]
-    pipeline, arguments = call(_evaluation(config))
+    loader = "pipe.load_lora_weights" if call.loads_adapters else "pipe.transformer.load_lora_adapter"
+    begins = _loads_merged(config, files, loader)
+    loads = [f'{loader}(".", weight_name="{file}"{more})' for file, more in zip(files, second, strict=False)]
+    sets = [f"pipe.{name} = {value}" for name, value in call.attributes.items()]
     given = {
         "prompt": '"A prompt like those it was trained on"',
         **({"image": 'load_image("first-frame.png")'} if image else {}),
-        **{name: literal(one) if isinstance(one, str) else one for name, one in arguments.items()},
+        **{name: literal(one) if isinstance(one, str) else one for name, one in call.arguments.items()},
     }
     if frames == 1:
         result = "frames[0][0]" if "num_frames" in given else "images[0]"
@@ -193,15 +195,16 @@ def _program(config: RunConfig, files: Sequence[str], image: bool, call: Pipelin
     helpers = [*(["export_to_video"] if frames > 1 else []), *(["load_image"] if image else [])]
     lines = [
         "import torch",
-        f"from diffusers import {pipeline}",
+        f"from diffusers import {call.pipeline}",
         *([f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []),
         *(["from flashgrpo.files import resolve_path"] if shipped and files else []),
         "",
-        f"pipe = {pipeline}.from_pretrained({where}, dtype=torch.bfloat16){note}"
+        f"pipe = {call.pipeline}.from_pretrained({where}, dtype=torch.bfloat16){note}"
         if files
-        else f'pipe = {pipeline}.from_pretrained(".", dtype=torch.bfloat16)',
+        else f'pipe = {call.pipeline}.from_pretrained(".", dtype=torch.bfloat16)',
         *begins,
         *loads,
+        *sets,
         "if torch.accelerator.is_available():",
         "    pipe.to(torch.accelerator.current_accelerator())",
         save[0],

@@ -111,6 +111,23 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class PipelineCall:
+    """How a program draws a sample with diffusers.
+
+    Args:
+        arguments: of the pipeline's call, as it names and counts them.
+        pipeline: its class.
+        attributes: what is set before, name -> value: "guider.guidance_scale", for instance.
+        loads_adapters: whether the pipeline does so; else its transformer does.
+    """
+
+    arguments: Mapping[str, Any]
+    pipeline: str = "DiffusionPipeline"
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    loads_adapters: bool = True
+
+
+@dataclass(frozen=True)
 class Finding:
     """What a check of the doctor found, in one sentence, with the numbers behind it."""
 
@@ -264,8 +281,8 @@ class Process(Protocol):
         """Return what the doctor has to know of this process alone, of samples that `draw` has drawn."""
         ...
 
-    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-        """Return which class of diffusers to call for a sample, and the arguments as it names and counts them."""
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
+        """Return how a program draws a sample as an evaluation does, whose arguments are `given`."""
         ...
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:

@@ -22,6 +22,7 @@ from flashgrpo.train import train
 from flashgrpo.types import Prompt
 from tests.families import KINDS
 from tests.image_families import IMAGES
+from tests.video_families import VIDEOS
 from tests.videos import read_mp4
 
 
@@ -53,7 +54,9 @@ def recipe(tmp_path, name):
     return path
 
 
-@pytest.mark.parametrize("name", ["wan21-image", "wan22-a14b", "wan22-5b-image", "skyreels-image", "ltx", *IMAGES])
+@pytest.mark.parametrize(
+    "name", ["wan21-image", "wan22-a14b", "wan22-5b-image", "skyreels-image", "ltx", *VIDEOS, *IMAGES]
+)
 def test_train_resume_evaluate_sample_export(name, tmp_path, monkeypatch):
     path = recipe(tmp_path, name)
     run = train(RunConfig.load(path, ["updates=1"]))
@@ -188,6 +191,8 @@ def change(file, **entries):
         ("wan21", "model_index.json", {"vae": "AutoencoderKLWan"}, "has no vae"),
         ("wan21", "model_index.json", {"boundary_ratio": 0.5}, "has no transformer_2"),
         ("wan21-image", "transformer/config.json", {"pos_embed_seq_len": 514}, "from a first frame to a last one"),
+        ("hunyuan15", "guider/guider_config.json", {"guidance_rescale": 0.5}, "the guider of "),
+        ("hunyuan15", "transformer/config.json", {"use_meanflow": True}, "is told the next step beside this one"),
         ("wan21", "vae/config.json", {"_class_name": "gone", "z_dim": "x"}, "could not be loaded"),
     ],
 )

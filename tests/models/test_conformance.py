@@ -233,14 +233,16 @@ def test_sampling_equals_the_pipeline(model, kind, folder, prompts, solver):
 
 
 def load_adapters(model: VideoModel, pipeline: object, folder: Path, style: str) -> list[str]:
-    """Through `load_lora_weights`, as the model card says."""
+    """As the model card says: by the pipeline, or where that cannot, by its transformer."""
     tensors = {name: parameter.detach() for name, parameter in trained_parameters(model.network).items()}
     files = model.save_lora(folder, tensors, style)
     for number, file in enumerate(files):
         second = {"load_into_transformer_2": True} if number else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipeline.load_lora_weights(folder, weight_name=file, adapter_name=f"a{number}", **second)
+            whole = hasattr(pipeline, "load_lora_weights")
+            load = pipeline.load_lora_weights if whole else pipeline.transformer.load_lora_adapter
+            load(folder, weight_name=file, adapter_name=f"a{number}", **second)
     return files
 
 

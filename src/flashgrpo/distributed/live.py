@@ -26,10 +26,19 @@ def highest(call: Callable[[], Any], outside: Iterable[Tensor], graph: bool = Fa
     Args:
         graph: with gradients enabled.
     """
+    return highest_with(call, lambda result: None, outside, graph)[0]
+
+
+def highest_with(
+    call: Callable[[], Any], further: Callable[[Any], Any], outside: Iterable[Tensor], graph: bool
+) -> tuple[int, int]:
+    """Count as `highest` does, and once more with a further call on the result: its backward pass, for instance."""
     live = LiveBytes(outside)
     with _without_scores(), torch.set_grad_enabled(graph), live:
-        call()
-    return live.peak
+        result = call()
+        before = live.peak
+        further(result)
+    return before, live.peak
 
 
 class LiveBytes(TorchDispatchMode):

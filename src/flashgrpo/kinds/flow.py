@@ -6,10 +6,10 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.live import highest, size_of
+from flashgrpo.distributed.live import highest, highest_with, size_of
 from flashgrpo.distributed.sharding import blocks_of
 from flashgrpo.distributed.world import World
 from flashgrpo.models.load import META, Say, branches, load_model, weightless
@@ -81,6 +81,8 @@ class FlowMemory:
         self.decoder: nn.Module = self._model.pipeline.vae
         self._branches = branches_of(self._model.guidance)
         self._call = cache(self._count_call)
+        self._replay = cache(self._count_replay)
+        self._decode = cache(self._count_decoding)
 
     @property
     def further_weights(self) -> int:
@@ -108,14 +110,12 @@ class FlowMemory:
 
     def drawing(self, samples: int) -> int:
         """Count a call of the rollout on a micro-batch of these."""
-        rows = min(samples, self._config.optim.micro_batch) * self._branches_of_replay
-        judged = rows if scored_while_drawn(self._score, self._config.uses) else 0
-        return max(self.sampling(samples), judged and self._call(judged, graph=True))
+        judged = scored_while_drawn(self._score, self._config.uses)
+        return max(self.sampling(samples), self._replay(self._rows_of_replay(samples))[0] if judged else 0)
 
     def update(self, samples: int) -> int:
         """Count a replay of a micro-batch with its backward pass."""
-        rows = min(samples, self._config.optim.micro_batch)
-        return self._call(rows * self._branches_of_replay, graph=True, backward=True)
+        return self._replay(self._rows_of_replay(samples))[1]
 
     def sampling(self, samples: int) -> int:
         """Count a call without gradients on a micro-batch."""
@@ -124,31 +124,42 @@ class FlowMemory:
 
     def decoding(self, samples: int) -> int:
         """Count decoding a micro-batch."""
-        latents = torch.zeros(min(samples, self._rollout.decode_micro_batch), *self._model.latent_shape, device=META)
+        return self._decode(min(samples, self._rollout.decode_micro_batch))
+
+    def _count_decoding(self, rows: int) -> int:
+        latents = torch.zeros(rows, *self._model.latent_shape, device=META)
         return highest(lambda: self._model.decode_latents(self.decoder, latents), self.decoder.parameters())
 
-    @property
-    def _branches_of_replay(self) -> int:
-        return branches_of_replay(self._score, self._rollout, self._branches)
+    def _rows_of_replay(self, samples: int) -> int:
+        branches = branches_of_replay(self._score, self._rollout, self._branches)
+        return min(samples, self._config.optim.micro_batch) * branches
 
     def _bytes_of_latents(self, latents: float | int) -> float:
         """Count the bytes of so many latents of a sample, and of its condition."""
         return math.prod(self._model.latent_shape) * 4 * latents + size_of(self._model.nothing().tensors.values())
 
-    def _count_call(self, rows: int, graph: bool = False, backward: bool = False) -> int:
+    def _count_call(self, rows: int) -> int:
+        return self._count(rows, graph=False)[0]
+
+    def _count_replay(self, rows: int) -> tuple[int, int]:
+        """Count a call with its graph, and with the backward pass."""
+        return self._count(rows, graph=True)
+
+    def _count(self, rows: int, graph: bool) -> tuple[int, int]:
         model, network = self._model, self.networks[0]
         row = model.nothing().tensors
         condition = Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in row.items()})
         x = torch.zeros(rows, *model.latent_shape, device=META)
         point = GridPoint(torch.zeros(rows), torch.ones(rows, dtype=torch.float64), torch.ones(rows))
 
-        def call() -> None:
-            v = model.forward(network, x, point, condition)
-            if backward:
+        def backward(v: Tensor) -> None:
+            if graph:
                 v.square().mean().backward()
 
         outside = [*network.parameters(), x, *condition.tensors.values()]
-        return highest(call, outside, graph) // self._config.parallel.context + x.numel() * 4
+        counted = highest_with(lambda: model.forward(network, x, point, condition), backward, outside, graph)
+        call, whole = (count // self._config.parallel.context + x.numel() * 4 for count in counted)
+        return call, whole
 
 
 memory = FlowMemory

@@ -18,7 +18,7 @@ from flashgrpo.models.families import FAMILIES, guidance_kind, refusal
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.processes.flow.choices import GuidanceKind
 
-BUILT = ("transformer", "transformer_2", "vae", "scheduler")
+BUILT = ("transformer", "transformer_2", "vae", "scheduler", "guider")
 """Components that are built from their settings; the encoders are not."""
 
 
@@ -45,7 +45,8 @@ class Architecture:
     @property
     def guidance(self) -> GuidanceKind:
         """What a guidance scale above 1 does."""
-        return guidance_kind(self.family, self.of("transformer"), self.settings)
+        guider = self.of("guider") if self.has("guider") else {}
+        return guidance_kind(self.family, self.of("transformer"), {**self.settings, **guider})
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Architecture":
@@ -68,7 +69,7 @@ class Architecture:
             entry: Any = content.get(name)
             if is_component(entry) and all(entry):
                 kind = entry[1]
-                file = "scheduler_config.json" if name == "scheduler" else "config.json"
+                file = f"{name}_config.json" if name in ("scheduler", "guider") else "config.json"
                 components[name] = (str(kind), read_settings(folder / name / file))
         settings = {key: value for key, value in content.items() if not key.startswith("_") and not is_component(value)}
         needed = {"transformer", "vae", "scheduler"}

@@ -40,6 +40,22 @@ FAMILIES: Mapping[str, Family] = {
         "SkyReels-V2 I2V", "wan", "WanModel", "image to video", "UMT5, CLIP vision", "classifier-free"
     ),
     "LTXPipeline": Family("LTX-Video", "ltx", "LtxModel", "text to video", "T5", "classifier-free"),
+    "HunyuanVideo15Pipeline": Family(
+        "HunyuanVideo-1.5",
+        "hunyuan",
+        "HunyuanModel",
+        "text to video",
+        "Qwen2.5-VL, ByT5",
+        "classifier-free, none (distilled), by its guider",
+    ),
+    "HunyuanVideo15ImageToVideoPipeline": Family(
+        "HunyuanVideo-1.5 I2V",
+        "hunyuan",
+        "HunyuanModel",
+        "image to video",
+        "Qwen2.5-VL, ByT5, SigLIP",
+        "classifier-free, none (distilled), by its guider",
+    ),
     "StableDiffusion3Pipeline": Family(
         "Stable Diffusion 3.5", "sd3", "Sd3Model", "text to image", "CLIP L, CLIP G, T5", "classifier-free"
     ),
@@ -81,10 +97,11 @@ def refusal(pipeline: str) -> str:
 
 
 def guidance_kind(pipeline: str, transformer: Mapping[str, Any], settings: Mapping[str, Any]) -> GuidanceKind:
-    """Tell what a guidance scale does, from the settings of a pipeline's transformer and of the pipeline itself."""
+    """Tell what a guidance scale does, from the settings of a pipeline's transformer and of itself and its guider."""
     if pipeline in ("FluxPipeline", "FluxKontextPipeline"):
         return "embedded" if transformer.get("guidance_embeds") else "none"
-    return "none" if settings.get("is_distilled") else "classifier-free"
+    guided = settings.get("enabled", True) and settings.get("guidance_scale") != 1
+    return "none" if settings.get("is_distilled") or not guided else "classifier-free"
 
 
 def table() -> str:

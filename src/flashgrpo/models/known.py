@@ -58,6 +58,15 @@ def _flux(family: str, guidance_embeds: bool) -> Architecture:
     )
 
 
+def _hunyuan(task: str, side: int, shift: float, guidance_scale: float = 6.0) -> Architecture:
+    """Return HunyuanVideo-1.5 as diffusers converts it: but for these four all sizes are those of its classes."""
+    family = "HunyuanVideo15ImageToVideoPipeline" if task == "i2v" else "HunyuanVideo15Pipeline"
+    network = ("HunyuanVideo15Transformer3DModel", {"target_size": side, "task_type": task})
+    known = _image(family, network, ("AutoencoderKLHunyuanVideo15", {}), {"shift": shift})
+    guider = ("ClassifierFreeGuidance", {"guidance_scale": guidance_scale})
+    return Architecture(family, {**known.components, "guider": guider})
+
+
 def _klein(is_distilled: bool) -> Architecture:
     network, shift = ("Flux2Transformer2DModel", _KLEIN), {"use_dynamic_shifting": True}
     return _image("Flux2KleinPipeline", network, ("AutoencoderKLFlux2", {}), shift, is_distilled=is_distilled)
@@ -183,6 +192,18 @@ KNOWN: Mapping[str, Architecture] = {
             "scheduler": ("FlowMatchEulerDiscreteScheduler", _LTX_SCHEDULER),
         },
     ),
+    **{
+        f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}": _hunyuan(*sizes)
+        for name, sizes in {
+            "480p_t2v": ("t2v", 640, 5.0),
+            "480p_i2v": ("i2v", 640, 5.0),
+            "720p_t2v": ("t2v", 960, 9.0),
+            "720p_i2v": ("i2v", 960, 7.0),
+            "480p_t2v_distilled": ("t2v", 640, 5.0, 1.0),
+            "480p_i2v_distilled": ("i2v", 640, 5.0, 1.0),
+            "720p_i2v_distilled": ("i2v", 960, 7.0, 1.0),
+        }.items()
+    },
     "stabilityai/stable-diffusion-3.5-medium": _sd3(_SD35_MEDIUM),
     "stabilityai/stable-diffusion-3.5-large": _sd3(_SD35_LARGE),
     "black-forest-labs/FLUX.1-dev": _flux("FluxPipeline", guidance_embeds=True),

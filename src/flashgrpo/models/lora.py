@@ -75,7 +75,6 @@ def write_adapters(
     experts: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     folder: Path,
-    pipeline: Any,
     original_name: Callable[[str], str | None] | None = None,
 ) -> list[str]:
     """Write the adapters of one network, or a file for each of two; returns the files' names. See `_write_file`."""
@@ -87,7 +86,7 @@ def write_adapters(
         )
     for network, (prefix, file) in zip(experts.values(), files.items(), strict=True):
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        _write_file(network, own, folder / file, pipeline, original_name)
+        _write_file(network, own, folder / file, original_name)
     return list(files.values())
 
 
@@ -95,10 +94,9 @@ def _write_file(
     network: nn.Module,
     tensors: Mapping[str, Tensor],
     file: Path,
-    pipeline: Any,
     original_name: Callable[[str], str | None] | None = None,
 ) -> None:
-    """Write adapters (name -> tensor of `network`) to a file that `pipeline`, a class of diffusers, loads.
+    """Write adapters (name -> tensor of `network`) to a file that diffusers loads.
 
     Args:
         original_name: writes what ComfyUI reads, with a layer's name in the released checkpoints and the factor
@@ -107,6 +105,7 @@ def _write_file(
     Raises:
         UserError: a layer has no original name.
     """
+    from diffusers import WanPipeline
     from peft.utils import get_peft_model_state_dict
 
     layers = get_peft_model_state_dict(network, state_dict=dict(tensors), adapter_name="default")
@@ -114,7 +113,7 @@ def _write_file(
     if original_name is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipeline.save_lora_weights(
+            WanPipeline.save_lora_weights(  # as each pipeline's own does, of those that have one
                 file.parent,
                 layers,
                 weight_name=file.name,

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
@@ -21,12 +23,14 @@ from flashgrpo.models.residence import Residence
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.models.source import Source
 from flashgrpo.models.warm_start import adapter_files, adapters_identity, read_adapters
+from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.choices import GuidanceKind
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
 from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, index_rows
 
 Size = tuple[int, int, int, int]
+Spacing = Float64[np.ndarray, " steps"]
 
 
 class PipelineModel(EncodesPrompts):
@@ -117,9 +121,8 @@ class PipelineModel(EncodesPrompts):
 
     def grid(self, num_steps: int) -> SigmaGrid:
         """Return the grid of the checkpoint's scheduler, with `config.shift` in place of its own where given."""
-        scheduler = self.pipeline.scheduler
-        own_spacing = self.keeps_spacing and bool(scheduler.config.get("use_flow_sigmas"))
-        return grid_from_scheduler(scheduler, num_steps, self.config.shift, self.mu(num_steps), own_spacing)
+        shifts = self.config.shift, self.mu(num_steps)
+        return grid_from_scheduler(self.pipeline.scheduler, num_steps, *shifts, self.spacing(num_steps))
 
     def unused_layers(self) -> Sequence[str]:
         """Name the network's modules whose results it drops, which get no gradient: none in most families."""
@@ -128,6 +131,16 @@ class PipelineModel(EncodesPrompts):
     def mu(self, num_steps: int) -> float | None:
         """Return what the pipeline shifts a scheduler by that shifts by resolution; None where it passes nothing."""
         return None
+
+    def spacing(self, num_steps: int) -> Spacing | None:
+        """Return the sigmas before the shift that the pipeline passes: 1, 1 - 1/N, ..., 1/N where it computes a `mu`.
+
+        None where it leaves them to its scheduler. Their last bits count, since UniPC cuts timesteps to whole numbers.
+        """
+        multistep = self.pipeline.scheduler.config.get("use_flow_sigmas")
+        if self.mu(num_steps) is None or (self.keeps_spacing and multistep):
+            return None
+        return np.linspace(1.0, 1 / num_steps, num_steps)
 
     def shift_by_tokens(self, max_shift: float = 1.15) -> float:
         """Return a `mu` that rises with the number of tokens, between the scheduler's own ends or diffusers'.
@@ -244,10 +257,12 @@ class PipelineModel(EncodesPrompts):
 
     # Getting the result out
 
-    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
         """Return the pipeline, and arguments of an evaluation as it names and counts them; others are left out."""
-        known = inspect.signature(type(self.pipeline).__call__).parameters
-        return type(self.pipeline).__name__, {name: value for name, value in given.items() if name in known}
+        kind = type(self.pipeline)
+        known = inspect.signature(kind.__call__).parameters
+        arguments = {name: value for name, value in given.items() if name in known}
+        return PipelineCall(arguments, kind.__name__, loads_adapters=hasattr(kind, "load_lora_weights"))
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write `pytorch_lora_weights.safetensors`, or one file for each of two experts.
@@ -256,7 +271,7 @@ class PipelineModel(EncodesPrompts):
         names and the factor alpha / rank inside of B.
         """
         original_name = self.original_name if style == "comfyui" else None
-        return write_adapters(self.experts, tensors, folder, type(self.pipeline), original_name)
+        return write_adapters(self.experts, tensors, folder, original_name)
 
     def save_merged(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write the pipeline with the adapters added to its weights, or with the fully trained weights."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.image import ImageModel, Plane, pack, padded, unpack
+from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition, Latents
@@ -38,7 +39,7 @@ class QwenImageModel(ImageModel):
         mask = torch.ones(1, length, dtype=torch.int64)
         return {"text": normal((1, length, network["joint_attention_dim"]), self.seed, f"text:{text}"), "mask": mask}
 
-    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
         """Return the guidance scale under the pipeline's name, which takes none without a negative prompt."""
         own = {"true_cfg_scale": given["guidance_scale"], "negative_prompt": self.config.negative_prompt or " "}
         return super().pipeline_call({**given, "guidance_scale": None, **own})

@@ -15,6 +15,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.image import ImageModel, Plane, padded
+from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition
@@ -41,7 +42,7 @@ class ZImageModel(ImageModel):
         embedding = normal((1, length, network["cap_feat_dim"]), self.seed, f"text:{text}")
         return {"text": embedding, "host_length": torch.tensor([[length]])}
 
-    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
         """Return the guidance scale as the pipeline counts it."""
         return super().pipeline_call({**given, "guidance_scale": given["guidance_scale"] - 1})
 

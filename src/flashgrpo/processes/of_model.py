@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
-from flashgrpo.process import Columns, OnDrawn, Outputs, Record
+from flashgrpo.process import Columns, OnDrawn, Outputs, PipelineCall, Record
 from flashgrpo.processes.calls import number_of_calls
 from flashgrpo.seeds import Name
 from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Media, Prompt, Sample, to_device
@@ -209,9 +209,9 @@ class ModelProcess(ABC, Generic[ModelT]):
         """The weights that divergences compare with, by the name of their column."""
         return {"kl": self.reference, "kl_average": self.average}
 
-    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
         """Return the class that finds the right one, and the arguments under the names that the settings have."""
-        return "DiffusionPipeline", given
+        return PipelineCall(given)
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write trained adapters as others load them; returns the names of the files."""

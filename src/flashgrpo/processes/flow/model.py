@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float32, Float64, Shaped
 from torch import Tensor, nn
 
+from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.choices import GuidanceKind
 from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.of_model import Model
@@ -68,7 +69,7 @@ class VideoModel(Model, Protocol):
         """Return videos (B, F, 3, H, W) in [0, 1]; with `frames` only the first of F, at less expense where it can."""
         ...
 
-    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
         """Return the family's own pipeline, and arguments of an evaluation as it names and counts them."""
         ...
 

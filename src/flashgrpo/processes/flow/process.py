@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.sharding import blocks_of
 from flashgrpo.distributed.world import World
-from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, Record
+from flashgrpo.process import Columns, Cost, Finding, OnDrawn, Outputs, PipelineCall, Record
 from flashgrpo.processes.flow.checks import flow_checks
 from flashgrpo.processes.flow.choices import Explore, Renoised, ScoreKind, Stochastic, branches_of
 from flashgrpo.processes.flow.cost import guided_steps, update_cost
@@ -200,7 +200,7 @@ class FlowProcess(ModelProcess[VideoModel]):
         branches = branches_of(self.model.guidance)
         return update_cost(*how, seed, update, passes, columns, uses, recomputes, guided, branches)
 
-    def pipeline_call(self, given: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
         """Return the family's own pipeline, and the arguments as it names and counts them."""
         return self.model.pipeline_call(given)
 

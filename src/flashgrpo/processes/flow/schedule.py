@@ -41,15 +41,18 @@ class SigmaGrid:
 
 
 def grid_from_scheduler(
-    scheduler: Any, num_steps: int, shift: float | None = None, mu: float | None = None, own_spacing: bool = False
+    scheduler: Any,
+    num_steps: int,
+    shift: float | None = None,
+    mu: float | None = None,
+    spacing: Float64[np.ndarray, " steps"] | None = None,
 ) -> SigmaGrid:
     """The grid that a diffusers flow scheduler walks in `num_steps` steps; the scheduler itself is left as it was.
 
     Flow schedulers are `FlowMatchEulerDiscreteScheduler`, and multistep schedulers (UniPC, DPM-Solver) that were made
     with `use_flow_sigmas=True`. `shift` replaces the scheduler's own, be it fixed or resolution-dependent; the latter
-    needs a `shift` or the `mu` that a family computes from the size of its videos, all of which walk one grid. With
-    `mu` the unshifted sigmas are 1, 1 - 1/N, ..., 1/N, as the pipelines pass them that compute one, also where the
-    scheduler, or `shift`, fixes the shift itself; with `own_spacing` they are the scheduler's.
+    needs a `shift` or the `mu` that a family computes from the size of its videos, all of which walk one grid.
+    `spacing` are the sigmas before the shift, where a pipeline passes some; else they are the scheduler's own.
     """
     name, config = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
     if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
@@ -72,7 +75,7 @@ def grid_from_scheduler(
     else:
         overrides = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in config else {}
         fresh = type(scheduler).from_config(scheduler.config, **{shift_key: shift}, **overrides)
-    steps = {"num_inference_steps": num_steps} if mu is None or own_spacing else {"sigmas": _evenly(num_steps)}
+    steps = {"num_inference_steps": num_steps} if spacing is None else {"sigmas": spacing}
     shifts = {"mu": mu} if mu is not None and fresh.config.get("use_dynamic_shifting") else {}
     fresh.set_timesteps(**steps, **shifts)
     try:
@@ -91,11 +94,6 @@ def shifted_grid(num_steps: int, shift: float = 1.0) -> SigmaGrid:
     _check_steps_and_shift(num_steps, shift)
     sigmas = _shifted(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
     return SigmaGrid(sigmas, (1000 * sigmas[:-1]).float())
-
-
-def _evenly(num_steps: int) -> Any:
-    """Return 1, 1 - 1/N, ..., 1/N."""
-    return np.linspace(1.0, 1 / num_steps, num_steps)
 
 
 def _shifted(u: Float64[Tensor, " points"], shift: float) -> Float64[Tensor, " points"]:
