@@ -58,7 +58,7 @@ def _flux(family: str, guidance_embeds: bool) -> Architecture:
     )
 
 
-def _hunyuan(task: str, side: int, shift: float, guidance_scale: float = 6.0) -> Architecture:
+def _hunyuan(task: str, shift: float, side: int, guidance_scale: float) -> Architecture:
     """Return HunyuanVideo-1.5 as diffusers converts it: but for these four all sizes are those of its classes."""
     family = "HunyuanVideo15ImageToVideoPipeline" if task == "i2v" else "HunyuanVideo15Pipeline"
     network = ("HunyuanVideo15Transformer3DModel", {"target_size": side, "task_type": task})
@@ -193,16 +193,16 @@ KNOWN: Mapping[str, Architecture] = {
         },
     ),
     **{
-        f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}": _hunyuan(*sizes)
-        for name, sizes in {
-            "480p_t2v": ("t2v", 640, 5.0),
-            "480p_i2v": ("i2v", 640, 5.0),
-            "720p_t2v": ("t2v", 960, 9.0),
-            "720p_i2v": ("i2v", 960, 7.0),
-            "480p_t2v_distilled": ("t2v", 640, 5.0, 1.0),
-            "480p_i2v_distilled": ("i2v", 640, 5.0, 1.0),
-            "720p_i2v_distilled": ("i2v", 960, 7.0, 1.0),
-        }.items()
+        f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{side}p_{task}{kind}": _hunyuan(task, shift, *sizes)
+        for side, task, shift, kind, sizes in (
+            (480, "t2v", 5.0, "", (640, 6.0)),
+            (480, "i2v", 5.0, "", (640, 6.0)),
+            (720, "t2v", 9.0, "", (960, 6.0)),
+            (720, "i2v", 7.0, "", (960, 6.0)),
+            (480, "t2v", 5.0, "_distilled", (640, 1.0)),
+            (480, "i2v", 5.0, "_distilled", (640, 1.0)),
+            (720, "i2v", 7.0, "_distilled", (960, 1.0)),
+        )
     },
     "stabilityai/stable-diffusion-3.5-medium": _sd3(_SD35_MEDIUM),
     "stabilityai/stable-diffusion-3.5-large": _sd3(_SD35_LARGE),
