@@ -93,6 +93,9 @@ class Fake:
         """Paint videos (B, F, 3, 16, 16), each in one colour, (B, 3) in [0, 1]."""
         return outputs[:, None, :, None, None].expand(-1, frames or 2, -1, 16, 16).contiguous()
 
+    def captions(self, outputs):
+        return []
+
     def checks(self, record, outputs, seed, thorough):
         return []
 

@@ -46,3 +46,12 @@ def plan_and_draw(prompt, call, **columns) -> str:
     plan = call("plan", prompt)
     drawn = [call("draw", f"draw {plan} {number}") for number in range(1 + min(2, sum(map(plan.count, "13579"))))]
     return json.dumps([plan, *drawn])
+
+
+def halves(text) -> list[int]:
+    """Cut a text in its middle."""
+    return [0, len(text) // 2]
+
+
+def broken(text) -> list[int]:
+    raise KeyError(text)

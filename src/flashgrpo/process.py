@@ -269,6 +269,10 @@ class Process(Protocol):
         """
         ...
 
+    def captions(self, outputs: Outputs) -> Sequence[str]:
+        """Return the texts that media are made of where the process wrote these itself, or nothing, of no sample."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
         """Inside this context the network is the base model, before any training."""
         ...

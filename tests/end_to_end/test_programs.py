@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import escape
 
 from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError
+from flashgrpo.evaluate import evaluate
 from flashgrpo.export import export
 from flashgrpo.kinds import kind_of
 from flashgrpo.report import write_report
@@ -52,7 +54,7 @@ def recipe(tmp_path):
 
 
 def test_a_run_from_recipe_to_export(recipe, tmp_path):
-    run = train(recipe("algorithm={preset: f-grpo}", "optim.minibatches=2"))
+    run = train(recipe("algorithm={preset: f-grpo, objective: {kind: kl-masked}}", "optim.minibatches=2"))
     lines = read_lines(run / "metrics.jsonl")
     assert all(line["drift"] == 0 and line["grad_norm"] > 0 for line in lines)
     assert {*lines[0]["rewards"]} == {"both.first", "both.second"}
@@ -60,6 +62,23 @@ def test_a_run_from_recipe_to_export(recipe, tmp_path):
     assert [file.suffix for file in (run / "videos/000000").iterdir()] == [".txt"]
     export(run, out=tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_what_a_prompt_writer_wrote_is_on_its_page(recipe):
+    """Beside both videos, which are of the same noise; what a writer has to beat is a program that never calls."""
+    environment = "rollout={environment: tiny, environment_steps: 1}"
+    small = "rewards={both: null, small: {call: 'flashgrpo.rewards.jpeg:compressibility', channel: a}}"
+    few = ["updates=1", "rollout.group_size=2", "evaluation={every: 1, samples_per_prompt: 1}", "optim.lr=1.0"]
+    run = train(recipe(environment, small, *few))
+    base, tuned = read_lines(run / "evaluations.jsonl")
+    captions = [(sample["base_caption"], sample["caption"]) for sample in tuned["samples"]]
+    assert [before for before, _ in captions] == [sample["caption"] for sample in base["samples"]]
+    assert all(caption.startswith('["') for pair in captions for caption in pair)
+    page = write_report(run).read_text("utf-8")
+    for model, text in zip(("base", "tuned"), captions[0], strict=True):
+        assert f'{model} wrote: <strong class="prompt" title="{escape(text)}">' in page
+    fixed = evaluate(run / "config.yaml", ["rollout.program=flashgrpo.processes.programs.examples:wish_itself"])
+    assert [sample["caption"] for sample in fixed["samples"]] == [sample["prompt"] for sample in base["samples"]]
 
 
 def test_resumed_is_uninterrupted_bit_for_bit(recipe, tmp_path):
@@ -92,8 +111,20 @@ def test_two_processes_train_what_one_does(recipe, tmp_path, nursery, parallel):
     [
         (["algorithm.credit.baseline=anchor"], "programs have no anchor"),
         (["algorithm.objective.kind=competing"], "of programs there are log-probabilities"),
-        (["algorithm.objective.kind=kl-masked"], "programs keep no divergence to the policy that drew"),
         (["rollout.phases.b="], "a phase begins behind a text that is not empty"),
+        (["rollout.phases=[a, b]"], "a list of channels is cut by the function that rollout.cut names"),
+        (["rollout.cut=tests.programs:cut"], "give one of both"),
+        (["rollout.phases=[a, a]", "rollout.cut=tests.programs:halves"], "each channel stands there once"),
+        (
+            ["rollout.phases=[a, b]", "rollout.cut=tests.programs:nothing"],
+            "rollout.cut: tests.programs has no function",
+        ),
+        (
+            ["rollout.phases=[a, b]", "rollout.cut=tests.programs:broken"],
+            r"rollout.cut raised KeyError .* at .*programs.py",
+        ),
+        (["rollout.environment_steps=4"], "rollout.environment_steps: there is no environment"),
+        (["rollout.environment_guidance=4"], "rollout.environment_guidance: there is no environment"),
         (["rollout.phases.b=green"], "tokenizer cannot write 'green'"),
         (["rollout.environment=tiny-sudoku"], "is a recipe of masked-tokens; name one of a flow model"),
         (["rollout.program=tests.programs:nothing"], "rollout.program: tests.programs has no function 'nothing'"),

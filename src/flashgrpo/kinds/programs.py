@@ -15,6 +15,7 @@ from flashgrpo.kinds import flow
 from flashgrpo.models.load import META, Say
 from flashgrpo.process import Cost, Process
 from flashgrpo.processes.programs.outputs import HEAD, LONGEST
+from flashgrpo.processes.programs.phases import Cut
 from flashgrpo.processes.programs.process import ProgramProcess, most
 from flashgrpo.processes.programs.settings import CallTokens, ProgramRollout, ProgramRuns, ProgramSampling
 from flashgrpo.scoring.loading import load_function, told
@@ -43,9 +44,20 @@ def make_process(config: RunConfig, world: World, prompts: Sequence[Prompt], say
 
     rollout = _rollout(config)
     program = load_function(rollout.program, "rollout.program")
+    cut = _explained(load_function(rollout.cut, "rollout.cut"), "rollout.cut") if rollout.cut else None
     environment = _environment(rollout, config, world, say) if rollout.environment else None
     model = CausalLm(config.model, world, config.seed, config.algorithm.objective.needs_reference)
-    return _process(config, model, world, program, environment)
+    return _process(config, model, world, program, environment, cut)
+
+
+def _explained(function: Cut, key: str) -> Cut:
+    """Return the same function; what it raises is one sentence."""
+
+    def call(text: str) -> Sequence[int]:
+        with told(key):
+            return function(text)
+
+    return call
 
 
 def _environment(rollout: ProgramRollout, config: RunConfig, world: World, say: Say | None) -> Shown:
@@ -55,21 +67,29 @@ def _environment(rollout: ProgramRollout, config: RunConfig, world: World, say: 
         raise UserError(
             f"rollout.environment: {rollout.environment} is a recipe of {other.rollout.kind}; name one of a flow model"
         )
-    model = other.model.model_copy(update={"condition_cache": config.model.condition_cache})
-    alone = World(world.device)
-    process = flow.make_process(other.model_copy(update={"model": model}), alone, [], say)
+    changes = {"model": other.model.model_copy(update={"condition_cache": config.model.condition_cache})}
+    if rollout.environment_guidance is not None:
+        guidance = {"guidance_scale": rollout.environment_guidance, "guidance_scale_2": None}
+        changes["evaluation"] = other.evaluation.model_copy(update=guidance)
+    process = flow.make_process(other.model_copy(update=changes), World(world.device), [], say)
     return Shown(process, rollout.environment_steps)
 
 
 def _process(
-    config: RunConfig, model: Any, world: World, program: Any, environment: Shown | None = None
+    config: RunConfig,
+    model: Any,
+    world: World,
+    program: Any,
+    environment: Shown | None = None,
+    cut: Cut | None = None,
 ) -> ProgramProcess:
     rollout, sampling = _rollout(config), config.evaluation
     assert isinstance(sampling, ProgramSampling)
     explain = partial(told, "rollout.program")
     size = config.optim.micro_batch
     try:
-        return ProgramProcess(model, program, *_chosen(config), rollout, sampling, size, world, explain, environment)
+        how = rollout, sampling, size, world, explain, environment, cut
+        return ProgramProcess(model, program, *_chosen(config), *how)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -111,6 +131,8 @@ class ProgramMemory:
         candidates = min(explore.top_k or vocabulary, vocabulary)
         truncates = explore.top_p < 1 or candidates < vocabulary
         call = 8 * (model.width + model.length) + 12 * model.length + 4 * model.length * candidates * truncates
+        if "kl_old" in self._config.algorithm.objective.columns and self._config.uses > 1:
+            call += 4 * model.length * candidates
         return {"samples": round(samples * (self.sample + self._rollout.max_calls * call))}
 
     def drawing(self, samples: int) -> int:

@@ -149,6 +149,10 @@ class ModelProcess(ABC, Generic[ModelT]):
     def media(self, outputs: Outputs, frames: int | None = None) -> Media:
         """Return what rewards and the report look at."""
 
+    def captions(self, outputs: Outputs) -> Sequence[str]:
+        """Return nothing: media are made of prompts as they stand."""
+        return []
+
     @torch.no_grad()
     def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Media]:
         """Draw one sample and hand out its media in one piece."""

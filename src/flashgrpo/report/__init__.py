@@ -38,6 +38,7 @@ MOST_PAIRS = 12
 MOST_STRIPS = 4
 MOST_MEDIA_BYTES = 24 * 2**20  # of all embedded samples together
 URIS = {".mp4": "data:video/mp4;base64,", ".png": "data:image/png;base64,"}
+CAPTIONS = ("base", "base_caption"), ("tuned", "caption")  # what a model wrote for a video to be made of
 EXTREMES = 5  # prompts shown at either end of the sorted table
 HEALTH = {
     "grad_norm": ("Gradient norm", "by update"),
@@ -252,6 +253,7 @@ def shown_pair(sample: Row, base: str, tuned: str) -> dict[str, Any]:
         "reward": sample.get("reward"),
         "components": findings.components(sample),
         "scenes": scenes(sample),
+        "captions": [(of, sample[key]) for of, key in CAPTIONS if isinstance(sample.get(key), str)],
     }
 
 

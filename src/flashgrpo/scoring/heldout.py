@@ -32,6 +32,9 @@ class Evaluation:
     kept: Mapping[int, Medium]  # row -> what it shows, of those that are kept and that this process made
     trained_on: int = 0  # prompts that are training prompts
     scenes: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # row -> `scenes_of`, where several
+    captions: Mapping[int, str] = field(
+        default_factory=dict
+    )  # row -> what its medium is made of, where that is written
 
 
 class Evaluator:
@@ -80,10 +83,12 @@ class Evaluator:
             return process.clips(view, every[number], None)
 
         scoring = Scoring(self._rewards, process.media, clips, self._world, every, True, *settings, watch=self._watch)
-        process.sample([every[row] for row in rows], self._names(rows, fresh), scoring.add)
+        drawn = process.sample([every[row] for row in rows], self._names(rows, fresh), scoring.add)
+        own = dict(zip(rows, process.captions(drawn), strict=False))
+        captions = {int(row): text for rank in self._world.gather(own) for row, text in rank.items()}
         scenes = {row: scenes_of(clips("clips", row)) for row in range(len(every)) if "clips" in process.views}
         several = {row: of_row for row, of_row in scenes.items() if len(of_row) > 1}
-        return Evaluation(every, scoring.table(), scoring.kept, self._trained_on, several)
+        return Evaluation(every, scoring.table(), scoring.kept, self._trained_on, several, captions)
 
     @torch.no_grad()
     def resample(self, rows: Sequence[int]) -> Outputs:
@@ -182,6 +187,7 @@ def _paired_samples(tuned: Evaluation, base: Mapping[str, Any] | None) -> list[d
     samples: list[dict[str, Any]] = [
         finite({"prompt": prompt.text, "reward": totals[row], **_parts(tuned.table, row)})
         | ({"scenes": tuned.scenes[row]} if row in tuned.scenes else {})
+        | ({"caption": tuned.captions[row]} if row in tuned.captions else {})
         for row, prompt in enumerate(tuned.prompts)
     ]
     base_samples = samples if base is None else base["samples"]
@@ -191,7 +197,7 @@ def _paired_samples(tuned: Evaluation, base: Mapping[str, Any] | None) -> list[d
             f"{len(samples)} now; something else changed that file"
         )
     for sample, before in zip(samples, base_samples, strict=True):
-        sample |= {f"base_{key}": before[key] for key in ("reward", "rewards", "watched")}
+        sample |= {f"base_{key}": before[key] for key in ("reward", "rewards", "watched", "caption") if key in before}
     return samples
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.learning.advantage import advantages_by_key
 from flashgrpo.learning.settings import Credit
+from flashgrpo.models.lora import trained_parameters
 from flashgrpo.process import Record
 from flashgrpo.processes.programs.examples import plan_and_draw, slate_and_rank
 from flashgrpo.processes.programs.outputs import LONGEST
-from flashgrpo.processes.programs.phases import begins_of, phase_of_tokens
+from flashgrpo.processes.programs.phases import begins_of, checked, phase_of_tokens
 from flashgrpo.processes.programs.process import ProgramProcess, state_of
 from flashgrpo.processes.programs.recording import Calls, Made, key_of, record_of
 from flashgrpo.processes.programs.runs import Answer, Question, Run
@@ -43,7 +45,8 @@ def recorded(runs, score=CallTokens(), tags=(), groups=None) -> Record:  # noqa:
         for module, ids in run:
             made.append(Made(sample, module, seen.count(module), [1, 2], written(*ids)))
             seen.append(module)
-    return record_of(Calls(made, tags, score), groups or [0] * len(runs), tiny_language_model(), WORLD)
+    calls = Calls(made, max(1, len(tags)), partial(begins_of, tags=tags), score)
+    return record_of(calls, groups or [0] * len(runs), tiny_language_model(), WORLD)
 
 
 def advantages(record: Record, values, channels=("reward",)) -> torch.Tensor:
@@ -115,8 +118,31 @@ def test_where_phases_begin():
     text = "<SLATE> a b <RANK> b"
     assert begins_of(text, ["<SLATE>", "<RANK>"]) == [0, 18]
     ends = [7, 9, 11, 18, 20]
-    assert phase_of_tokens(ends, text, ["<SLATE>", "<RANK>"]) == [0, 0, 0, 0, 1]
-    assert phase_of_tokens(ends[:3], text[:11], ["<SLATE>", "<RANK>"]) == [0, 0, 0]  # a tag that does not come
+    assert phase_of_tokens(ends, [0, 18]) == [0, 0, 0, 0, 1]
+    assert begins_of(text[:11], ["<SLATE>", "<RANK>"]) == [0]  # a tag that does not come
+    assert phase_of_tokens(ends[:3], [0]) == [0, 0, 0]
+
+
+def by_the_first_two(text):
+    """Phases of two words, and the rest."""
+    words = text.split(" ")
+    return [0, len(" ".join(words[:2]))] if len(words) > 2 else [0]
+
+
+def test_phases_may_be_cut_by_a_function():
+    made, _, record = drawn(numbers, phases=["head", "rest"], cut="any:function", how_cut=by_the_first_two)
+    state = state_of(record)
+    for unit in range(len(record)):
+        count = int(state.drawn[unit])
+        words = made.model.text(state.ids[unit, -state.length :][:count].tolist()).split()
+        assert state.phase[unit, :count].tolist() == ([0, 0] + [1] * (count - 2) if len(words) > 2 else [0] * count)
+    assert made.channels == ("head", "rest")
+
+
+@pytest.mark.parametrize("begins", [None, [], [1], [0, 3, 2], [0, 1, 2, 3], [0, 1.5], "0"])
+def test_what_a_cut_may_not_say(begins):
+    with pytest.raises(UserError, match=r"rollout.cut: a function that cuts a text returns .* each of its 3 phases"):
+        checked(lambda text: begins, 3)("a b c d")
 
 
 def test_weights_of_tokens():
@@ -139,15 +165,15 @@ def test_keys_and_places():
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def process(program, phases=None, **settings) -> ProgramProcess:
+def process(program, phases=None, how_cut=None, **settings) -> ProgramProcess:
     how = ProgramRollout(prompts=1, group_size=4, micro_batch=4, phases=phases or {}, **settings), ProgramSampling()
-    return ProgramProcess(tiny_language_model(), program, ProgramRuns(), CallTokens(), *how, 4, WORLD)
+    return ProgramProcess(tiny_language_model(), program, ProgramRuns(), CallTokens(), *how, 4, WORLD, cut=how_cut)
 
 
-def drawn(program, **settings):
+def drawn(program, columns=(), **settings):
     made = process(program, **settings)
     samples = [Sample(PromptGroup(0, 0, Prompt("a red", {"color": "red"}), 4), m) for m in range(4)]
-    outputs, record = made.draw(samples, 0, lambda rows, outputs: None, uses=2)
+    outputs, record = made.draw(samples, 0, lambda rows, outputs: None, 2, columns)
     return made, made.media(outputs), record
 
 
@@ -254,12 +280,36 @@ def test_the_decoder_agrees_up_to_rounding():
     assert "0 of 0 runs" in failures.sentence
 
 
+@pytest.mark.parametrize("term", ["token", "phase"])
+def test_exact_divergences_beside_the_scores(term):
+    made = process(numbers, phases={"one": "1", "two": "2"})
+    made.score = CallTokens(term, "sequence")
+    samples = [Sample(PromptGroup(0, 0, Prompt("a red", {}), 4), m) for m in range(4)]
+    _, record = made.draw(samples, 0, lambda rows, outputs: None, 2, ("kl_old",))
+    asked = [
+        part
+        for slot in record.slot.unique()
+        for part in made.micro_batches(record[(record.slot == slot).nonzero().flatten()])
+    ]
+    for part in asked:
+        ((_, columns),) = made.replay(part, ("kl", "kl_old"))
+        assert (columns["kl_old"] == 0).all()
+        assert (columns["kl"] == 0).all()
+    for parameter in trained_parameters(made.network).values():
+        parameter.data += 0.1
+    for part in asked:
+        ((score, columns),) = made.replay(part, ("kl", "kl_old"))
+        assert columns["kl_old"].shape == score.shape
+        torch.testing.assert_close(columns["kl"], columns["kl_old"])
+        assert (columns["kl"] > 0).any()
+
+
 @pytest.mark.parametrize("length", ["tokens", "sequence", "maximum"])
 def test_a_phase_is_the_sum_of_its_tokens(length):
     made, _, record = drawn(numbers, phases={"one": "1", "two": "2"})
     by_token = made.old_scores(record)[0]
     made.score = CallTokens("phase", length)
-    again = record_of(Calls(_calls_of(record), ["1", "2"], made.score), [0] * 4, made.model, WORLD)
+    again = record_of(Calls(_calls_of(record), 2, made.cut, made.score), [0] * 4, made.model, WORLD)
     whole = made.old_scores(again)[0]
     for term in range(len(whole)):
         own = (record.unit == again.unit[term]) & (record.channel == again.channel[term])

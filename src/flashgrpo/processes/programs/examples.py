@@ -32,6 +32,16 @@ def slate_and_rank(prompt: str, call: Call, **columns: Any) -> str:
     return text
 
 
+def wish_itself(prompt: str, call: Call, **columns: Any) -> str:
+    """Return the wish as it stands: what a prompt writer has to beat."""
+    return prompt
+
+
+def fixed_template(prompt: str, call: Call, **columns: Any) -> str:
+    """Put a wish into the form of a caption, word by word: "something red going left" -> "a red moving left"."""
+    return prompt.replace("something", "a").replace("going", "moving")
+
+
 def write_caption(prompt: str, call: Call, **columns: Any) -> str:
     """Write a caption that a video model follows, for what somebody wishes."""
     return call("write", f"wish {prompt}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,7 @@ from flashgrpo.processes.of_model import ModelProcess
 from flashgrpo.processes.programs.checks import findings
 from flashgrpo.processes.programs.model import LanguageModel
 from flashgrpo.processes.programs.outputs import names_of, stacked, texts_of, to_row
+from flashgrpo.processes.programs.phases import Cut, begins_of, checked
 from flashgrpo.processes.programs.recording import Calls, Made, record_of
 from flashgrpo.processes.programs.runs import Answer, Program, Question, Run, Stopped
 from flashgrpo.processes.programs.settings import CallTokens, ProgramRollout, ProgramRuns, ProgramSampling
@@ -25,6 +27,8 @@ from flashgrpo.processes.programs.state import ProgramState
 from flashgrpo.processes.programs.writing import CompletionSampler, places_for
 from flashgrpo.seeds import Name
 from flashgrpo.types import REWARD, Failed, Media, Prompt, Sample, to_device
+
+LOG_P = "log_p"  # a column that `draw` keeps for those that compare with it
 
 
 @runtime_checkable
@@ -45,6 +49,7 @@ class ProgramProcess(ModelProcess[LanguageModel]):
     Args:
         program: see `ProgramRollout.program`.
         explain: a context that turns what the program's code raises into one sentence.
+        cut: see `ProgramRollout.cut`.
 
     Raises:
         ValueError: completions cannot hold the texts that phases begin with.
@@ -62,13 +67,16 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         world: World,
         explain: Callable[[], AbstractContextManager[None]] = nullcontext,
         environment: Environment | None = None,
+        cut: Cut | None = None,
     ) -> None:
         super().__init__(model, micro_batch, world)
         self.program, self.explain, self.environment = program, explain, environment
         self.explore, self.score, self.rollout, self.sampling = explore, score, rollout, sampling
         self.channels = tuple(rollout.phases) or (REWARD,)
         self._made: tuple[int, int, int] | None = None
-        for tag in [*rollout.phases.values()][1:]:
+        tags = [*rollout.tags.values()]
+        self.cut = checked(cut, len(self.channels)) if cut else partial(begins_of, tags=tags)
+        for tag in tags[1:]:
             if not model.writes(tag):
                 raise ValueError(f"rollout.phases: this model's tokenizer cannot write {tag!r:.80}; take another text")
 
@@ -89,7 +97,7 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         shown = [(seed, "environment", *sample.name[:2]) for sample in samples]  # a group differs by its texts alone
         outputs, made = self._run_all([sample.group.prompt for sample in samples], names, shown, writer, on_drawn)
         groups = [sample.group.group for sample in samples]
-        calls = Calls(made, list(self.rollout.phases.values()), self.score)
+        calls = Calls(made, len(self.channels), self.cut, self.score)
         record = record_of(calls, groups, self.model, self.world)
         tokens = sum(len(call.written.ids) for call in made)
         everyone = self.world.gather([tokens, len(made), len(samples)])
@@ -101,7 +109,8 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         self._made = (samples[0].group.update if samples else -1, forwards, units)
         if uses == 1:
             return outputs, record
-        return outputs, replace(record, old=self.old_scores(record)[0])
+        old, log_p = self.old_scores(record, LOG_P if "kl_old" in columns else None)
+        return outputs, replace(record, old=old, state=replace(state_of(record), old_log_p=log_p))
 
     def _writer(self, temperature: float) -> CompletionSampler:
         size = self.rollout.micro_batch
@@ -187,21 +196,27 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         texts = texts_of(outputs)
         if self.environment is None:
             return [Failed(self.rollout.failure_reward) if text is None else text for text in texts]
-        return self.environment.show(
-            [text or "" for text in texts], [(n, "environment") for n in names_of(outputs)], frames
-        )
+        return self.environment.show(self.captions(outputs), [(n, "environment") for n in names_of(outputs)], frames)
+
+    def captions(self, outputs: Outputs) -> Sequence[str]:
+        """Return what an environment is given; without one, the texts are what is shown."""
+        return [text or "" for text in texts_of(outputs)] if self.environment else []
 
     # Scoring again
 
     def replay(self, record: Record, columns: Sequence[str]) -> list[tuple[Float32[Tensor, " terms"], Columns]]:
         """Return the score of each term, and the columns asked for.
 
-        "kl" and "kl_average" are exact divergences of a token's candidates to the base model and to the average.
+        "kl", "kl_average" and "kl_old" are exact divergences of a token's candidates: to the base model, to the average
+        and to the policy that drew. Without recorded ones the policy is the old one, too.
         """
         state, places = state_of(record), int(record.slot[0])
         log_p = self._log_p(state, places)
         others = by_other_weights(columns, self.other_weights, lambda: self._log_p(state, places))
+        if "kl_old" in columns:
+            others["kl_old"] = log_p.detach() if state.old_log_p is None else state.old_log_p
         found = {name: self._by_term(divergence(log_p, other), state) for name, other in others.items()}
+        found |= {LOG_P: log_p.detach()} if LOG_P in columns else {}
         return [(self._by_term(state.of_drawn(log_p), state), found)]
 
     def _by_term(self, values: Tensor, state: ProgramState) -> Tensor:

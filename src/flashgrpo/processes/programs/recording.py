@@ -11,7 +11,7 @@ from torch import Tensor
 from flashgrpo.distributed.world import World
 from flashgrpo.process import Record
 from flashgrpo.processes.programs.model import LanguageModel
-from flashgrpo.processes.programs.phases import phase_of_tokens
+from flashgrpo.processes.programs.phases import Cut, phase_of_tokens
 from flashgrpo.processes.programs.settings import CallTokens
 from flashgrpo.processes.programs.state import ProgramState
 from flashgrpo.processes.programs.writing import Written, places_for
@@ -32,10 +32,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Calls:
-    """The calls of some runs, by run, then in their order, and how they are judged."""
+    """The calls of some runs, by run, then in their order, and how they are judged: in how many phases, cut where."""
 
     made: Sequence[Made]
-    tags: Sequence[str]
+    phases: int
+    cut: Cut
     score: CallTokens
 
 
@@ -47,10 +48,10 @@ def key_of(group: int, module: str, number: int, channel: int) -> int:
 def record_of(calls: Calls, groups: Sequence[int], model: LanguageModel, world: World) -> Record:
     """Record calls, whose samples have these groups; the slot of a unit is the width of its prompt's places."""
     made, score = calls.made, calls.score
-    phases = [_phases(call.written, calls.tags, model) for call in made]
+    phases = [_phases(call.written, calls, model) for call in made]
     state = ProgramState.of([m.prompt for m in made], [m.written for m in made], phases, model.width, model.length)
     slot = torch.tensor([places_for(len(call.prompt), model.width) for call in made], dtype=torch.int64)
-    numbers = max(1, len(calls.tags))
+    numbers = calls.phases
     keys = [[key_of(groups[m.sample], m.module, m.number, phase) for phase in range(numbers)] for m in made]
     key = torch.tensor(keys, dtype=torch.int64).view(-1, numbers)
     sample = torch.tensor([call.sample for call in made], dtype=torch.int64)
@@ -63,11 +64,11 @@ def record_of(calls: Calls, groups: Sequence[int], model: LanguageModel, world: 
     return Record(slot, unit, sample[unit], key[unit, channel], channel, weight, None, state)
 
 
-def _phases(written: Written, tags: Sequence[str], model: LanguageModel) -> list[int]:
-    if len(tags) < 2:
+def _phases(written: Written, calls: Calls, model: LanguageModel) -> list[int]:
+    if calls.phases < 2:
         return [0] * len(written.ids)
     ends = list(accumulate((len(model.text(written.ids[: n + 1])) for n in range(len(written.ids))), max))
-    return phase_of_tokens(ends, model.text(written.ids), tags)
+    return phase_of_tokens(ends, calls.cut(model.text(written.ids)))
 
 
 def _weights(state: ProgramState, score: CallTokens, world: World) -> Float32[Tensor, " units"]:

@@ -74,13 +74,21 @@ class ProgramRollout(RolloutPart):
     too much."""
     patience: Positive = 60.0
     """Seconds that a program may take from one call to the next; one that takes longer ends the training."""
-    phases: dict[str, str] = Field(default_factory=dict)
-    """Channel -> the text behind which its part of a completion begins; what stands before is the first channel's."""
+    phases: dict[str, str] | list[str] = Field(default_factory=dict)
+    """Channel -> the text behind which its part of a completion begins; what stands before is the first channel's. Or
+    the channels alone, in order, where `cut` says where they begin."""
+    cut: PathText | None = None
+    """`package.module:function` or `path/to/file.py:function` with `function(text) -> list`: the character at which
+    each phase of a completion begins, rising from 0, and fewer where phases do not come. It is code that the run
+    executes."""
     environment: PathText | None = None
     """A recipe whose model makes a video or an image of what the program returns; rewards look at that. The model is
     not trained."""
     environment_steps: Count | None = None
     """Denoising steps of the environment's model; as its recipe evaluates when not given."""
+    environment_guidance: float | None = Field(default=None, ge=1, le=1_000)
+    """Its classifier-free guidance; as its recipe evaluates when not given. The more of it, the more of a video is due
+    to its text, and the less of the rewards to noise."""
 
     def check(self, chosen: Chosen) -> None:
         """Refuse choices that cannot work with each other or with these settings, with a ValueError."""
@@ -94,17 +102,29 @@ class ProgramRollout(RolloutPart):
                 "algorithm.objective: of programs there are log-probabilities and divergences; take "
                 "algorithm.objective.kind=clipped"
             )
-        if "kl_old" in chosen.columns:
+        for name in ("environment_steps", "environment_guidance"):
+            if self.environment is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"rollout.{name}: there is no environment; give rollout.environment, or leave this out"
+                )
+        if isinstance(self.phases, list) != (self.cut is not None):
             raise ValueError(
-                "algorithm.objective: programs keep no divergence to the policy that drew; take "
-                "algorithm.objective.kind=clipped"
+                "rollout.phases: a list of channels is cut by the function that rollout.cut names, a mapping from "
+                "channels to texts by these; give one of both"
             )
-        if any(not tag for tag in self.phases.values()):
+        if len(set(self.phases)) < len(self.phases):
+            raise ValueError("rollout.phases: each channel stands there once")
+        if any(not tag for tag in self.tags.values()):
             raise ValueError("rollout.phases: a phase begins behind a text that is not empty")
 
+    @property
+    def tags(self) -> dict[str, str]:
+        """Return channel -> the text behind which it begins; empty where a function cuts."""
+        return self.phases if isinstance(self.phases, dict) else {}
+
     def absolute(self, call: Callable[[str], str]) -> "ProgramRollout":
-        """Return the same, with the program's file and the recipe of the environment by their absolute paths."""
-        changes = {"program": call(self.program), "environment": self.environment and call(self.environment)}
+        """Return the same, with the files of code and the recipe of the environment by their absolute paths."""
+        changes = {name: (value := getattr(self, name)) and call(value) for name in ("program", "environment", "cut")}
         return self.model_copy(update=changes)
 
     def facts(self) -> Mapping[str, str]:

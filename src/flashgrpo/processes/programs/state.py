@@ -23,6 +23,7 @@ class ProgramState:
         phase: (U, L) of each token of the completion.
         decoded: (U, L) log-probabilities as the decoder had them, beside which the scores are laid.
         kept: (U, L, K) candidates of each token, None where all are.
+        old_log_p: (U, L, K) of these by the weights that drew, where a column compares with them.
     """
 
     ids: Int64[Tensor, "units places"]
@@ -31,6 +32,7 @@ class ProgramState:
     phase: Int64[Tensor, "units length"]
     decoded: Float32[Tensor, "units length"]
     kept: Kept | None
+    old_log_p: Float32[Tensor, "units length candidates"] | None = None
 
     @classmethod
     def of(
@@ -63,11 +65,11 @@ class ProgramState:
 
     def __getitem__(self, units: Int64[Tensor, " some"]) -> "ProgramState":
         """Return the state of some units."""
-        kept = None if self.kept is None else index_rows(self.kept, units)
+        kept, old = (None if one is None else index_rows(one, units) for one in (self.kept, self.old_log_p))
         ids, count, drawn, phase, decoded = (
             one[units] for one in (self.ids, self.count, self.drawn, self.phase, self.decoded)
         )
-        return ProgramState(ids, count, drawn, phase, decoded, kept)
+        return ProgramState(ids, count, drawn, phase, decoded, kept, old)
 
     @property
     def length(self) -> int:
