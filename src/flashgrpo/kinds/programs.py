@@ -67,7 +67,7 @@ def _environment(rollout: ProgramRollout, config: RunConfig, world: World, say: 
         raise UserError(
             f"rollout.environment: {rollout.environment} is a recipe of {other.rollout.kind}; name one of a flow model"
         )
-    changes = {"model": other.model.model_copy(update={"condition_cache": config.model.condition_cache})}
+    changes: dict[str, Any] = {"model": other.model.model_copy(update={"condition_cache": config.model.condition_cache})}
     if rollout.environment_guidance is not None:
         guidance = {"guidance_scale": rollout.environment_guidance, "guidance_scale_2": None}
         changes["evaluation"] = other.evaluation.model_copy(update=guidance)
@@ -86,10 +86,9 @@ def _process(
     rollout, sampling = _rollout(config), config.evaluation
     assert isinstance(sampling, ProgramSampling)
     explain = partial(told, "rollout.program")
-    size = config.optim.micro_batch
+    size, chosen = config.optim.micro_batch, _chosen(config)
     try:
-        how = rollout, sampling, size, world, explain, environment, cut
-        return ProgramProcess(model, program, *_chosen(config), *how)
+        return ProgramProcess(model, program, *chosen, rollout, sampling, size, world, explain, environment, cut)
     except ValueError as error:
         raise UserError(str(error)) from error
 
