@@ -67,7 +67,8 @@ def _environment(rollout: ProgramRollout, config: RunConfig, world: World, say: 
         raise UserError(
             f"rollout.environment: {rollout.environment} is a recipe of {other.rollout.kind}; name one of a flow model"
         )
-    changes: dict[str, Any] = {"model": other.model.model_copy(update={"condition_cache": config.model.condition_cache})}
+    model = other.model.model_copy(update={"condition_cache": config.model.condition_cache})
+    changes: dict[str, Any] = {"model": model}
     if rollout.environment_guidance is not None:
         guidance = {"guidance_scale": rollout.environment_guidance, "guidance_scale_2": None}
         changes["evaluation"] = other.evaluation.model_copy(update=guidance)
