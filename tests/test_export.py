@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from flashgrpo.card import model_card, public
+from flashgrpo.card import Shown, model_card, public
 from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process
@@ -79,6 +79,42 @@ def test_adapters_give_diffusers_the_trained_velocity(lora, style):
     head = yaml.safe_load(card.split("---\n")[1])
     assert (head["library_name"], head["base_model"]) == ("diffusers", "flashgrpo:tiny/weights")
     assert {"text-to-video", "lora"} <= set(head["tags"])
+
+
+def test_a_card_shows_samples_and_the_recipe(lora):
+    config, run = lora
+    folder = export(run, "diffusers")
+    text = (folder / "README.md").read_text()
+    shown = sorted(file.name for file in (folder / "samples").iterdir())
+    assert shown == ["0-base.mp4", "0-tuned.mp4"]
+    line = next(line for line in read_lines(run / "evaluations.jsonl") if line["update"] == best_of(run))
+    kept = line["samples"][0]
+    assert (folder / "samples/0-tuned.mp4").read_bytes() == (run / kept["video"]).read_bytes()
+    assert (folder / "samples/0-base.mp4").read_bytes() == (run / kept["base_video"]).read_bytes()
+    assert f'| `{kept["prompt"]}` | <video src="samples/0-base.mp4" width="240" autoplay' in text
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["widget"] == [{"text": kept["prompt"], "output": {"url": "samples/0-tuned.mp4"}}]
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["prompts"]["heldout"] == Path(config.prompts.heldout).name
+    again = RunConfig.parse(recipe | {"out": "x"}, "the card")
+    assert (again.algorithm, again.optim, again.rollout) == (config.algorithm, config.optim, config.rollout)
+
+
+def best_of(run: Path) -> int:
+    return checkpoint.choose(run / "checkpoints", None, print)
+
+
+def test_a_card_of_texts_and_images_and_odd_prompts(lora):
+    config, _ = lora
+    shown = [
+        Shown("a | `b`\n*c*", "samples/0-base.png", "samples/0-tuned.png"),
+        Shown("d", "0-base.txt", "0-tuned.txt"),
+    ]
+    text = model_card(config, "diffusers", ["a.safetensors"], 4, None, False, shown=shown)
+    assert "| `'a \\| \\x60b\\x60\\n*c*'` | ![](samples/0-base.png) | ![](samples/0-tuned.png) |" in text
+    assert "| `d` | [text](0-base.txt) | [text](0-tuned.txt) |" in text
+    assert len(yaml.safe_load(text.split("---\n")[1])["widget"]) == 1
+    assert "## Samples" not in model_card(config, "diffusers", ["a.safetensors"], 4, None, False)
 
 
 @pytest.mark.parametrize("format", ["diffusers", "merged"])

@@ -9,7 +9,8 @@ from flashgrpo import presets
 from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import evaluate
+from flashgrpo.notebook import Run
 from flashgrpo.train import train
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "UserError", "evaluate", "presets", "train"]
+__all__ = ["Run", "RunConfig", "UserError", "evaluate", "presets", "train"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flashgrpo.config import RunConfig
 from flashgrpo.config.reading import write_yaml
@@ -22,6 +22,14 @@ network = PeftModel.from_pretrained(network, ".")
 """
 
 
+class Shown(NamedTuple):
+    """A prompt, and files of the export with what the base model made of it and what the tuned one did."""
+
+    prompt: str
+    base: str
+    tuned: str
+
+
 def model_card(
     config: RunConfig,
     format: Format,
@@ -31,6 +39,7 @@ def model_card(
     image: bool,
     library: Library = "diffusers",
     call_of: CallOf = PipelineCall,
+    shown: Sequence[Shown] = (),
 ) -> str:
     """Write what a reader of the files needs to know; it names no folder of the machine that trained.
 
@@ -40,6 +49,7 @@ def model_card(
         image: whether the model starts from one.
         library: that loads the files; None where only the code of the base model does.
         call_of: see `Process.pipeline_call`.
+        shown: samples that lie beside the card.
     """
     train = config.model.train
     what = f"LoRA, rank {train.rank}, alpha {train.alpha}" if isinstance(train, Lora) else "every weight"
@@ -57,18 +67,59 @@ def model_card(
         **config.rollout.facts(),
         "Seed": str(config.seed),
     }
-    algorithm = write_yaml(config.model_dump(mode="json")["algorithm"])
     parts = [
-        f"---\n{write_yaml(_metadata(config, format, image, library))}---",
+        f"---\n{write_yaml(_metadata(config, format, image, library) | _widget(shown))}---",
         "# Aligned with Flash-GRPO",
         _result(evaluated),
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        *([_samples(shown, update)] if shown else []),
         "## Use",
         _use(config, format, files, image, library, call_of),
-        "## Algorithm",
-        f"```yaml\n{algorithm}```",
+        "## Recipe",
+        f"```yaml\n{write_yaml(_recipe(config))}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _samples(shown: Sequence[Shown], update: int) -> str:
+    """Write a table of samples; the hub plays the videos in it."""
+
+    def cell(file: str) -> str:
+        if file.endswith(".mp4"):
+            return f'<video src="{file}" width="240" autoplay loop muted playsinline controls></video>'
+        return f"![]({file})" if file.endswith(".png") else f"[text]({file})"
+
+    said = "Prompts of the evaluation in the order of their file, not chosen by result; both from the same noise."
+    prompts = [code(one.prompt).replace("|", "\\|") for one in shown]
+    lines = [f"| {p} | {cell(one.base)} | {cell(one.tuned)} |" for p, one in zip(prompts, shown, strict=True)]
+    return "\n".join(
+        ["## Samples\n", f"{said}\n", f"| prompt | base | after update {update} |", "|---|---|---|", *lines]
+    )
+
+
+def _widget(shown: Sequence[Shown]) -> dict[str, Any]:
+    """Return the entry of the front matter by which the hub shows samples on the model's page."""
+    seen = [one for one in shown if not one.tuned.endswith(".txt")]
+    return {"widget": [{"text": one.prompt, "output": {"url": one.tuned}} for one in seen]} if seen else {}
+
+
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that the result depends on, without the folders of this machine."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shown(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [shown(entry) for entry in value]
+        return ", ".join(public(one.strip()) for one in value.split(",")) if _is_local(value) else value
+
+    settings = config.model_dump(mode="json", exclude={"out", "tracking", "checkpoint", "parallel"})
+    return {key: shown(entry) for key, entry in settings.items()}
+
+
+def _is_local(value: Any) -> bool:
+    begins = ("/", "http://", "https://", "datasets:/")
+    return isinstance(value, str) and value.startswith(begins)
 
 
 def _beginning(config: RunConfig, format: Format) -> dict[str, str]:

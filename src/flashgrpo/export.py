@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashgrpo.assembly import make_process
-from flashgrpo.card import Format, Library, model_card
+from flashgrpo.card import Format, Library, Shown, model_card
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError, first_line
 from flashgrpo.files import read_object, write_aside
@@ -13,6 +13,8 @@ from flashgrpo.models.settings import Lora
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
+
+MOST_SHOWN = 4  # pairs of samples beside a model card
 
 
 def export(
@@ -49,8 +51,9 @@ def export(
         else:
             files = process.save_lora(aside, averaged, style=format)
         told = evaluated(directory, update)
+        library, shown = library_of(aside, files), copy_samples(directory, update, aside)
         card = model_card(
-            config, format, files, update, told, process.takes_image, library_of(aside, files), process.pipeline_call
+            config, format, files, update, told, process.takes_image, library, process.pipeline_call, shown
         )
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder
@@ -112,6 +115,25 @@ def library_of(folder: Path, files: Sequence[str]) -> Library:
     index = folder / "model_index.json"
     kind = read_object(index).get("_class_name") if index.is_file() else None
     return "diffusers" if hasattr(diffusers, str(kind)) else None
+
+
+def copy_samples(directory: RunDirectory, update: int, folder: Path) -> list[Shown]:
+    """Copy the first pairs of samples that were kept of an update's evaluation into `folder`/samples."""
+    from flashgrpo.report import file_bytes, unselected_pairs
+
+    line = next((line for line in directory.evaluations() if line.get("update") == update), {})
+    shown = []
+    for number, sample in enumerate(unselected_pairs(line)[:MOST_SHOWN]):
+        names = []
+        for which, file in (("base", sample["base_video"]), ("tuned", sample["video"])):
+            content = file_bytes(directory.path, file)
+            if content is not None:
+                names.append(f"samples/{number}-{which}{Path(str(file)).suffix}")
+                (folder / "samples").mkdir(exist_ok=True)
+                (folder / names[-1]).write_bytes(content)
+        if len(names) == 2:
+            shown.append(Shown(str(sample.get("prompt", "")), *names))
+    return shown
 
 
 def evaluated(directory: RunDirectory, update: int) -> dict[str, Any] | None:

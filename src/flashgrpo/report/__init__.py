@@ -219,13 +219,19 @@ def shown_pairs(run: Run, shown: Row | None, media: Media) -> Pairs:
         samples = samples_of(evaluation)
         rows = [row for row in evaluation.get("extremes", []) if row in range(len(samples))]
         changed = [sample for row in rows if is_pair(sample := samples[row])]
-        both = [s for s in samples if is_pair(s) and not Path(str(s["base_video"])).stem.endswith("-base")]
+        both = unselected_pairs(evaluation)
         ends, left = embedded(media, changed, MOST_MEDIA_BYTES // 2)
         plain, _ = embedded(media, both[:MOST_PAIRS], left + MOST_MEDIA_BYTES // 2)
         if plain or ends:
             note = f"{len(plain)} of {len(both)} pairs are shown." if len(plain) < len(both) else ""
             return Pairs(plain, ends, evaluation["update"], note)
     return Pairs([], [])
+
+
+def unselected_pairs(evaluation: Row) -> list[Row]:
+    """Return the samples that were kept beside the base's without a look at their rewards."""
+    samples = samples_of(evaluation)
+    return [s for s in samples if is_pair(s) and not Path(str(s["base_video"])).stem.endswith("-base")]
 
 
 def is_pair(sample: Row) -> bool:
