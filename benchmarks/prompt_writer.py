@@ -2,9 +2,9 @@
 
     python benchmarks/prompt_writer.py RUN [RUN ...]
 
-The runs are whole ones of `tiny-prompt-writer`, with other seeds and one evaluation seed. Their writers' rewards are those
-of confirmation.json, on noise that selected nothing; the captions are drawn from that noise, too. The last is no rival: it
-reads the columns that the reward reads. Differences are paired, with 95 % intervals over runs and prompts.
+The runs are whole ones of `tiny-prompt-writer`, with other seeds and one evaluation seed. Their writers' rewards are
+those of confirmation.json, on noise that selected nothing; the captions are drawn from that noise, too. The last is no
+rival: it reads the columns that the reward reads. Differences are paired, with 95 % intervals over runs and prompts.
 """
 
 import argparse

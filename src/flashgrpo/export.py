@@ -119,7 +119,7 @@ def library_of(folder: Path, files: Sequence[str]) -> Library:
 
 def copy_samples(directory: RunDirectory, update: int, folder: Path) -> list[Shown]:
     """Copy the first pairs of samples that were kept of an update's evaluation into `folder`/samples."""
-    from flashgrpo.report import file_bytes, unselected_pairs
+    from flashgrpo.report.samples import file_bytes, unselected_pairs
 
     line = next((line for line in directory.evaluations() if line.get("update") == update), {})
     shown = []

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from flashgrpo.errors import UserError
-from flashgrpo.report import MOST_PAIRS, findings, write_report
+from flashgrpo.report import findings, write_report
 from flashgrpo.report.record import headline_evaluation
+from flashgrpo.report.samples import MOST_PAIRS
 
 COMPONENTS = ("agreement.color", "agreement.shape", "agreement.direction", "agreement.speed")
 CONFIG = "out: runs/demo\nseed: 0\nupdates: 60\nalgorithm: flash_grpo\noptim:\n  lr: 0.0001\n"

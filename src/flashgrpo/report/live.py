@@ -17,9 +17,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from flashgrpo.errors import UserError, system_reason
-from flashgrpo.report import file_bytes, render
+from flashgrpo.report import render
 from flashgrpo.report.page import template
 from flashgrpo.report.record import read_run
+from flashgrpo.report.samples import file_bytes
 from flashgrpo.serving.local import HOST, names_of
 
 LOOK_EVERY = 1.0  # seconds between two looks at the files
