@@ -33,7 +33,6 @@ from flashgrpo.report.samples import Media, filmstrips, shown_pairs
 
 __all__ = ["write_report"]
 
-CAPTIONS = ("base", "base_caption"), ("tuned", "caption")  # what a model wrote for a video to be made of
 EXTREMES = 5  # prompts shown at either end of the sorted table
 HEALTH = {
     "grad_norm": ("Gradient norm", "by update"),

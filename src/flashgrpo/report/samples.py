@@ -13,6 +13,7 @@ from flashgrpo.report.record import Row, Run, samples_of
 MOST_PAIRS = 12
 MOST_STRIPS = 4
 MOST_MEDIA_BYTES = 24 * 2**20  # of all embedded samples together
+CAPTIONS = ("base", "base_caption"), ("tuned", "caption")  # what a model wrote for a video to be made of
 URIS = {".mp4": "data:video/mp4;base64,", ".png": "data:image/png;base64,"}
 
 
