@@ -277,6 +277,16 @@ def test_links_lead_somewhere():
             assert not outside, f"{page.name}: {link} is not part of the site; name the file without a link"
 
 
+def test_videos_that_are_shown_exist_and_are_small():
+    shown = {
+        DOCS / name
+        for page in DOCS.glob("*.md")
+        for name in re.findall(r'<video src="([^"]+)"', page.read_text("utf-8"))
+    }
+    assert shown == set((DOCS / "videos").iterdir())
+    assert sum(file.stat().st_size for file in shown) < 400_000
+
+
 def test_tests_that_are_named_exist():
     """A path from the top, or a test's name behind the name of its file."""
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
