@@ -14,6 +14,7 @@ def inf(videos, prompts, **columns): return [float("inf")] * len(prompts)
 def none(videos, prompts, **columns): return {}
 def narrow(videos, prompts): return [1.0] * len(prompts)
 def changes(videos, prompts, **columns): return videos.mul_(2).mean((1, 2, 3, 4))
+def mean(videos, prompts, **columns): return videos.mean()
 def text(videos, prompts, **columns): return ["good"] * len(prompts)
 """
 
@@ -45,6 +46,7 @@ CASES = [
     of_call("mine:nan", "reward mine is not finite for 2 of 2 samples; their groups would be dropped", begun=True),
     of_call("mine:inf", "reward mine is not finite for 2 of 2 samples", begun=True),
     of_call("mine:text", "reward mine must be 2 numbers", begun=True),
+    of_call("mine:mean", "reward mine must be 2 numbers, one for each video, not one for all of them", begun=True),
     of_call("mine:none", "reward mine returned an empty mapping", begun=True),
     of_call("mine:changes", "changed the videos in place", begun=True),
 ]

@@ -44,7 +44,11 @@ class ParallelConfig(Part):
         """
         shard, context, shares = self.shard, self.context, self.shares
         if size % (shard * context):
-            raise UserError(f"parallel: {size} processes cannot be cut into shard {shard} x context {context}")
+            these, needed = "1 process" if size == 1 else f"{size} processes", shard * context
+            raise UserError(
+                f"parallel: {these} cannot be cut into shard {shard} x context {context}; start {needed} or a multiple, "
+                f"with torchrun --nproc-per-node {needed} -m flashgrpo train ..., or lower these"
+            )
         if shares is not None and (len(shares) != size // context or not sum(shares)):
             raise UserError(f"parallel.shares: {len(shares)} shares for {size // context} data ranks; give each one")
         if any(rank >= size for rank in self.reward_ranks):

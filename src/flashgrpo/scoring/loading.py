@@ -188,6 +188,8 @@ def checked_values(values: Any, count: int, what: str = "the reward") -> dict[st
 
 def _column(numbers: Any, count: int, what: str) -> list[float]:
     column = numbers.tolist() if hasattr(numbers, "tolist") else numbers  # of a tensor, or an array
+    if isinstance(column, int | float) and not isinstance(column, bool):
+        raise ValueError(f"{what} must be {count} numbers, one for each video, not one for all of them")
     if not isinstance(column, Sequence) or isinstance(column, str):
         raise ValueError(f"{what} must be {count} numbers, not {type(numbers).__name__}")
     if len(column) != count:
