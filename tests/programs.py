@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flashgrpo.distributed.world import World, current_device
 from flashgrpo.models.causal_lm import CausalLm
@@ -15,18 +15,18 @@ from flashgrpo.models.settings import Lora, ModelConfig
 WORDS = ["<end>", *"123456789", "plan", "draw", "a", "red", "blue"]
 
 
-def write_language_model(folder: Path, words=WORDS, seed=0, **settings) -> Path:
-    """A tiny Llama of random weights, whose tokens are words."""
+def write_language_model(folder: Path, words=WORDS, seed=0, kind="llama", **settings) -> Path:
+    """A tiny Llama, or another, of random weights, whose tokens are words."""
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=words[-1]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[0]).save_pretrained(folder)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"vocab_size": len(words), "eos_token_id": 0, "max_position_embeddings": 128}
-    config = LlamaConfig(**{**sizes, **settings})
+    config = AutoConfig.for_model(kind, **{**sizes, **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

@@ -52,6 +52,9 @@ CARDS = {  # processes, GiB of each
     "ursa-1.7b-images": (8, 40),
     "amused-256": (1, 24),
     "llada-8b": (8, 40),
+    "qwen3-program": (1, 40),
+    "qwen3-slate": (1, 24),
+    "prompt-writer-qwen3-wan": (1, 40),
 }
 
 
@@ -157,7 +160,10 @@ def test_graphs_that_are_to_be_kept_are_counted(make_run):
     assert 0.8 < counted / (2 * graphs.bytes_each) < 1.5  # what lives in the backward pass besides is counted, too
 
 
-WHOLE_WORLDS = {"tiny-program": (36, 12)}  # of whose problem there are 48 prompts in all: a colour beside a thing
+WHOLE_WORLDS = {
+    "qwen3-slate": (192, 48),
+    "tiny-program": (36, 12),
+}  # of whose problem there are 48 prompts in all: a colour beside a thing
 
 
 @pytest.mark.parametrize("name", RECIPES)

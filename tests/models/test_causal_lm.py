@@ -42,6 +42,18 @@ def test_a_row_computes_alike_whether_its_batch_has_padding(folder):
     assert torch.equal(model.begin(ids[:, :16], full)[0][:3], model.begin(ids[:, :16], mixed)[0][:3])
 
 
+def test_blocks_that_are_computed_again_leave_the_cache_alone(folder):
+    plain, again = (language_model(folder, gradient_checkpointing=on) for on in (False, True))
+    assert again.network.training
+    ids, count = torch.randint(1, 14, (2, 16)), torch.tensor([16, 5])
+    for model in (plain, again):
+        model.first, cache = model.begin(ids, count)
+        model.second = model.go_on(torch.tensor([3, 4]), cache)
+    assert torch.equal(plain.first, again.first)
+    assert torch.equal(plain.second, again.second)
+    assert again.network.training
+
+
 def test_texts(folder):
     model = language_model(folder)
     assert model.text(model.prompt_ids("plan a red")) == "plan a red"

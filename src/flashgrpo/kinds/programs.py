@@ -60,19 +60,24 @@ def _explained(function: Cut, key: str) -> Cut:
     return call
 
 
-def _environment(rollout: ProgramRollout, config: RunConfig, world: World, say: Say | None) -> Shown:
-    """Load the model of another recipe, each process its own copy; its weights stay as they are."""
+def _environments_config(rollout: ProgramRollout) -> RunConfig:
+    """Return the recipe of the environment, with the guidance that it is to have."""
     other = RunConfig.load(str(rollout.environment))
     if other.rollout.kind != "flow":
         raise UserError(
             f"rollout.environment: {rollout.environment} is a recipe of {other.rollout.kind}; name one of a flow model"
         )
+    if rollout.environment_guidance is None:
+        return other
+    guidance = {"guidance_scale": rollout.environment_guidance, "guidance_scale_2": None}
+    return other.model_copy(update={"evaluation": other.evaluation.model_copy(update=guidance)})
+
+
+def _environment(rollout: ProgramRollout, config: RunConfig, world: World, say: Say | None) -> Shown:
+    """Load the model of another recipe, each process its own copy; its weights stay as they are."""
+    other = _environments_config(rollout)
     model = other.model.model_copy(update={"condition_cache": config.model.condition_cache})
-    changes: dict[str, Any] = {"model": model}
-    if rollout.environment_guidance is not None:
-        guidance = {"guidance_scale": rollout.environment_guidance, "guidance_scale_2": None}
-        changes["evaluation"] = other.evaluation.model_copy(update=guidance)
-    process = flow.make_process(other.model_copy(update=changes), World(world.device), [], say)
+    process = flow.make_process(other.model_copy(update={"model": model}), World(world.device), [], say)
     return Shown(process, rollout.environment_steps)
 
 
@@ -105,8 +110,6 @@ def planned_cost(config: RunConfig, update: int) -> Cost:
 class ProgramMemory:
     """What the model of a program takes, counted on its full size without weights; see `Memory`."""
 
-    further_weights = 0
-
     def __init__(self, config: RunConfig) -> None:
         from flashgrpo.models.causal_lm import CausalLm
 
@@ -118,6 +121,14 @@ class ProgramMemory:
         self.networks: Sequence[nn.Module] = [self.network]
         self.decoder: nn.Module = nn.Module()
         self._replay = cache(self._count_replay)
+        other = _environments_config(self._rollout) if self._rollout.environment else None
+        self._environment = None if other is None else flow.FlowMemory(other)
+
+    @property
+    def further_weights(self) -> int:
+        """Bytes of an environment's model, which stays beside the language model."""
+        parts = [*self._environment.networks, self._environment.decoder] if self._environment else []
+        return sum(tensor.nbytes for part in parts for tensor in part.parameters())
 
     @property
     def sample(self) -> float:
@@ -149,8 +160,9 @@ class ProgramMemory:
         return self._batch()
 
     def decoding(self, samples: int) -> int:
-        """Count nothing: texts are what they are. An environment's model is estimated by its own recipe."""
-        return 0
+        """Count what an environment takes to draw and decode a micro-batch; texts are what they are."""
+        rows = min(samples, self._rollout.decode_micro_batch)
+        return max(self._environment.sampling(rows), self._environment.decoding(rows)) if self._environment else 0
 
     def _batch(self) -> int:
         model, rows = self._model, self._rollout.micro_batch

@@ -133,8 +133,21 @@ class CausalLm(TransformerModel):
         """Return the logits of the first token behind prompts, (B, V), and the cache."""
         laid_out = self._laid_out(ids, count, ids.shape[1])
         cache = {"past": DynamicCache(), "mask": laid_out["attention_mask"], "next": count[:, None]}
-        result: Tensor = self.network(**laid_out, past_key_values=cache["past"], use_cache=True, logits_to_keep=1)
-        return result[:, -1], cache
+        return self._next(laid_out, cache), cache
+
+    def _next(self, laid_out: dict[str, Tensor], cache: dict[str, Any]) -> Tensor:
+        """Return the logits behind what is laid out, which the cache then holds.
+
+        In training mode transformers passes over the cache where blocks are computed again.
+        """
+        training = self.network.training
+        self.network.eval()
+        try:
+            past = {"past_key_values": cache["past"], "use_cache": True, "logits_to_keep": 1}
+            result: Tensor = self.network(**laid_out, **past)
+        finally:
+            self.network.train(training)
+        return result[:, -1]
 
     def _laid_out(self, ids: Tensor, count: Tensor, places: int) -> dict[str, Tensor]:
         """Return what the network is given: ids with one place more on their left, which is never seen.
@@ -156,16 +169,10 @@ class CausalLm(TransformerModel):
     def go_on(self, token: Tensor, cache: dict[str, Any]) -> Tensor:
         """Return the logits of the token behind this one, (B, V)."""
         cache["mask"] = torch.cat([cache["mask"], torch.ones_like(cache["next"])], dim=1)
-        result: Tensor = self.network(
-            input_ids=token[:, None],
-            attention_mask=cache["mask"],
-            position_ids=cache["next"],
-            past_key_values=cache["past"],
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        laid_out = {"input_ids": token[:, None], "attention_mask": cache["mask"], "position_ids": cache["next"]}
+        result = self._next(laid_out, cache)
         cache["next"] = cache["next"] + 1
-        return result[:, -1]
+        return result
 
     def _save_whole(self, folder: Path) -> None:
         self.network._hf_peft_config_loaded = False  # the adapters are merged
@@ -183,7 +190,8 @@ def hand_out_logits(network: Any) -> Any:
         return logits.float()
 
     def enable_gradient_checkpointing(self: Any) -> None:
-        self.gradient_checkpointing_enable({"use_reentrant": False})
+        newer = getattr(self, "activation_checkpointing_enable", None)  # the name since transformers 5
+        (newer or self.gradient_checkpointing_enable)({"use_reentrant": False})
         self.train()  # blocks are computed again in training mode alone
 
     own = {"forward": forward, "enable_gradient_checkpointing": enable_gradient_checkpointing}
