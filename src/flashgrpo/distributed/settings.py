@@ -46,7 +46,7 @@ class ParallelConfig(Part):
         if size % (shard * context):
             these, needed = "1 process" if size == 1 else f"{size} processes", shard * context
             raise UserError(
-                f"parallel: {these} cannot be cut into shard {shard} x context {context}; start {needed} or a multiple, "
+                f"parallel: {these} cannot be cut into shard {shard} x context {context}; start {needed} or a multiple "
                 f"with torchrun --nproc-per-node {needed} -m flashgrpo train ..., or lower these"
             )
         if shares is not None and (len(shares) != size // context or not sum(shares)):
