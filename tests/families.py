@@ -81,6 +81,14 @@ def wan21_image() -> WanImageToVideoPipeline:
     return WanImageToVideoPipeline(transformer=transformer, **_clip_parts(), **_wan_parts())
 
 
+def wan21_both() -> WanImageToVideoPipeline:
+    """Wan 2.1 from a first frame to a last one: CLIP looks at both."""
+    settings = {"image_dim": 16, "added_kv_proj_dim": 24, "pos_embed_seq_len": 514}
+    pipeline = WanImageToVideoPipeline(transformer=_wan_transformer(36, 1, **settings), **_clip_parts(), **_wan_parts())
+    torch.nn.init.normal_(pipeline.transformer.condition_embedder.image_embedder.pos_embed)  # else it tells nothing
+    return pipeline
+
+
 def wan22_small() -> WanPipeline:
     """Wan 2.2 TI2V-5B: a timestep for each token, an autoencoder of its own."""
     vae = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
@@ -139,6 +147,7 @@ def ltx() -> LTXPipeline:
 KINDS = {
     "wan21": Kind(wan21),
     "wan21-image": Kind(wan21_image, takes_image=True, model={"max_sequence_length": 512}),
+    "wan21-both": Kind(wan21_both, takes_image=True, last_image=True, model={"max_sequence_length": 512}),
     "wan22-5b": Kind(wan22_small, width=64),
     "wan22-5b-image": Kind(wan22_small, width=64, takes_image=True, model={"from_image": True}),
     "wan22-a14b": Kind(wan22_experts, guidance_scale_2=3.0),

@@ -21,6 +21,8 @@ class Kind:
     width: int = 48
     num_frames: int = 9
     takes_image: bool = False
+    last_image: bool = False
+    """Whether a prompt brings a last frame, too."""
     guidance_scale_2: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
     """Further settings."""
@@ -39,6 +41,11 @@ class Kind:
     """Whether its pipeline can call that scheduler: one hands over a list, which UniPC cannot divide by."""
     comfyui: bool = True
     """Whether adapters can be written in ComfyUI's style."""
+
+    def images(self, folder: Path) -> dict[str, str]:
+        """Columns of a prompt: the images in a folder."""
+        last = {"last_image": str(folder / "last.png")} if self.last_image else {}
+        return {"image": str(folder / "first.png"), **last} if self.takes_image else {}
 
     @property
     def guidance(self) -> dict[str, Any]:

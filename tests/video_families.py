@@ -5,14 +5,20 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLWan,
     ClassifierFreeGuidance,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
 )
 from transformers import (
     ByT5Tokenizer,
+    Gemma2Config,
+    Gemma2Model,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     SiglipVisionConfig,
@@ -22,6 +28,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from tests.image_families import LANGUAGE
 from tests.kind import Kind
 from tools.tiny.architecture import make_tokenizer
 
@@ -92,7 +99,37 @@ def hunyuan_image() -> HunyuanVideo15ImageToVideoPipeline:
     )
 
 
+def sana_video() -> SanaVideoPipeline:
+    """Sana-Video."""
+    torch.manual_seed(0)
+    return SanaVideoPipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=Gemma2Model(Gemma2Config(num_hidden_layers=1, head_dim=4, **LANGUAGE)),
+        vae=AutoencoderKLWan(
+            base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
+        transformer=SanaVideoTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=12,
+            cross_attention_dim=24,
+            caption_channels=8,
+            mlp_ratio=2.0,
+            rope_max_seq_len=32,
+        ),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0),
+    )
+
+
 VIDEOS = {
+    "sana-video": Kind(
+        sana_video,
+        width=64,
+        comfyui=False,
+        call=lambda model: {"use_resolution_binning": False, "frames": model.config.num_frames},
+    ),
     "hunyuan15": Kind(hunyuan, 64, 64, comfyui=False),
     "hunyuan15-image": Kind(hunyuan_image, 64, 64, takes_image=True, comfyui=False),
 }

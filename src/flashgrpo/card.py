@@ -16,6 +16,8 @@ Library = Literal["diffusers", "peft"] | None
 CallOf = Callable[[Mapping[str, Any]], PipelineCall]
 
 
+FRAMES = {"image": "first-frame.png", "last_image": "last-frame.png"}
+
 WITH_PEFT = """from peft import PeftModel
 
 network = PeftModel.from_pretrained(network, ".")
@@ -74,7 +76,7 @@ def model_card(
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         *([_samples(shown, update)] if shown else []),
         "## Use",
-        _use(config, format, files, image, library, call_of),
+        _use(config, format, files, library, call_of),
         "## Recipe",
         f"```yaml\n{write_yaml(_recipe(config))}```",
     ]
@@ -170,13 +172,11 @@ def _metadata(config: RunConfig, format: Format, image: bool, library: Library) 
     }
 
 
-def _use(
-    config: RunConfig, format: Format, files: Sequence[str], image: bool, library: Library, call_of: CallOf
-) -> str:
+def _use(config: RunConfig, format: Format, files: Sequence[str], library: Library, call_of: CallOf) -> str:
     if format == "comfyui":
         return _in_comfyui(files)
     if library == "diffusers":
-        return f"```python\n{_program(config, files, image, call_of(_evaluation(config)))}```"
+        return f"```python\n{_program(config, files, call_of(_evaluation(config)))}```"
     if library == "peft":
         return f"With `network`, loaded by the code of {code(public(config.model.path))}:\n\n```python\n{WITH_PEFT}```"
     return f"The folder is laid out as that of {code(public(config.model.path))} and is loaded by the same code."
@@ -221,7 +221,7 @@ def _evaluation(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _program(config: RunConfig, files: Sequence[str], image: bool, call: PipelineCall) -> str:
+def _program(config: RunConfig, files: Sequence[str], call: PipelineCall) -> str:
     """Write a program that runs in the folder of the export."""
     base, frames = public(config.model.path), config.model.num_frames
     shipped, local = base.startswith("flashgrpo:"), Path(config.model.path).is_absolute()
@@ -234,7 +234,7 @@ def _program(config: RunConfig, files: Sequence[str], image: bool, call: Pipelin
     sets = [f"pipe.{name} = {value}" for name, value in call.attributes.items()]
     given = {
         "prompt": '"A prompt like those it was trained on"',
-        **({"image": 'load_image("first-frame.png")'} if image else {}),
+        **{name: f'load_image("{FRAMES[name]}")' for name in call.images},
         **{name: literal(one) if isinstance(one, str) else one for name, one in call.arguments.items()},
     }
     if frames == 1:
@@ -243,7 +243,7 @@ def _program(config: RunConfig, files: Sequence[str], image: bool, call: Pipelin
         save = ["image = pipe(", f").{result}", 'image.save("image.png")']
     else:
         save = ["video = pipe(", ").frames[0]", f'export_to_video(video, "video.mp4", fps={config.model.fps:g})']
-    helpers = [*(["export_to_video"] if frames > 1 else []), *(["load_image"] if image else [])]
+    helpers = [*(["export_to_video"] if frames > 1 else []), *(["load_image"] if call.images else [])]
     lines = [
         "import torch",
         f"from diffusers import {call.pipeline}",

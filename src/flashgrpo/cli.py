@@ -126,6 +126,10 @@ def sample(
         str | None,
         typer.Option(**PATH_TEXT, help="The first frame, for a model that starts from one."),
     ] = None,
+    last_image: Annotated[
+        str | None,
+        typer.Option(**PATH_TEXT, help="The last frame, for a model that ends with one."),
+    ] = None,
     out: Annotated[Path, typer.Option(**PATH, help="The file to write; the ending of what is made is added.")] = Path(
         "sample"
     ),
@@ -145,10 +149,12 @@ def sample(
 
     if (prompt is None) == (file is None):
         raise UserError("give either a prompt or --file")
-    if file is not None and image is not None:
+    given = {"image": image, "last_image": last_image}
+    images = {name: one for name, one in given.items() if one is not None}
+    if file is not None and images:
         raise UserError("--image: a prompt file names its images itself, in a column image")
-    prompts = read_prompts(file, "--file") if file else [Prompt(prompt or "", {"image": image} if image else {})]
-    print(run_sample(run, prompts, out, seed or [0], steps, size, checkpoint, from_image=image is not None))
+    prompts = read_prompts(file, "--file") if file else [Prompt(prompt or "", images)]
+    print(run_sample(run, prompts, out, seed or [0], steps, size, checkpoint, from_image=bool(images)))
 
 
 @app.command()

@@ -117,12 +117,14 @@ class PipelineCall:
     Args:
         arguments: of the pipeline's call, as it names and counts them.
         pipeline: its class.
+        images: that each prompt brings, as the call and `IMAGE_COLUMNS` name them.
         attributes: what is set before, name -> value: "guider.guidance_scale", for instance.
         loads_adapters: whether the pipeline does so; else its transformer does.
     """
 
     arguments: Mapping[str, Any]
     pipeline: str = "DiffusionPipeline"
+    images: Sequence[str] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     loads_adapters: bool = True
 

@@ -16,7 +16,7 @@ from flashgrpo.errors import UserError, first_line, install_hint, system_reason
 from flashgrpo.files import resolve_path
 from flashgrpo.jsontext import json_lines
 from flashgrpo.seeds import generator
-from flashgrpo.types import Prompt, PromptGroup
+from flashgrpo.types import IMAGE_COLUMNS, Prompt, PromptGroup
 from flashgrpo.video import image_bytes
 
 RESERVED = ("videos", "prompts", "self")
@@ -46,17 +46,20 @@ def read_prompts(path: str, key: str) -> list[Prompt]:
     if reader is None:
         raise UserError(f"{key}: {file} must end in {', '.join(READERS)}")
     prompts = reader(file, f"{key}: {file}")
-    return _uniform([_with_image_path(prompt, file.parent) for prompt in prompts], f"{key}: {file}")
+    return _uniform([_with_image_paths(prompt, file.parent) for prompt in prompts], f"{key}: {file}")
 
 
-def _with_image_path(prompt: Prompt, folder: Path) -> Prompt:
-    image = prompt.columns.get("image")
+def _with_image_paths(prompt: Prompt, folder: Path) -> Prompt:
+    images = {name: prompt.columns[name] for name in IMAGE_COLUMNS if name in prompt.columns}
+    return replace(prompt, columns={**prompt.columns, **{name: _placed(one, folder) for name, one in images.items()}})
+
+
+def _placed(image: Any, folder: Path) -> Any:
     path = image.get("path") if isinstance(image, dict) else image
     if not isinstance(path, str):
-        return prompt
+        return image
     path = str((folder / resolve_path(path)).absolute())
-    placed = {**image, "path": path} if isinstance(image, dict) else path
-    return replace(prompt, columns={**prompt.columns, "image": placed})
+    return {**image, "path": path} if isinstance(image, dict) else path
 
 
 def _uniform(prompts: list[Prompt], where: str) -> list[Prompt]:
@@ -191,7 +194,7 @@ def trained_on(heldout: Sequence[Prompt], train: Sequence[Prompt], images: bool)
         if (text := _words(prompt)) in known:
             known[text].append(prompt)
     return sum(
-        any(not images or _image_of(prompt) == _image_of(other) for other in known[text])
+        any(not images or _images_of(prompt) == _images_of(other) for other in known[text])
         for prompt, text in zip(heldout, words, strict=True)
     )
 
@@ -205,10 +208,11 @@ def _digest(path: str) -> bytes:
     return hashlib.sha256(image_bytes(path)).digest()
 
 
-def _image_of(prompt: Prompt) -> bytes:
-    """Return the digest of a prompt's first frame."""
-    image = prompt.columns.get("image")
-    return _digest(image) if isinstance(image, str) else hashlib.sha256(image_bytes(image)).digest()
+def _images_of(prompt: Prompt) -> bytes:
+    """Return the digests of a prompt's images."""
+    images = [image for name in IMAGE_COLUMNS if (image := prompt.columns.get(name)) is not None]
+    each = [_digest(one) if isinstance(one, str) else hashlib.sha256(image_bytes(one)).digest() for one in images]
+    return b"".join(each)
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:

@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 Latents = Float32[Tensor, "batch channels frames height width"]
+IMAGE_COLUMNS = ("image", "last_image")
+"""Of a prompt: the first frame of a video (or the picture that becomes another), and the last."""
 LoraStyle = Literal["diffusers", "comfyui"]
 Videos = Float[Tensor, "batch video_frames 3 video_height video_width"]
 Media = Videos | list[str]

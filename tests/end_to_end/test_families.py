@@ -32,9 +32,10 @@ def recipe(tmp_path, name):
     folder = tmp_path / "model"
     if not folder.exists():
         kind.build().save_pretrained(folder)
-        Image.new("RGB", (60, 60), "navy").save(tmp_path / "first.png")
+        for image in ("first.png", "last.png"):
+            Image.new("RGB", (60, 60), "navy").save(tmp_path / image)
     for file, texts in (("train", ["a red circle", "a blue square"]), ("heldout", ["a green circle", "a cyan square"])):
-        columns = {"image": "first.png"} if kind.takes_image else {}
+        columns = {column: Path(image).name for column, image in kind.images(tmp_path).items()}
         lines = [json.dumps({"prompt": text, **columns}) for text in texts]
         (tmp_path / f"{file}.jsonl").write_text("\n".join(lines) + "\n")
     model = kind.config(folder).model_dump(mode="json")
@@ -55,7 +56,7 @@ def recipe(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["wan21-image", "wan22-a14b", "wan22-5b-image", "skyreels-image", "ltx", *VIDEOS, *IMAGES]
+    "name", ["wan21-both", "wan22-a14b", "wan22-5b-image", "skyreels-image", "ltx", *VIDEOS, *IMAGES]
 )
 def test_train_resume_evaluate_sample_export(name, tmp_path, monkeypatch):
     path = recipe(tmp_path, name)
@@ -66,7 +67,7 @@ def test_train_resume_evaluate_sample_export(name, tmp_path, monkeypatch):
     assert all(line["drift"] == 0 for line in lines)
     best = [line["update"] for line in read_lines(run / "evaluations.jsonl") if line["best"]][-1]
     assert evaluate(run)["update"] == (best or 2), "the newest where none beat the base"
-    image = ["--image", str(tmp_path / "first.png")] if KINDS[name].takes_image else []
+    image = [f"--{column.replace('_', '-')}={image}" for column, image in KINDS[name].images(tmp_path).items()]
     frames = KINDS[name].num_frames
     size = ["--size", "64", "64", str(frames)]
     options = [*image, *size, "--seed", "1", "--seed", "2", "--steps", "2", "--out", str(tmp_path / "a")]
@@ -88,7 +89,8 @@ def test_train_resume_evaluate_sample_export(name, tmp_path, monkeypatch):
     assert ('weight_name="low_noise.safetensors", load_into_transformer_2=True' in card) == (experts == 2)
     monkeypatch.chdir(folder)
     Path("model").symlink_to(tmp_path / "model")
-    Image.new("RGB", (64, 64), "navy").save("first-frame.png")
+    for image in ("first-frame.png", "last-frame.png"):
+        Image.new("RGB", (64, 64), "navy").save(image)
     with warnings.catch_warnings():  # peft's of layers that are not trained, with names like those that are
         warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
         exec(compile(card.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
@@ -111,6 +113,7 @@ def test_the_same_weights_have_to_be_there(tmp_path):
     ("name", "overrides", "sentence"),
     [
         ("wan21-image", ["prompts.train=flashgrpo:prompts/train.txt"], "this model starts from an image: give '"),
+        ("wan21-both", ["model.num_frames=1"], "a video from a first frame to a last one has more than 1"),
         ("wan21", ["model.from_image=true"], "makes videos from text only"),
         ("wan21", ["rollout.guidance_scale_2=3"], "this model has one expert only"),
         ("wan21", ["model.attention=flush"], "model.attention: flush does not serve this model here"),
@@ -190,7 +193,6 @@ def change(file, **entries):
         ("wan21", "model_index.json", {"transformer": [None, None]}, "has no transformer, which a WanPipeline"),
         ("wan21", "model_index.json", {"vae": "AutoencoderKLWan"}, "has no vae"),
         ("wan21", "model_index.json", {"boundary_ratio": 0.5}, "has no transformer_2"),
-        ("wan21-image", "transformer/config.json", {"pos_embed_seq_len": 514}, "from a first frame to a last one"),
         ("hunyuan15", "guider/guider_config.json", {"guidance_rescale": 0.5}, "the guider of "),
         ("hunyuan15", "transformer/config.json", {"use_meanflow": True}, "is told the next step beside this one"),
         ("wan21", "vae/config.json", {"_class_name": "gone", "z_dim": "x"}, "could not be loaded"),
@@ -221,6 +223,13 @@ def test_images_may_move_but_not_change(tmp_path):
     Image.new("RGB", (60, 60), "red").save(tmp_path / "moved.png")
     with pytest.raises(UserError, match=r"prompts.train: the file has changed"):
         train(RunConfig.load(path, ["updates=3"]))
+
+
+def test_a_last_frame_that_is_lacking(tmp_path):
+    path, file = recipe(tmp_path, "wan21-both"), tmp_path / "train.jsonl"
+    file.write_text(file.read_text().replace(', "last_image": "last.png"', ""))
+    with pytest.raises(UserError, match=r"this model ends with an image: give '.*' one in a column `last_image`"):
+        train(RunConfig.load(path))
 
 
 def test_an_image_that_would_not_be_looked_at(tmp_path):

@@ -76,8 +76,6 @@ class Architecture:
         needed |= {"transformer_2"} if settings.get("boundary_ratio") is not None else set()
         if missing := sorted(needed - set(components)):
             raise UserError(f"model.path: {folder} has no {missing[0]}, which a {family} with its settings needs")
-        if components["transformer"][1].get("pos_embed_seq_len") is not None:
-            raise UserError(f"model.path: {folder} goes from a first frame to a last one, which is not supported")
         return cls(family, components, settings)
 
     def build(self, names: Sequence[str], dtypes: Mapping[str, torch.dtype], empty: bool = False) -> dict[str, Any]:

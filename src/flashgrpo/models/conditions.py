@@ -70,12 +70,12 @@ class Conditions:
     Args:
         folder: of this model's entries; None keeps nothing on disk.
         compute: the row of one prompt: name -> tensor (1, ...). It loads the encoders where they are not loaded yet.
-        images: whether a prompt's image counts.
+        images: which columns of a prompt have images that count.
         keep: bytes of rows that stay in memory, those used last.
     """
 
     def __init__(
-        self, folder: Path | None, compute: Callable[[Prompt], Row], images: bool = False, keep: int = 2**30
+        self, folder: Path | None, compute: Callable[[Prompt], Row], images: Sequence[str] = (), keep: int = 2**30
     ) -> None:
         self._folder = folder
         self._compute = compute
@@ -162,10 +162,10 @@ class Conditions:
             return None
 
     def _key(self, prompt: Prompt) -> str:
-        image = prompt.columns.get("image") if self._images else None
         digest = hashlib.sha256(prompt.text.encode())
-        if image is not None:
-            digest.update(image_bytes(image))
+        for image in (prompt.columns.get(name) for name in self._images):
+            if image is not None:
+                digest.update(image_bytes(image))
         return digest.hexdigest()
 
     def _clear_leftovers(self) -> None:

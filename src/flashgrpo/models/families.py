@@ -33,7 +33,12 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "WanPipeline": Family("Wan 2.1, 2.2", "wan", "WanModel", "text to video", "UMT5", "classifier-free"),
     "WanImageToVideoPipeline": Family(
-        "Wan 2.1, 2.2 I2V", "wan", "WanModel", "image to video", "UMT5, CLIP vision", "classifier-free"
+        "Wan 2.1, 2.2 I2V, 2.1 FLF2V",
+        "wan",
+        "WanModel",
+        "first image, or first and last, to video",
+        "UMT5, CLIP vision",
+        "classifier-free",
     ),
     "SkyReelsV2Pipeline": Family("SkyReels-V2", "wan", "WanModel", "text to video", "UMT5", "classifier-free"),
     "SkyReelsV2ImageToVideoPipeline": Family(
@@ -74,13 +79,20 @@ FAMILIES: Mapping[str, Family] = {
     "ZImagePipeline": Family(
         "Z-Image", "z_image", "ZImageModel", "text to image", "Qwen3", "classifier-free; 1 for Turbo"
     ),
+    "SanaVideoPipeline": Family(
+        "Sana-Video", "sana_video", "SanaVideoModel", "text to video", "Gemma 2", "classifier-free"
+    ),
     "SanaPipeline": Family("Sana", "sana", "SanaModel", "text to image", "Gemma 2", "classifier-free"),
 }
 """By the class that a checkpoint's model_index.json names."""
 
+_SOUND = "it makes a video and its sound: a sample here is one tensor of latents, and rewards hear nothing"
 REFUSED: Mapping[str, str] = {
     "SkyReelsV2DiffusionForcingPipeline": "each of its frames has a noise level of its own",
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": "each of its frames has a noise level of its own",
+    "LTX2Pipeline": _SOUND,
+    "LTX2ImageToVideoPipeline": _SOUND,
+    "Flux2Pipeline": "its texts go through a processor of images, which needs torchvision",
     "WanAnimatePipeline": "it needs a video of poses and one of faces beside each prompt",
     "Kandinsky5T2VPipeline": "its tokenizer needs torchvision",
     "Kandinsky5I2VPipeline": "its tokenizer needs torchvision",

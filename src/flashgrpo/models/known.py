@@ -114,6 +114,16 @@ _SANA_VAE = {
     "upsample_block_type": "interpolate",
     "scaling_factor": 0.41407,
 }
+_SANA_VIDEO = {
+    "num_layers": 20,
+    "num_attention_heads": 20,
+    "attention_head_dim": 112,
+    "cross_attention_dim": 2240,
+    "caption_channels": 2304,
+    "mlp_ratio": 3.0,
+    "sample_size": 30,
+    "patch_size": (1, 2, 2),
+}
 _BY_RESOLUTION = {
     "use_dynamic_shifting": True,
     "base_shift": 0.5,
@@ -171,6 +181,9 @@ KNOWN: Mapping[str, Architecture] = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan("WanPipeline", _WAN_14B),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _wan("WanImageToVideoPipeline", _WAN_14B_CLIP),
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _wan("WanImageToVideoPipeline", _WAN_14B_CLIP, shift=5.0),
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": _wan(
+        "WanImageToVideoPipeline", _WAN_14B_CLIP | {"pos_embed_seq_len": 514}, shift=16.0
+    ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _wan("WanPipeline", _WAN_5B, _WAN22_VAE, shift=5.0, expand_timesteps=True),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _wan("WanPipeline", _WAN_14B, experts=2, boundary_ratio=0.875),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _wan(
@@ -219,6 +232,17 @@ KNOWN: Mapping[str, Architecture] = {
         ("ZImageTransformer2DModel", {"cap_feat_dim": 2560}),
         ("AutoencoderKL", _FLUX_VAE),
         {"shift": 3.0},
+    ),
+    "Efficient-Large-Model/SANA-Video_2B_480p_diffusers": Architecture(
+        "SanaVideoPipeline",
+        {
+            "transformer": ("SanaVideoTransformer3DModel", _SANA_VIDEO),
+            "vae": ("AutoencoderKLWan", {}),
+            "scheduler": (
+                "DPMSolverMultistepScheduler",
+                {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0},
+            ),
+        },
     ),
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": Architecture(
         "SanaPipeline",

@@ -73,7 +73,7 @@ class PipelineModel(EncodesPrompts):
         if world.device.type == "cpu":  # whose convolutions are a third faster so
             channels_last(self.pipeline.vae)
         self.latent_shape = self.shape_of_latents()
-        self._conditions = Conditions(self._cache_folder(), self._row, self.takes_image)
+        self._conditions = Conditions(self._cache_folder(), self._row, self.image_columns)
         self._encode_all(prompts, world)
         self.experts = self._prepare_experts(world)
         first, *others = self.experts.values()
@@ -262,7 +262,9 @@ class PipelineModel(EncodesPrompts):
         kind = type(self.pipeline)
         known = inspect.signature(kind.__call__).parameters
         arguments = {name: value for name, value in given.items() if name in known}
-        return PipelineCall(arguments, kind.__name__, loads_adapters=hasattr(kind, "load_lora_weights"))
+        return PipelineCall(
+            arguments, kind.__name__, images=self.image_columns, loads_adapters=hasattr(kind, "load_lora_weights")
+        )
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write `pytorch_lora_weights.safetensors`, or one file for each of two experts.

@@ -13,7 +13,7 @@ from flashgrpo.models.conditions import Conditions, Row, entries_of
 from flashgrpo.models.residence import Residence
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.source import Source
-from flashgrpo.types import Condition, Prompt
+from flashgrpo.types import IMAGE_COLUMNS, Condition, Prompt
 from flashgrpo.video import cropped, image_name, open_image
 
 MOST = 0.75  # of a picture; what keeps less of it is worth a word
@@ -49,9 +49,18 @@ class EncodesPrompts(ABC):
     def random_text(self, text: str) -> Row:
         """Draw rows of the same shapes by the text, for networks with random weights, which have no encoder."""
 
+    @property
+    def image_columns(self) -> Sequence[str]:
+        """Which of `IMAGE_COLUMNS` each prompt has to bring."""
+        return IMAGE_COLUMNS[:1] if self.takes_image else ()
+
     def encode_image(self, image: Any) -> Row:
         """Return what a prompt's image adds to its row: nothing, but in a family that `takes_image`."""
         return {}
+
+    def encode_images(self, images: Sequence[Any]) -> Row:
+        """Return what the images of `image_columns` add to a row."""
+        return self.encode_image(*images)
 
     # What all do alike
 
@@ -92,9 +101,11 @@ class EncodesPrompts(ABC):
         self.source.drop(self.encoder_names)
 
     def _check_images(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts if self.takes_image else ():
-            if prompt.columns.get("image") is None:
-                raise UserError(f"this model starts from an image: give {prompt.text!r} one in a column `image`")
+        for prompt in prompts:
+            for name in self.image_columns:
+                if prompt.columns.get(name) is None:
+                    does = "starts from" if name == IMAGE_COLUMNS[0] else "ends with"
+                    raise UserError(f"this model {does} an image: give {prompt.text!r} one in a column `{name}`")
 
     @torch.no_grad()
     def _row(self, prompt: Prompt) -> Row:
@@ -107,8 +118,8 @@ class EncodesPrompts(ABC):
                 if encoder := getattr(self.pipeline, name, None):
                     encoder.requires_grad_(False).to(self.device)
             text = self.encode_text(prompt.text)
-        image = prompt.columns.get("image") if self.takes_image else None
-        return text if image is None else {**text, **self.encode_image(image)}
+        images = [image for name in self.image_columns if (image := prompt.columns.get(name)) is not None]
+        return {**text, **self.encode_images(images)} if images else text
 
     def _cache_folder(self) -> Path | None:
         config, folder = self.config, self.source.folder

@@ -1,21 +1,23 @@
 """Sana, text to image: linear attention on few, wide latents; an instruction goes before each text but the negative."""
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.image import ImageModel, Plane
+from flashgrpo.models.pipeline import PipelineModel
+from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.seeds import normal
 from flashgrpo.types import Condition
 
 
-class SanaModel(ImageModel):
-    """A `SanaPipeline` as a `VideoModel` of one frame."""
-
-    patch = 1
+class SanaTexts(PipelineModel):
+    """What Sana's pipelines of images and of videos make of texts."""
 
     def encode_text(self, text: str) -> Row:
         """Return {"text": (1, L, D), "mask": (1, L)} with L = `max_sequence_length`; the mask is 1 where a token is."""
@@ -35,6 +37,16 @@ class SanaModel(ImageModel):
         length, network = self.config.max_sequence_length, self.source.architecture.of("transformer")
         mask = torch.ones(1, length, dtype=torch.int64)
         return {"text": normal((1, length, network["caption_channels"]), self.seed, f"text:{text}"), "mask": mask}
+
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
+        """Return the number of frames under the pipeline's name, and the size as it is, not the nearest of its own."""
+        return super().pipeline_call({**given, "frames": self.config.num_frames, "use_resolution_binning": False})
+
+
+class SanaModel(SanaTexts, ImageModel):
+    """A `SanaPipeline` as a `VideoModel` of one frame."""
+
+    patch = 1
 
     def predict(self, network: nn.Module, x: Plane, point: GridPoint, condition: Condition) -> Plane:
         """Call the transformer as the pipeline does; a second half of its channels would be a variance."""

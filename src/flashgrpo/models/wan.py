@@ -4,13 +4,13 @@
 |---|---|---|
 | 2.1 T2V, 1.3B and 14B | | one network |
 | 2.1 I2V, 14B | encoded by CLIP and by the autoencoder; its latents are further channels | one network |
+| 2.1 FLF2V, 14B | a first and a last one, both as above | one network |
 | 2.2 TI2V, 5B | optional; its latents stand in for the first frame, which is fed timestep 0 | one network |
 | 2.2 T2V and I2V, A14B | I2V: by the autoencoder, further channels | two experts, each with its guidance scale |
 | SkyReels-V2 T2V and I2V | as 2.1 | one network |
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flashgrpo.errors import UserError
-from flashgrpo.models.architectures import checked_size
 from flashgrpo.models.conditions import Row
-from flashgrpo.models.pipeline import PipelineModel, Size
+from flashgrpo.models.pipeline import Size
+from flashgrpo.models.wan_latents import WanLatents
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.seeds import normal
-from flashgrpo.types import Condition, Latents
+from flashgrpo.types import IMAGE_COLUMNS, Condition, Latents
 
 CLIP_LENGTH = 512  # places of text that diffusers' attention splits off from what CLIP says about an image
 SHIFT_720P = 5.0  # https://huggingface.co/docs/diffusers/api/pipelines/wan: 3.0 for 480p, 5.0 for 720p
@@ -32,7 +32,7 @@ PIXELS_720P = 704 * 1280  # Wan 2.2 5B's "720p" is the smallest
 ImageRow = Float[Tensor, "1 channels frames height width"]
 
 
-class WanModel(PipelineModel):
+class WanModel(WanLatents):
     """A `WanPipeline`, `SkyReelsV2Pipeline`, or the one of images of either, as a `VideoModel`."""
 
     expert_names = ("transformer", "transformer_2")
@@ -66,37 +66,47 @@ class WanModel(PipelineModel):
         shape = (1, self.config.max_sequence_length, self.source.architecture.of("transformer")["text_dim"])
         return {"text": normal(shape, self.seed, f"text:{text}")}
 
-    def encode_image(self, image: Any) -> Row:
-        """Return what the first frame adds to a row.
+    @property
+    def image_columns(self) -> Sequence[str]:
+        """A first frame; and a last one, where the network tells what CLIP says about either by its place."""
+        both = self.source.architecture.of("transformer").get("pos_embed_seq_len") is not None
+        return IMAGE_COLUMNS if both else super().image_columns
 
-        "latents" (1, C', F, H, W) are the further channels of I2V: 4 of a mask and those of the encoded frame, or with
-        `expand_timesteps` the encoded frame alone, F = 1. Wan 2.1 also looks at the frame through CLIP: "image".
+    def encode_images(self, images: Sequence[Any]) -> Row:
+        """Return what the first frame, or the first and the last, add to a row.
+
+        "latents" (1, C', F, H, W) are the further channels of I2V: 4 of a mask and those of the encoded frames, or with
+        `expand_timesteps` the encoded frame alone, F = 1. Wan 2.1 also looks at the frames through CLIP: "image".
         """
         config, pipeline = self.config, self.pipeline
-        picture = self.fitted(image)
-        frame = pipeline.video_processor.preprocess(picture, height=config.height, width=config.width)
-        row = {"latents": self._encode_frame(frame.to(self.device, torch.float32)[:, :, None])}
-        if (width := self.source.architecture.of("transformer").get("image_dim")) is not None:
+        pictures = [self.fitted(image) for image in images]
+        size = {"height": config.height, "width": config.width}
+        frames = torch.cat([pipeline.video_processor.preprocess(picture, **size) for picture in pictures])
+        row = {"latents": self._encode_frames(frames.to(self.device, torch.float32))}
+        if self.source.architecture.of("transformer").get("image_dim") is not None:
             if self.source.random:
-                row["image"] = torch.ones(1, 257, width)
+                row["image"] = torch.ones_like(self._no_image())
             elif pipeline.image_encoder is None:
                 raise UserError(f"model.path: {config.path} has no image_encoder, which its transformer needs")
             else:
-                row["image"] = pipeline.encode_image(picture, self.device)
+                row["image"] = pipeline.encode_image(pictures, self.device).flatten(0, 1)[None]
         return row
 
-    def _encode_frame(self, frame: Float[Tensor, "1 3 1 video_height video_width"]) -> ImageRow:
+    def _encode_frames(self, frames: Float[Tensor, "given 3 video_height video_width"]) -> ImageRow:
         vae: Any = self.part("vae")
+        video = frames[None, :1].transpose(1, 2)
         if not self.pipeline.config.get("expand_timesteps"):
-            frames = self.config.num_frames - 1
-            frame = torch.cat([frame, frame.new_zeros(1, 3, frames, *frame.shape[-2:])], dim=2)
-        encoded = vae.encode(frame.to(vae.dtype)).latent_dist.mode().float()
+            between = video.new_zeros(1, 3, self.config.num_frames - len(frames), *frames.shape[-2:])
+            video = torch.cat([video, between, frames[None, 1:].transpose(1, 2)], dim=2)
+        encoded = vae.encode(video.to(vae.dtype)).latent_dist.mode().float()
         mean, std = self._latent_statistics
         encoded = (encoded - mean) / std
         if self.pipeline.config.get("expand_timesteps"):
             return encoded
         given = torch.zeros(1, vae.config.scale_factor_temporal, *encoded.shape[2:], device=self.device)
         given[:, :, 0] = 1  # the first frame of latents stands for one frame of the video, which is given
+        if len(frames) > 1:
+            given[:, -1, -1] = 1  # the last of those that the last one stands for
         return torch.cat([given, encoded], dim=1).to(self.dtype)  # as the network takes it; half as much to keep
 
     def nothing(self) -> Condition:
@@ -109,9 +119,14 @@ class WanModel(PipelineModel):
             else:
                 frames = 1
             row["latents"] = torch.zeros(1, channels, frames, height, width, device=self.device)
-            if (image_dim := self.source.architecture.of("transformer").get("image_dim")) is not None:
-                row["image"] = torch.zeros(1, 257, image_dim, device=self.device)
+            if self.source.architecture.of("transformer").get("image_dim") is not None:
+                row["image"] = self._no_image()
         return Condition(row)
+
+    def _no_image(self) -> Float[Tensor, "1 places width"]:
+        """Return zeros in place of what CLIP says, of as many images as a prompt brings."""
+        width = self.source.architecture.of("transformer")["image_dim"]
+        return torch.zeros(1, 257 * len(self.image_columns), width, device=self.device)
 
     # The network
 
@@ -140,11 +155,13 @@ class WanModel(PipelineModel):
         elif extra is not None:
             fed = torch.cat([x, extra], dim=1)
         image = condition.tensors.get("image")
+        if image is not None:  # the images of a prompt one after the other, which the network puts together
+            image = image.unflatten(1, (len(self.image_columns), -1)).flatten(0, 1).to(self.dtype)
         v = network(
             fed.to(self.dtype),
             timestep,
             condition.tensors["text"].to(self.dtype),
-            image.to(self.dtype) if image is not None else None,
+            image,
             return_dict=False,
         )[0].float()
         if given is not None:
@@ -152,41 +169,21 @@ class WanModel(PipelineModel):
             v = torch.cat([(x[:, :, :1] - given) / sigma, v[:, :, 1:]], dim=2)
         return v
 
-    def decode_latents(self, vae: Any, latents: Latents) -> Tensor:
-        """Undo the latents' normalisation and decode."""
-        return vae.decode(self.denormalized(latents).to(vae.dtype), return_dict=False)[0]
-
-    def denormalized(self, latents: Latents) -> Latents:
-        """Return latents in the autoencoder's own scale."""
-        mean, std = self._latent_statistics
-        return latents * std + mean
-
-    def latents_for(self, frames: int) -> int:
-        """Count the latent frames: the first stands for one frame, each further one for four."""
-        return 1 + -(-(frames - 1) // self.pipeline.vae.config.scale_factor_temporal)
-
-    @cached_property
-    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
-        config = self.pipeline.vae.config
-        return tuple(  # type: ignore[return-value]
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-
     def shape_of_latents(self) -> Size:
         """Return (C, F, H, W); a side is a multiple of what the autoencoder and the network's patches need."""
-        vae, network = self.pipeline.vae.config, self.source.architecture.of("transformer")
+        network = self.source.architecture.of("transformer")
         if network.get("image_dim") is not None and self.config.max_sequence_length != CLIP_LENGTH:
             raise UserError(
                 f"model.max_sequence_length: this network tells text from image by {CLIP_LENGTH} places of text, "
                 f"not {self.config.max_sequence_length}"
             )
-        scale, (_, patch, _) = vae.scale_factor_spatial, network["patch_size"]
-        frames = checked_size(self.config, scale * patch, vae.scale_factor_temporal)
+        if len(self.image_columns) > 1 and self.config.num_frames == 1:
+            raise UserError("model.num_frames: a video from a first frame to a last one has more than 1")
+        shape = super().shape_of_latents()
         own, (advised, why) = self.pipeline.scheduler.config.get("flow_shift"), self._advised_shift()
         if self.config.shift is None and own is not None and own < advised:
             self.say(f"the checkpoint's scheduler has flow_shift {own:g}{why}: model.shift={advised:g}")
-        return vae.z_dim, frames, self.config.height // scale, self.config.width // scale
+        return shape
 
     def _advised_shift(self) -> tuple[float, str]:
         """Return the flow shift that the authors advise, 0 where the scheduler's own will do, and a word on it."""
@@ -196,12 +193,6 @@ class WanModel(PipelineModel):
         if self.config.height * self.config.width < PIXELS_720P:
             return 0.0, ""
         return SHIFT_720P, f", which is for 480p; Wan's authors advise {SHIFT_720P:g} at 720p"
-
-    def tokens(self) -> int:
-        """Count the tokens of all patches."""
-        patch_frames, patch_height, patch_width = self.source.architecture.of("transformer")["patch_size"]
-        _, frames, height, width = self.latent_shape
-        return (frames // patch_frames) * (height // patch_height) * (width // patch_width)
 
     def original_name(self, name: str) -> str | None:
         """Map `blocks.0.attn2.to_q.lora_A.weight` to `blocks.0.cross_attn.q.lora_A.weight`."""

@@ -26,7 +26,7 @@ from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.run.lines import Environment, Scored, mistake, ranges, read_lines, whole_lines
 from flashgrpo.scoring.heldout import selected
-from flashgrpo.types import Prompt
+from flashgrpo.types import IMAGE_COLUMNS, Prompt
 from flashgrpo.video import image_bytes
 
 FREE_TO_CHANGE = ("out", "updates", "checkpoint", "parallel", "tracking", "model.condition_cache")  # by a later start
@@ -267,9 +267,9 @@ def _digest(prompts: Sequence[Prompt], images: bool) -> str:
 
 def _content(name: str, value: Any, images: bool) -> Any:
     """Return a column's value; of an image what is in it, not where it lies."""
-    if isinstance(value, Image.Image) or (images and name == "image"):
+    if isinstance(value, Image.Image) or (images and name in IMAGE_COLUMNS):
         return hashlib.sha256(image_bytes(value)).hexdigest()
-    return Path(value).name if name == "image" and isinstance(value, str) else value
+    return Path(value).name if name in IMAGE_COLUMNS and isinstance(value, str) else value
 
 
 def _environment(world: World) -> dict[str, Any]:
