@@ -122,14 +122,8 @@ def sample(
     run: RunFolder,
     prompt: Annotated[str | None, typer.Argument(help="What the model is asked for.")] = None,
     file: Annotated[str | None, typer.Option(**PATH_TEXT, help="A prompt file in place of PROMPT.")] = None,
-    image: Annotated[
-        str | None,
-        typer.Option(**PATH_TEXT, help="The first frame, for a model that starts from one."),
-    ] = None,
-    last_image: Annotated[
-        str | None,
-        typer.Option(**PATH_TEXT, help="The last frame, for a model that ends with one."),
-    ] = None,
+    image: Annotated[str | None, typer.Option(**PATH_TEXT, help="The first frame, where the model takes one.")] = None,
+    last_image: Annotated[str | None, typer.Option(**PATH_TEXT, help="The last frame, likewise.")] = None,
     out: Annotated[Path, typer.Option(**PATH, help="The file to write; the ending of what is made is added.")] = Path(
         "sample"
     ),

@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 
 import flashgrpo.models.conditions
+from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Conditions, fingerprint
+from flashgrpo.models.load import load_model
 from flashgrpo.types import Condition, Prompt
 from flashgrpo.video import image_bytes, open_image
+from tests.families import KINDS
 
 PROMPTS = [Prompt(f"prompt {n}", {}) for n in range(12)]
 
@@ -132,9 +135,9 @@ def test_images_count_where_the_model_looks_at_them(tmp_path):
     for name in ("a", "b"):
         Image.new("RGB", (4, 4), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
     pair = [Prompt("one text", {"image": str(tmp_path / f"{name}.png")}) for name in ("a", "b")]
-    for looks, asked in ((True, 2), (False, 1)):
+    for columns, asked in ((("image",), 2), (("last_image",), 1), ((), 1)):
         encoder = Encoder()
-        Conditions(tmp_path / str(looks), encoder, images=looks)(pair)
+        Conditions(tmp_path / f"of {columns}", encoder, images=columns)(pair)
         assert len(encoder.asked) == asked
 
 
@@ -162,3 +165,12 @@ def test_what_cannot_be_written_or_read(tmp_path):
     for image in (str(tmp_path / "no.png"), str(Path(tmp_path) / "gone.png")):
         with pytest.raises(UserError, match="cannot be read"):
             open_image(image)
+
+
+def test_pipelines_with_one_encoder_share_no_rows(tmp_path):
+    """Sana's of images and of videos read the same weights, and put other instructions before a text."""
+    folders = set()
+    for name in ("sana", "sana-video"):
+        KINDS[name].build().save_pretrained(tmp_path / name)
+        folders.add(load_model(KINDS[name].config(tmp_path / name), single_process(), 0)._cache_folder())
+    assert len(folders) == 2

@@ -8,6 +8,8 @@ import pytest
 from flashgrpo.models.families import FAMILIES, table
 from flashgrpo.models.known import KNOWN
 from tests.families import KINDS
+from tools.families import PAGE, written
+from tools.families import table as table_of_evidence
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,3 +31,9 @@ def test_a_family_is_a_short_file(file):
     """120 lines of code; Wan's five kinds of checkpoints take more."""
     lines = (ROOT / f"src/flashgrpo/models/{file}.py").read_text("utf-8").splitlines()
     assert len([line for line in lines if line.strip() and not line.strip().startswith(("#", '"""'))]) <= 120
+
+
+def test_the_page_of_what_holds_them_is_true():
+    """But for the errors, which `python -m tools.families REPORT` writes."""
+    page = PAGE.read_text("utf-8")
+    assert table_of_evidence(written(page)) in page

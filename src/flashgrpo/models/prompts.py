@@ -124,6 +124,7 @@ class EncodesPrompts(ABC):
     def _cache_folder(self) -> Path | None:
         config, folder = self.config, self.source.folder
         settings: dict[str, Any] = {"length": config.max_sequence_length, "dtype": config.dtype}
+        settings["pipeline"] = type(self.pipeline).__name__  # two with one encoder may put other words around a text
         if self.takes_image:
             size = config.num_frames, config.height, config.width
             settings |= {"size": size, "vae": config.vae_dtype, "pictures": "upright"}
