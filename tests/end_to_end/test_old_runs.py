@@ -81,7 +81,7 @@ def test_evaluate_repeats_what_it_recorded(run):
     record = json.loads(json.dumps(evaluate(run)))
     samples = [{key: old[key] for key in new} for new, old in zip(record["samples"], last["samples"], strict=True)]
     assert record.pop("average_moved") == pytest.approx(1 - 0.9**2), "which version 0.1 did not say"
-    assert record.pop("interval")[0] < last["interval"][0], (
+    assert record.pop("interval")[0] < last["interval"][0] + (0.0 if FLOAT32 else TOLERANCE), (
         "Student's t, where version 0.1 had a bootstrap of 3 prompts"
     )
     assert record.pop("watched_intervals").keys() == last["watched_intervals"].keys()
