@@ -91,11 +91,11 @@ class Method:
 
 
 METHODS = {
-    "flash-grpo": Method("flash-grpo", "6e-3", CPS, (*CPS, *SHORT_WALK)),
+    "flash-grpo": Method("flash-grpo", "1e-2", CPS, (*CPS, *SHORT_WALK)),
     "flow-grpo": Method("flow-grpo", "1e-2", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
     "flow-grpo-fast": Method("flow-grpo-fast", "6e-3", CPS, (*CPS, *SHORT_WALK)),
-    "mix-grpo": Method("mix-grpo", "6e-3", CPS, (*CPS, *SHORT_WALK)),
-    "dance-grpo": Method("dance-grpo", "6e-3", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
+    "mix-grpo": Method("mix-grpo", "1e-2", CPS, (*CPS, *SHORT_WALK)),
+    "dance-grpo": Method("dance-grpo", "1e-2", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
     "flow-dppo": Method("flow-dppo", "6e-3", (*CPS, *TWO_STEPS, "rollout.num_steps=10"), (*CPS, *TWO_STEPS, *free(6))),
     "awm": Method("awm", "1e-2", dpm(14), dpm(4, *FEW_LEVELS)),
     "v-grpo": Method("v-grpo", "6e-3", dpm(10), dpm(4, "algorithm.score.times=1")),
