@@ -155,3 +155,15 @@ def test_schema_describes_every_setting():
     json.dumps(schema)
     assert "run directory" in schema["properties"]["out"]["description"]
     assert yaml.safe_load(RunConfig.load("tiny").to_yaml()).keys() == schema["properties"].keys()
+
+
+def test_shortcuts_stand_for_settings_of_a_rollout_and_give_way_to_what_is_said_beside_them(tmp_path):
+    recipe = ["out=unused", "rollout.shortcuts=fast"]
+    rollout = RunConfig.load("wan21-1.3b", recipe).rollout
+    assert (rollout.deterministic_steps, rollout.solver.kind, rollout.guidance_interval) == (5, "unipc", (0.0, 1.0))
+    config = RunConfig.load("wan21-1.3b", [*recipe, "rollout.deterministic_steps=null"])
+    assert (config.rollout.deterministic_steps, config.rollout.solver.kind) == (None, "unipc")
+    (written := tmp_path / "written.yaml").write_text(config.to_yaml(), "utf-8")
+    assert RunConfig.load(written) == config
+    with pytest.raises(UserError, match=r"rollout\.shortcuts must be 'fast', not 'quick'"):
+        RunConfig.load("wan21-1.3b", ["out=unused", "rollout.shortcuts=quick"])

@@ -12,6 +12,9 @@ from flashgrpo.processes.settings import Chosen, RolloutPart, SamplingPart
 
 Solver = Annotated[Euler | UniPC | DpmSolver, Field(discriminator="kind")]
 
+SHORTCUTS: Mapping[str, Mapping[str, Any]] = {"fast": {"deterministic_steps": 5, "solver": {"kind": "unipc"}}}
+"""Names for settings of a rollout that were measured together; see docs/speed.md."""
+
 
 class RolloutConfig(RolloutPart):
     """How the samples of an update are drawn from a flow model."""
@@ -25,6 +28,9 @@ class RolloutConfig(RolloutPart):
     `score.guidance_scale`); evaluation takes it where it has none of its own. 1 turns it off."""
     guidance_scale_2: float | None = Field(default=None, ge=1, le=1_000)
     """Where the second of two experts computes (Wan 2.2 A14B); as the first when not given."""
+    shortcuts: Literal["fast"] | None = None
+    """Short for `deterministic_steps: 5` and `solver: {kind: unipc}`, which the bundled model loses nothing by; what is
+    given beside it counts."""
     solver: Solver = Euler()
     """Of the deterministic steps."""
     deterministic_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
@@ -40,6 +46,12 @@ class RolloutConfig(RolloutPart):
     retain: bool | None = None
     """Keep the graph of a trained step from rollout to update rather than replay it; when not given, where a rollout
     serves one optimizer step and all graphs take at most a quarter of the device's memory and half of what is free."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, settings: Any) -> Any:
+        named = settings.get("shortcuts") if isinstance(settings, Mapping) else None
+        return {**SHORTCUTS[named], **settings} if isinstance(named, str) and named in SHORTCUTS else settings
 
     @model_validator(mode="after")
     def _possible(self) -> "RolloutConfig":
