@@ -146,6 +146,8 @@ def race(method: Method) -> Stage:
     if method.preset == "flow-grpo":  # the shortcuts that the others have, guidance kept where a step is trained
         short = (*CPS, *TWO_STEPS, *SHORT_WALK, "rollout.num_steps=8")
         ways["short"] = (*short, f"optim.lr={method.rate}", "updates=20")
+    if method.preset == "flash-grpo":  # at the rate of the search it rises and then falls
+        ways["slower"] = (*method.cheap, "optim.lr=6e-3", "updates=20")
     if method.preset == "awm":
         ways["bare"] = (*method.cheap, *NO_PENALTY, f"optim.lr={method.rate}", "updates=20")
     return Stage(ways, points=10)

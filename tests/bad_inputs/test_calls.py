@@ -102,8 +102,8 @@ def test_a_pipeline_without_the_encoder_of_its_pictures():
         pipeline=pipeline,
         device="cpu",
         source=SimpleNamespace(random=False, architecture=SimpleNamespace(of=lambda name: {"image_dim": 8})),
-        _encode_frame=lambda frame: frame,
+        _encode_frames=lambda frames: frames,
         fitted=lambda image: image,
     )
     with pytest.raises(ValueError, match="has no image_encoder, which its transformer needs"):
-        WanModel.encode_image(model, Image.new("RGB", (16, 16)))
+        WanModel.encode_images(model, [Image.new("RGB", (16, 16))])
