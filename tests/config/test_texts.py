@@ -76,14 +76,15 @@ def test_what_was_typed_is_what_a_run_directory_gives_back(tmp_path_factory, tex
 
 @settings(max_examples=10, deadline=None)
 @given(names)
-def test_a_model_card_names_what_was_typed(name):
+def test_a_model_card_names_what_was_typed(tmp_path_factory, name):
     typed = [f"model.path={name}", f"prompts.train={name}", f"rewards={{agreement: null, '{KEY}': {{call: a.b:c}}}}"]
     config = RunConfig.load("tiny", typed)
     card = model_card(config, "diffusers", ["a.safetensors"], 3, None, False)
     _, head, body = card.split("---\n", 2)
     assert read_yaml(head)["base_model"] == name
-    before, _, algorithm = body.rpartition("\n```yaml\n")
-    assert RunConfig.load("tiny", [f"algorithm={algorithm.partition('```')[0]}"]).algorithm == config.algorithm
+    before, _, recipe = body.rpartition("\n```yaml\n")
+    (file := tmp_path_factory.getbasetemp() / "recipe.yaml").write_text(recipe.partition("```")[0], "utf-8")
+    assert RunConfig.load(file, ["out=unused"]).algorithm == config.algorithm
     _, _, program = before.partition("\n```python\n")
     loads = [node for node in ast.walk(ast.parse(program.partition("\n```")[0])) if isinstance(node, ast.Call)]
     [path] = [node.args[0] for node in loads if ast.unparse(node.func).endswith("from_pretrained")]
