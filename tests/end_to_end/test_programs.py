@@ -90,6 +90,16 @@ def test_resumed_is_uninterrupted_bit_for_bit(recipe, tmp_path):
         assert all(torch.equal(tensor, other[kind][name]) for name, tensor in tensors.items())
 
 
+def test_killed_at_any_write_it_ends_with_the_same_weights(recipe, tmp_path, nursery):
+    whole, killed = (recipe("updates=2", f"out={tmp_path}/{name}") for name in ("whole", "killed"))
+    (file := tmp_path / "killed.yaml").write_text(killed.to_yaml(), "utf-8")
+    for write_number in (15, 35):
+        assert nursery.start("train_and_die", file, write_number).wait() != [0]
+    run = Path(nursery.run("train", file))
+    one, other = (checkpoint.load(each / "checkpoints", 2) for each in (train(whole), run))
+    assert all(torch.equal(tensor, other[kind][name]) for kind in one for name, tensor in one[kind].items())
+
+
 @pytest.mark.parametrize("parallel", ["{}", "{shard: 2}"])
 def test_two_processes_train_what_one_does(recipe, tmp_path, nursery, parallel):
     """Runs of a program call ragged numbers of times; processes that hold the network between them call together."""
