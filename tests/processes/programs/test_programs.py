@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -328,17 +329,54 @@ def _calls_of(record: Record) -> list[Made]:
     return made
 
 
+def learned(made: ProgramProcess, record: Record, given: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return the weights' gradients of the sum of scores times `given`, and whether each token's logits have one."""
+    found, real, weights = [], made.model.logits, [*trained_parameters(made.network).values()]
+
+    def watched(ids, count):
+        found.append(real(ids, count))
+        found[-1].retain_grad()
+        return found[-1]
+
+    made.model.logits = watched
+    given_to = replace(record, advantage=given)
+    for slot in record.slot.unique():
+        for part in made.micro_batches(given_to[(record.slot == slot).nonzero().flatten()]):
+            ((score, _),) = made.replay(part, ())
+            (score * part.advantage).sum().backward()
+    made.model.logits = real
+    gradients = [weight.grad.clone() for weight in weights]
+    for weight in weights:
+        weight.grad = None
+    return gradients, torch.cat([logits.grad.ne(0).any(-1).flatten() for logits in found])
+
+
+def two_calls(prompt, call, **columns):
+    return json.dumps([call("plan", prompt), call("draw", prompt)])
+
+
+@pytest.mark.parametrize("program", [numbers, two_calls])
+def test_no_gradient_crosses_phases_or_keys(program):
+    """The scores of one phase, and of one module and call, have gradients in the logits of their own tokens alone."""
+    made, _, record = drawn(program, phases={"one": "1", "two": "2"})
+    of_term = torch.stack([record.key, record.channel])
+    groups = [(of_term == one[:, None]).all(0) for one in of_term.unique(dim=1).T]
+    reached = [learned(made, record, own.float())[1] for own in groups]
+    assert len(groups) > 2
+    assert torch.stack(reached).sum(0).max() == 1
+    assert [int(tokens.sum()) for tokens in reached] == [int(own.sum()) for own in groups]
+
+
 def test_gradients_of_modules_add_up_to_that_of_the_trajectory():
     """Where all runs have one shape and nothing is divided by a std."""
-
-    def two(prompt, call, **columns):
-        return json.dumps([call("plan", prompt), call("draw", prompt)])
-
-    _, _, record = drawn(two)
+    made, _, record = drawn(two_calls)
     given = torch.tensor([0.1, 0.9, -0.3, 0.4])
     by_module = advantages(record, given.tolist())
     trajectory = (given - given.mean())[record.sample]
     torch.testing.assert_close(by_module, trajectory)
+    plan, draw = (learned(made, record, by_module * (record.key == key))[0] for key in record.key.unique())
+    for of_plan, of_draw, whole in zip(plan, draw, learned(made, record, trajectory)[0], strict=True):
+        torch.testing.assert_close(of_plan + of_draw, whole)
 
 
 def test_a_stroke_of_two_words_has_failed():
