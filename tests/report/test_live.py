@@ -8,11 +8,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from flashgrpo.errors import UserError
+from flashgrpo.report import live
 from flashgrpo.report.live import Server, watch, watching
 from tests.report.test_report import CHROMIUM, evaluation, make_run, metrics_row, whole_run
 
@@ -59,6 +61,14 @@ def test_news_comes_when_a_file_changes(tmp_path: Path):
         assert next(lines) == ""
         append(run / "metrics.jsonl", metrics_row(2))
         assert next(lines) == "data: changed"
+
+
+def test_a_page_that_took_long_to_draw_is_left_as_it_is_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, now = make_run(tmp_path / "run", [metrics_row(1)], [evaluation(0, 0.0)]), iter([10.0, 12.0, 19.9, 20.0])
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    live.page(run, live.stamp(run))
+    assert not live.rested(run)
+    assert live.rested(run)
 
 
 def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path):

@@ -8,6 +8,7 @@ import contextlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from http import HTTPStatus
@@ -25,11 +26,13 @@ from flashgrpo.serving.local import HOST, names_of
 
 LOOK_EVERY = 1.0  # seconds between two looks at the files
 ALIVE_EVERY = 15  # looks after which a connection without news is told so, which finds out that it is closed
+REST = 4  # times as long as a page took to draw, it stays as it is: drawing takes a fifth of a core at the most
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "evaluations.jsonl", "confirmation.json")
 TYPES = {".mp4": "video/mp4", ".png": "image/png", ".txt": "text/plain; charset=utf-8"}
 Stamp = tuple[tuple[int, int], ...]
 
 _drawing = threading.Lock()  # matplotlib draws for one thread at a time
+_rests: dict[Path, float] = {}  # run -> when its page may be drawn again
 
 
 class Server(ThreadingHTTPServer):
@@ -106,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         looks = 0
         while not self.server.ended.wait(LOOK_EVERY if before is not None else 0):
             now, looks = stamp(run), looks + 1
+            if before is not None and now != before and not rested(run):
+                continue  # told at a later look
             if now != before:
                 self.wfile.write(b"data: changed\n\n")
             elif looks % ALIVE_EVERY == 0:
@@ -139,10 +144,19 @@ def stamp(run: Path) -> Stamp:
 def page(run: Path, at: Stamp) -> str:
     """Return the page of a run as its files are; two browsers that look at the same files share one drawing."""
     with _drawing:
+        started = time.monotonic()
         try:
             return render(read_run(run), live=True)
         except UserError as error:  # it has not begun
             return template("waiting.html.j2").render(name=run.name, why=str(error))
+        finally:
+            ended = time.monotonic()
+            _rests[run] = ended + REST * (ended - started)
+
+
+def rested(run: Path) -> bool:
+    """Whether browsers may be told to ask for a run's page again."""
+    return time.monotonic() >= _rests.get(run, 0.0)
 
 
 def index(runs: Sequence[Path]) -> str:
