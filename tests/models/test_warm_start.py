@@ -171,6 +171,27 @@ def test_layers_outside_of_blocks_and_differences_that_are_zero(folders, tmp_pat
         load(folders("wan21"), adapters=str(tmp_path / "lora.safetensors"), merge_adapters=True)
 
 
+@pytest.mark.parametrize("key", ["diff_b", "lora_B.bias"])
+def test_biases_are_merged_and_are_not_trained_on(key, folders, tmp_path):
+    """As files of distilled models have them (LightX2V's of Wan 2.1)."""
+    base = load(folders("wan21"), train={"kind": "full"})
+    path, _ = ai_toolkit_style(tmp_path, pairs := matrices(base.network))
+    bias = torch.randn(base.network.blocks[1].attn1.to_q.bias.shape)
+    tensors = load_file(path) | {f"{Q}.{key}": bias, "diffusion_model.blocks.1.self_attn.k.diff_b": 0 * bias}
+    save_file(tensors | {"diffusion_model.blocks.1.self_attn.norm_q.diff": 0 * bias}, path)
+    with torch.no_grad():
+        base.network.blocks[1].attn1.to_q.bias += bias
+        for layer, (down, up) in pairs.items():
+            base.network.get_submodule(f"blocks.1.{layer}").weight += up @ down
+    merged = load(folders("wan21"), adapters=str(path), merge_adapters=True)
+    torch.testing.assert_close(velocity(merged), velocity(base), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"changes biases, of attn1\.to_q, which adapters that are trained do not have"):
+        load(folders("wan21"), adapters=str(path))
+    save_file(tensors | {f"{Q}.{key}": bias[:-1]}, path)
+    with pytest.raises(UserError, match=r"has a bias for blocks\.1\.attn1\.to_q that does not fit; it is for another"):
+        load(folders("wan21"), adapters=str(path), merge_adapters=True)
+
+
 @pytest.mark.parametrize("style", ["diffusers", "comfyui"])
 @pytest.mark.parametrize("name", ["wan21", "wan21-image", "wan22-a14b", "wan22-a14b-image", "ltx"])
 def test_what_was_exported_begins_a_run_with_the_same_velocity(name, style, folders, tmp_path):

@@ -26,7 +26,8 @@ FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
 """Before a layer's name in which underscores stand for the dots, too (kohya, musubi)."""
 KEY = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<down>lora_A(?:\.default)?|lora_down|lora\.down)\.weight"
-    r"|(?P<up>lora_B(?:\.default)?|lora_up|lora\.up)\.weight|(?P<alpha>alpha))"
+    r"|(?P<up>lora_B(?:\.default)?|lora_up|lora\.up)\.weight|(?P<alpha>alpha)"
+    r"|(?P<bias>diff_b|lora_B(?:\.default)?\.bias))"
 )
 NOISE = ("high", "low")
 """What the files of two experts have in their names."""
@@ -39,11 +40,13 @@ class Adapter:
 
     Args:
         scale: alpha / rank of the file.
+        bias: added to the layer's bias, as files of distilled models have it; None changes nothing.
     """
 
     down: Float[Tensor, "rank inputs"]
     up: Float[Tensor, "outputs rank"]
     scale: float
+    bias: Float[Tensor, " outputs"] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class WarmStart:
 
     @torch.no_grad()
     def merge_into(self, network: nn.Module) -> None:
-        """Add the adapters to the weights of their layers, computed in float32."""
+        """Add the adapters to the weights and biases of their layers, computed in float32."""
         for name, adapter in self.adapters.items():
-            weight: Any = network.get_submodule(name).weight
-            weight.copy_(weight.float() + adapter.scale * (adapter.up.float() @ adapter.down.float()))
+            layer: Any = network.get_submodule(name)
+            layer.weight.copy_(layer.weight.float() + adapter.scale * (adapter.up.float() @ adapter.down.float()))
+            if adapter.bias is not None:
+                layer.bias.copy_(layer.bias.float() + adapter.bias.float())
 
     @torch.no_grad()
     def continue_in(self, network: nn.Module, train: Lora) -> None:
@@ -74,9 +79,14 @@ class WarmStart:
         (`left_out`) are passed over, since what they give changes nothing.
 
         Raises:
-            UserError: a layer has no adapter to hold its values, or one of a lower rank.
+            UserError: a layer has no adapter to hold its values, or one of a lower rank, or its bias changes.
         """
         used = {name: adapter for name, adapter in self.adapters.items() if name not in left_out(network)}
+        if biased := [name for name, adapter in used.items() if adapter.bias is not None]:
+            raise UserError(
+                f"model.adapters: {self.file} changes biases, of {_some(map(_short, biased))}, which adapters that are "
+                f"trained do not have; take {MERGE}"
+            )
         without = [name for name in used if not hasattr(network.get_submodule(name), "lora_A")]
         if without:
             raise UserError(
@@ -143,7 +153,7 @@ def read_adapters(
     or `transformer.`), peft (`base_model.model.`), or ComfyUI and ai-toolkit (`diffusion_model.`) write, or flattened
     as kohya and musubi write them (`lora_unet_`); their matrices are `lora_A`, `lora_B` or `lora_down`, `lora_up`.
     The factor alpha / rank comes from a layer's key `alpha`, from the header that diffusers writes, or from peft's
-    adapter_config.json beside the file; without any it is 1.
+    adapter_config.json beside the file; without any it is 1. A bias may change by `diff_b` or `lora_B.bias`.
 
     Args:
         original_name: the name in the released checkpoint of `LAYER.lora_A.weight`; None where it has none.
@@ -156,9 +166,9 @@ def read_adapters(
     tensors, settings = _open(file)
     linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     known = _index(linear, original_name)
-    found, unknown = _sorted(tensors, known)
     # Differences of norms and biases that are all zero are in many files, and change nothing.
-    changing = {key: tensor for key, tensor in tensors.items() if KEY.fullmatch(key) or bool(tensor.any())}
+    changing = {key: tensor for key, tensor in tensors.items() if _is_matrix(key) or bool(tensor.any())}
+    found, unknown = _sorted(changing, known)
     if unknown and convert is not None and all(map(KEY.fullmatch, changing)):
         with contextlib.suppress(ValueError, KeyError, AttributeError, RuntimeError, IndexError):  # said below
             found, unknown = _sorted(convert(changing), known)
@@ -218,6 +228,11 @@ def _sorted(tensors: Mapping[str, Tensor], known: Mapping[str, str]) -> tuple[di
     return found, unknown
 
 
+def _is_matrix(key: str) -> bool:
+    match = KEY.fullmatch(key)
+    return match is not None and match["bias"] is None
+
+
 def _bare(layer: str) -> str:
     """Return a layer's name without the prefix of a file's style."""
     prefix = next((prefix for prefix in (*PREFIXES, *FLAT) if layer.startswith(prefix)), "")
@@ -237,15 +252,23 @@ def _adapter(
             f"model.adapters: {file} has {list(up.shape)} x {list(down.shape)} for {name}, which is {list(shape)} "
             "here; it is for another model"
         )
+    bias, own = parts.get("bias"), layer.bias
+    if bias is not None and (own is None or bias.shape != own.shape):
+        raise UserError(f"model.adapters: {file} has a bias for {name} that does not fit; it is for another model")
+    return Adapter(down, up, _scale(name, parts, settings, rank), bias)
+
+
+def _scale(name: str, parts: Mapping[str, Tensor], settings: Mapping[str, Any], rank: int) -> float:
+    """Return alpha / rank of a layer."""
     if "alpha" in parts:
-        return Adapter(down, up, float(parts["alpha"]) / rank)
+        return float(parts["alpha"]) / rank
     if settings.get("lora_alpha") is None:
-        return Adapter(down, up, 1.0)
+        return 1.0
     from peft.utils.other import get_pattern_key  # takes seconds to import
 
     special = settings.get("alpha_pattern") or {}
     alpha = special.get(get_pattern_key(list(special), name), settings["lora_alpha"])
-    return Adapter(down, up, float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _short(name: str) -> str:
