@@ -104,6 +104,7 @@ def family(name: str, folder: str, **settings: Any) -> Numbers:
         kind.build().save_pretrained(place / "model")
         Image.new("RGB", (90, 70), "darkgreen").save(place / "first.png")
     columns = {"image": str(place / "first.png")} if kind.takes_image else {}
+    columns |= {"last_image": str(place / "first.png")} if kind.last_image else {}
     prompts = [Prompt(text, columns) for text in ("a red circle moving left", "a blue square moving up quickly")]
     config = kind.config(place / "model", condition_cache=tempfile.mkdtemp(), **settings)
     model = load_model(config, single_process(), 0, prompts)
