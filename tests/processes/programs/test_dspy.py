@@ -49,6 +49,15 @@ def test_a_completion_of_another_form_is_a_failure_and_is_asked_for_once(text):
     assert len(asked) == 1
 
 
+def test_a_mistake_of_the_program_is_no_failed_completion():
+    """ValueError and LookupError would earn the failure reward, for ever and without a word."""
+    with pytest.raises(TypeError, match="the prompt has no column colour"):
+        as_program(Two(), "question", "answer", ["colour"])("x", answers()[0], color="red")
+    call, _ = answers("[[ ## plan ## ]]\nleft\n", "[[ ## answer ## ]]\n42\n")
+    with pytest.raises(TypeError, match="the module gives no result, but answer"):
+        as_program(Two(), "question", "result", ["color"])("x", call, color="red")
+
+
 def test_what_a_tiny_model_writes_is_recorded():
     """Its random words are of no form, so each run fails at its first call, which is a unit all the same."""
     program = as_program(dspy.Predict("a -> b"), takes="a", gives="b")

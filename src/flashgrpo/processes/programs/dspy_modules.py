@@ -44,17 +44,26 @@ def as_program(module: dspy.Module, takes: str, gives: str, columns: Sequence[st
         takes: input field that gets the prompt.
         gives: output field that is the program's result.
         columns: further columns of the prompt file that are input fields.
+
+    Raises:
+        TypeError: in a run, for a column that the prompt does not have or an output field that the module does not: a
+            mistake of the program, which must not look like a completion that failed.
     """
 
     def program(prompt: str, call: Call, **given: Any) -> str:
+        if missing := [name for name in columns if name not in given]:
+            raise TypeError(f"the prompt has no column {', '.join(missing)}")
         own = module.deepcopy()
         for name, predictor in own.named_predictors():
             predictor.lm = dspy.LM("flashgrpo/trained", engine=Engine(call, name), cache=False, num_retries=0)
         inputs = {takes: prompt, **{name: given[name] for name in columns}}
         with dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
             try:
-                return str(own(**inputs)[gives])
+                found = own(**inputs)
             except AdapterParseError as error:
                 raise ValueError("a completion is not of its signature's form") from error
+        if gives not in found:
+            raise TypeError(f"the module gives no {gives}, but {', '.join(found.keys())}")
+        return str(found[gives])
 
     return program
