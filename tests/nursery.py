@@ -163,6 +163,9 @@ def fork(jobs, request, rank: int) -> int:
     pid = os.fork()
     if pid:
         return pid
+    jobs.torch.set_num_threads(
+        1
+    )  # a child replaces torch's pool of threads at its first use, which two threads may not race for
     folder = Path(request["folder"])
     said = os.open(folder / f"said{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
