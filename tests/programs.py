@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from flashgrpo.distributed.world import World, current_device
 from flashgrpo.models.causal_lm import CausalLm
+from flashgrpo.models.lora import trained_parameters
 from flashgrpo.models.settings import Lora, ModelConfig
 
 WORDS = ["<end>", *"123456789", "plan", "draw", "a", "red", "blue"]
@@ -30,15 +31,26 @@ def write_language_model(folder: Path, words=WORDS, seed=0, kind="llama", **sett
     return folder
 
 
-def language_model(folder: Path, length=4, width=20, world=None, **settings) -> CausalLm:
+def language_model(
+    folder: Path, length=4, width=20, world=None, adapters=("default",), begin=None, **settings
+) -> CausalLm:
     train = Lora(rank=2, alpha=4, targets=("q_proj", "v_proj", "up_proj", "o_proj"))
-    config = ModelConfig(path=str(folder), length=length, max_sequence_length=width, train=train, **settings)
-    return CausalLm(config, world or World(current_device()), seed=0, keep_reference=True)
+    sizes = {"path": str(folder), "length": length, "max_sequence_length": width, "train": train, "adapters": begin}
+    config, world = ModelConfig(**{**sizes, **settings}), world or World(current_device())
+    return CausalLm(config, world, seed=0, keep_reference=True, adapters=adapters)
 
 
 def tiny_language_model(**settings) -> CausalLm:
     with tempfile.TemporaryDirectory() as folder:
         return language_model(write_language_model(Path(folder)), **settings)
+
+
+def set_apart(model: CausalLm) -> None:
+    """Move each set of adapters from the identity, each another way."""
+    for number, name in enumerate(model.adapters):
+        for key, weight in trained_parameters(model.network).items():
+            if key.endswith(f".{name}.weight"):
+                weight.data += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
 
 
 def plan_and_draw(prompt, call, **columns) -> str:

@@ -18,11 +18,6 @@ CallOf = Callable[[Mapping[str, Any]], PipelineCall]
 
 FRAMES = {"image": "first-frame.png", "last_image": "last-frame.png"}
 
-WITH_PEFT = """from peft import PeftModel
-
-network = PeftModel.from_pretrained(network, ".")
-"""
-
 
 class Shown(NamedTuple):
     """A prompt, and files of the export with what the base model made of it and what the tuned one did."""
@@ -178,8 +173,19 @@ def _use(config: RunConfig, format: Format, files: Sequence[str], library: Libra
     if library == "diffusers":
         return f"```python\n{_program(config, files, call_of(_evaluation(config)))}```"
     if library == "peft":
-        return f"With `network`, loaded by the code of {code(public(config.model.path))}:\n\n```python\n{WITH_PEFT}```"
+        base = code(public(config.model.path))
+        return f"With `network`, loaded by the code of {base}:\n\n```python\n{_with_peft(files)}```"
     return f"The folder is laid out as that of {code(public(config.model.path))} and is loaded by the same code."
+
+
+def _with_peft(files: Sequence[str]) -> str:
+    """Write how peft loads the adapters of an export; those in a folder of their own go by its name."""
+    names = [Path(file).parent.name for file in files if Path(file).name == "adapter_config.json"]
+    given = [f'"{name}", adapter_name="{name}"' if name else '"."' for name in names]
+    lines = ["from peft import PeftModel", "", f"network = PeftModel.from_pretrained(network, {given[0]})"]
+    lines += [f"network.load_adapter({one})" for one in given[1:]]
+    lines += [f'network.set_adapter("{names[-1]}")  # what computes from here on'] if len(names) > 1 else []
+    return "\n".join(lines) + "\n"
 
 
 def _result(evaluated: dict[str, Any] | None) -> str:

@@ -109,7 +109,7 @@ def check_repository(name: str) -> None:
 def library_of(folder: Path, files: Sequence[str]) -> Library:
     """Return what loads adapters, or a folder without any; None where it is the code of the base model alone."""
     if files:
-        return "peft" if "adapter_config.json" in files else "diffusers"
+        return "peft" if any(Path(file).name == "adapter_config.json" for file in files) else "diffusers"
     import diffusers  # which is loaded by now
 
     index = folder / "model_index.json"

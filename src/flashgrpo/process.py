@@ -219,7 +219,7 @@ class Process(Protocol):
         ...
 
     def stage(self, slot: int) -> nn.Module:
-        """The part of the network that computes a slot: ranks that hold it between them call each equally often."""
+        """The part of the network that a slot trains: ranks that hold it between them call each equally often."""
         ...
 
     def idle(self, slot: int, columns: Sequence[str]) -> Iterable[Tensor]:

@@ -31,6 +31,8 @@ MANY = 1_000_000
 """More than there is of anything that a setting counts; a larger number is a slip, which could take hours to notice."""
 LONG = 10_000_000.0
 """Seconds that nothing takes: four months."""
+DEFAULT_ADAPTERS = "default"
+"""The name of adapters that have no other."""
 SMALLEST, LARGEST = 1e-15, 1e9
 """Of every number of a recipe: float32 holds the product of any four of them, and the inverse of any two."""
 Count = Annotated[int, Field(ge=1, le=MANY)]

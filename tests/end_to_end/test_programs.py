@@ -8,6 +8,7 @@ import torch
 from markupsafe import escape
 
 from flashgrpo.config import RunConfig
+from flashgrpo.doctor.estimate import GRADIENTS, MOMENTS, estimate
 from flashgrpo.errors import UserError
 from flashgrpo.evaluate import evaluate
 from flashgrpo.export import export
@@ -91,13 +92,51 @@ def test_resumed_is_uninterrupted_bit_for_bit(recipe, tmp_path):
 
 
 def test_killed_at_any_write_it_ends_with_the_same_weights(recipe, tmp_path, nursery):
-    whole, killed = (recipe("updates=2", f"out={tmp_path}/{name}") for name in ("whole", "killed"))
+    """With adapters of modules, some of them of an average that draws."""
+    own = "rollout.adapters={plan: planner}", "algorithm.behaviour={kind: averaged}", "algorithm.kl_coef=0.1"
+    whole, killed = (recipe("updates=2", f"out={tmp_path}/{name}", *own) for name in ("whole", "killed"))
     (file := tmp_path / "killed.yaml").write_text(killed.to_yaml(), "utf-8")
     for write_number in (15, 35):
         assert nursery.start("train_and_die", file, write_number).wait() != [0]
     run = Path(nursery.run("train", file))
     one, other = (checkpoint.load(each / "checkpoints", 2) for each in (train(whole), run))
     assert all(torch.equal(tensor, other[kind][name]) for kind in one for name, tensor in one[kind].items())
+
+
+def test_a_run_with_adapters_of_modules(recipe, tmp_path):
+    """Every set learns, the export has each of them, and its card says how they are loaded."""
+    own = "rollout.adapters={plan: planner, draw: painter}", "rollout.other_modules=refuse"
+    run = train(recipe(*own, "updates=2"))
+    assert all(line["drift"] == 0 and line["grad_norm"] > 0 for line in read_lines(run / "metrics.jsonl"))
+    policy = checkpoint.load(run / "checkpoints", 2)["policy"]
+    learnt = {name: tensor for name, tensor in policy.items() if ".lora_B." in name}
+    assert len(learnt) == 2 * len([name for name in learnt if name.endswith(".planner.weight")])
+    assert all(tensor.any() for tensor in learnt.values())
+    export(run, out=tmp_path / "out")
+    for name in ("planner", "painter"):
+        assert (tmp_path / "out" / name / "adapter_model.safetensors").is_file()
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert 'PeftModel.from_pretrained(network, "planner", adapter_name="planner")' in card
+    assert 'network.load_adapter("painter", adapter_name="painter")' in card
+    assert "- Adapters: planner, painter" in card
+    with pytest.raises(UserError, match="adapters planner, painter cannot be in one set of weights"):
+        export(run, "merged", tmp_path / "merged")
+    with pytest.raises(UserError, match=r"another rollout.adapters.draw \(painter, now planner\)"):
+        train(recipe(*own, "rollout.adapters.draw=planner"))
+
+
+@pytest.mark.parametrize("parallel", ["{}", "{shard: 2}"])
+def test_two_processes_train_the_same_adapters_as_one(recipe, tmp_path, nursery, parallel):
+    """Processes that hold the network between them differentiate the same adapters at a time, equally often."""
+    one, two, file = f"{tmp_path}/one", f"{tmp_path}/two", tmp_path / "recipe.yaml"
+    own = "rollout.adapters={plan: planner}", "optim.minibatches=2", "optim.micro_batch=2", "algorithm.kl_coef=0.1"
+    file.write_text(recipe("updates=2", f"out={one}", "checkpoint.every=2", *own).to_yaml(), "utf-8")
+    train(RunConfig.load(file))
+    nursery.run("train", file, f"out={two}", f"parallel={parallel}", size=2)
+    assert all(line["drift"] == 0 for line in read_lines(Path(two) / "metrics.jsonl"))
+    weights, others = (checkpoint.load(Path(run) / "checkpoints", 2)["policy"] for run in (one, two))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("parallel", ["{}", "{shard: 2}"])
@@ -121,6 +160,10 @@ def test_two_processes_train_what_one_does(recipe, tmp_path, nursery, parallel):
     [
         (["algorithm.credit.baseline=anchor"], "programs have no anchor"),
         (["algorithm.objective.kind=competing"], "of programs there are log-probabilities"),
+        (["rollout.adapters={plan: own}", "model.train={kind: full}"], "rollout.adapters: full training has none"),
+        (["rollout.other_modules=refuse"], "rollout.adapters names no module; name those that a program calls"),
+        (["rollout.adapters={plan: Own}"], "rollout.adapters.plan: 'Own' can be no name of adapters"),
+        (["rollout.adapters={plan: to}"], "adapters cannot be called 'to'"),
         (["rollout.phases.b="], "a phase begins behind a text that is not empty"),
         (["rollout.phases=[a, b]"], "a list of channels is cut by the function that rollout.cut names"),
         (["rollout.cut=tests.programs:cut"], "give one of both"),
@@ -152,6 +195,17 @@ def test_what_a_program_raises_is_told_with_its_place(recipe, tmp_path):
     (tmp_path / "program.py").write_text("def broken(prompt, call, **columns):\n    return undefined\n", "utf-8")
     with pytest.raises(UserError, match=r"rollout.program raised NameError .* at .*program.py:2"):
         train(recipe(f"rollout.program={tmp_path}/program.py:broken"))
+
+
+def test_adapters_of_modules_are_counted():
+    one, three = (
+        estimate(RunConfig.load("tiny-program", own))
+        for own in ([], ["rollout.adapters={plan: planner, draw: painter}"])
+    )
+    assert three.parameters["trained"] == 3 * one.parameters["trained"]
+    more = three.parameters["network"] - one.parameters["network"]
+    assert more == 2 * one.parameters["trained"]
+    assert three.totals["update"] - one.totals["update"] >= 4 * more * (1 + MOMENTS + GRADIENTS)
 
 
 def test_memory_is_counted():

@@ -133,7 +133,8 @@ def program(score: CallTokens, objective: AnyObjective = OBJECTIVE, explore=Prog
     def make(micro_batch: int) -> Process:
         sizes = {"prompts": len(PROMPTS), "group_size": SIZE, "micro_batch": micro_batch}
         how = ProgramRollout(**sizes, **rollout), ProgramSampling()
-        return ProgramProcess(tiny_language_model(), plan_and_draw, explore, score, *how, micro_batch, WORLD)
+        model = tiny_language_model(adapters=how[0].adapter_names)
+        return ProgramProcess(model, plan_and_draw, explore, score, *how, micro_batch, WORLD)
 
     return Case(make, objective)
 
@@ -168,6 +169,9 @@ CASES = {
         num_steps=3,
     ),
     "programs: mmgrpo": program(CallTokens(), Clipped(clip_range=0.2, kl_coef=0.1)),
+    "programs: adapters of modules": program(
+        CallTokens(), Clipped(clip_range=0.2, kl_coef=0.1), adapters={"plan": "planner"}
+    ),
     "programs: f-grpo, truncated": program(
         CallTokens("phase", "sequence"), explore=ProgramRuns(0.8, 6, 0.95), phases={"first": "1", "second": "2"}
     ),
@@ -319,7 +323,9 @@ def test_it_is_a_process(case, tmp_path):
         assert float(media.min()) >= 0
         assert float(media.max()) <= 1
         assert process.media(outputs, 1).shape[1] >= 1
-    assert process.stage(int(record.slot[0])) in list(process.network.modules())
+    stage, whole = process.stage(int(record.slot[0])), {id(weight) for weight in process.network.parameters()}
+    assert {id(weight) for weight in stage.parameters()} <= whole
+    assert process.stage(int(record.slot[0])) is stage
     assert any(addend.requires_grad for addend in process.idle(int(record.slot[0]), ("kl",)))
     tensors = {name: value.detach() for name, value in trained_parameters(process.network).items()}
     assert all((tmp_path / "lora" / name).is_file() for name in process.save_lora(tmp_path / "lora", tensors))

@@ -46,7 +46,8 @@ def make_process(config: RunConfig, world: World, prompts: Sequence[Prompt], say
     program = load_function(rollout.program, "rollout.program")
     cut = _explained(load_function(rollout.cut, "rollout.cut"), "rollout.cut") if rollout.cut else None
     environment = _environment(rollout, config, world, say) if rollout.environment else None
-    model = CausalLm(config.model, world, config.seed, config.algorithm.objective.needs_reference)
+    keep_reference = config.algorithm.objective.needs_reference
+    model = CausalLm(config.model, world, config.seed, keep_reference, rollout.adapter_names)
     return _process(config, model, world, program, environment, cut)
 
 
@@ -116,7 +117,7 @@ class ProgramMemory:
         self._config, self._rollout = config, _rollout(config)
         self._explore = _chosen(config)[0]
         whole = config.model.plain().model_copy(update={"random_init": True})
-        self._model = CausalLm(whole, World(META), 0)
+        self._model = CausalLm(whole, World(META), 0, adapters=self._rollout.adapter_names)
         self.network: nn.Module = self._model.network
         self.networks: Sequence[nn.Module] = [self.network]
         self.decoder: nn.Module = nn.Module()

@@ -18,10 +18,13 @@ from flashgrpo.models.architectures import fill
 from flashgrpo.models.conditions import fingerprint
 from flashgrpo.models.load import META
 from flashgrpo.models.load_tokens import find_folder
+from flashgrpo.models.lora import trained_parameters, use_adapters
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.token_network import TransformerModel
+from flashgrpo.models.warm_start import adapters_identity
 from flashgrpo.processes.programs.writing import placed
 from flashgrpo.seeds import keyed_bits
+from flashgrpo.settings import DEFAULT_ADAPTERS
 from flashgrpo.types import Condition, Prompt
 
 QWEN3_4B: dict[str, Any] = {
@@ -51,7 +54,14 @@ class CausalLm(TransformerModel):
 
     without = (*TransformerModel.without, "vae_tiling", "vae_slicing")
 
-    def __init__(self, config: ModelConfig, world: World, seed: int, keep_reference: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        world: World,
+        seed: int,
+        keep_reference: bool = False,
+        adapters: Sequence[str] = (DEFAULT_ADAPTERS,),
+    ) -> None:
         config.check_no_generator()
         if world.context > 1:
             raise UserError("parallel.context: a program's calls are not split by tokens; leave it out")
@@ -70,14 +80,19 @@ class CausalLm(TransformerModel):
             assert self.folder is not None
             network = _load(self.folder, config.path, dtype)
         self.ends = _ends(settings, network, self.tokenizer)
-        super().__init__(hand_out_logits(network), config, world, seed, keep_reference)
+        super().__init__(hand_out_logits(network), config, world, seed, keep_reference, adapters)
+        self._in_use, weights = self.adapters[0], trained_parameters(self.network)
+        own = {name: [w for key, w in weights.items() if key.endswith(f".{name}.weight")] for name in self.adapters}
+        self._trained = {name: nn.ParameterList(part) for name, part in own.items()}
 
     @property
     def identity(self) -> str:
         """A digest of samples from the checkpoint's weights, or of the sizes where weights are random."""
         if self.folder is None or self.config.random_init:
             return fingerprint(Path(), [], {"random": self.network.config.to_dict()})
-        return fingerprint(self.folder, [file.name for file in sorted(self.folder.glob("*.safetensors"))], {})
+        return fingerprint(self.folder, [file.name for file in sorted(self.folder.glob("*.safetensors"))], {}) + (
+            adapters_identity(self.config)
+        )
 
     # Texts
 
@@ -119,6 +134,16 @@ class CausalLm(TransformerModel):
         return text.strip() in self.text(ids)
 
     # The network
+
+    def use(self, adapters: str) -> None:
+        """Compute with these adapters from now on."""
+        if adapters != self._in_use:
+            use_adapters(self.network, adapters)
+            self._in_use = adapters
+
+    def trained_by(self, adapters: str) -> nn.Module:
+        """Return what calls with these adapters train: the network, or of several sets the parameters of this one."""
+        return self._trained[adapters] if len(self.adapters) > 1 else self.network
 
     def logits(self, ids: Tensor, count: Tensor) -> Tensor:
         """Return the logits that each token of completions is drawn from, (B, L, V)."""

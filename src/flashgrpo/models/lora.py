@@ -14,13 +14,22 @@ from flashgrpo.distributed.world import local
 from flashgrpo.errors import UserError
 from flashgrpo.models.settings import Full, Lora, ModelConfig
 from flashgrpo.seeds import generator
+from flashgrpo.settings import DEFAULT_ADAPTERS
 
 
-def prepare(network: nn.Module, train: Lora | Full, seed: int, prefix: str = "", unused: Sequence[str] = ()) -> None:
+def prepare(
+    network: nn.Module,
+    train: Lora | Full,
+    seed: int,
+    prefix: str = "",
+    unused: Sequence[str] = (),
+    adapters: Sequence[str] = (DEFAULT_ADAPTERS,),
+) -> None:
     """Make `network` trainable as `train` says; what is trained is float32, everything else is frozen.
 
     Adapters start as the identity: A is gaussian with standard deviation 1 / rank, drawn from `seed` and its name, and
-    B is zero. `prefix` sets apart the names of two experts; modules that are `unused` stay as they are.
+    B is zero. `prefix` sets apart the names of two experts; modules that are `unused` stay as they are. Of several
+    `adapters` all start with the same values, whatever they are called, and the first computes.
 
     Raises:
         UserError: no module of the network is called like one of the targets.
@@ -30,28 +39,62 @@ def prepare(network: nn.Module, train: Lora | Full, seed: int, prefix: str = "",
     for name in unused:
         network.get_submodule(name).requires_grad_(False)
     if isinstance(train, Lora):
-        from peft import LoraConfig  # takes seconds to import, and `flashgrpo --help` should not
-
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         matched = [target for target in train.targets if any(f".{name}".endswith(f".{target}") for name in linear)]
         if not matched:
             some = sorted({name.split(".", 2)[-1] for name in linear})
             raise UserError(f"model.train.targets {list(train.targets)} match no linear layer; there are {some}")
-        network.add_adapter(  # type: ignore[operator]  # diffusers' PeftAdapterMixin
-            LoraConfig(
-                r=train.rank,
-                lora_alpha=train.alpha,
-                target_modules=matched,
-                exclude_modules=list(unused) or None,
-                init_lora_weights="gaussian",
-            )
-        )
-        for name, parameter in trained_parameters(network).items():
-            if "lora_A" in name:
-                noise = torch.randn(parameter.shape, generator=generator(seed, f"lora:{prefix}{name}"))
-                parameter.data.copy_(noise / train.rank)
+        _check_names(adapters, network)
+        for name in adapters:
+            _add_adapters(network, name, train, matched, unused, lambda of: generator(seed, f"lora:{prefix}{of}"))
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        if len(adapters) > 1:
+            use_adapters(network, adapters[0])
     for parameter in trained_parameters(network).values():
         parameter.data = parameter.data.float()
+
+
+def _add_adapters(
+    network: Any,
+    adapters: str,
+    train: Lora,
+    targets: Sequence[str],
+    unused: Sequence[str],
+    drawn_by: Callable[[str], torch.Generator],
+) -> None:
+    """Put the identity on the layers of the targets; what A is drawn by follows from its layer, not from `adapters`."""
+    from peft import LoraConfig  # takes seconds to import, and `flashgrpo --help` should not
+
+    config = LoraConfig(
+        r=train.rank,
+        lora_alpha=train.alpha,
+        target_modules=list(targets),
+        exclude_modules=list(unused) or None,
+        init_lora_weights="gaussian",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of several, as is meant
+        network.add_adapter(config, adapters)  # of diffusers' PeftAdapterMixin, or transformers'
+    for name, parameter in trained_parameters(network).items():  # peft trains those that were added last
+        if "lora_A" in name:
+            same = name.removesuffix(f"{adapters}.weight") + f"{DEFAULT_ADAPTERS}.weight"
+            parameter.data.copy_(torch.randn(parameter.shape, generator=drawn_by(same)) / train.rank)
+
+
+def _check_names(adapters: Sequence[str], network: nn.Module) -> None:
+    """Refuse names of adapters that torch or peft take for something else.
+
+    Raises:
+        UserError: names the first.
+    """
+    taken = {part for name, _ in network.named_modules() for part in name.split(".")}
+    for name in adapters:
+        if name in taken or hasattr(nn.ModuleDict(), name) or name in "lora_":
+            raise UserError(
+                f"rollout.adapters: adapters cannot be called {name!r}, which is the name of something else in the "
+                "network; take another"
+            )
 
 
 def left_out(network: nn.Module) -> set[str]:
@@ -167,13 +210,29 @@ def at_start(
 @contextlib.contextmanager
 def adapters_off(networks: Sequence[Any]) -> Iterator[None]:
     """Compute as before training inside this context."""
-    for network in networks:
-        network.disable_adapters()
+    with contextlib.ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(_trained_afterwards(network))
+            network.disable_adapters()
+            stack.callback(network.enable_adapters)
+        yield
+
+
+def use_adapters(network: Any, name: str) -> None:
+    """Compute with the adapters of this name from now on; those of other names stay trained."""
+    with _trained_afterwards(network):
+        network.set_adapter(name)
+
+
+@contextlib.contextmanager
+def _trained_afterwards(network: nn.Module) -> Iterator[None]:
+    """Train after this context what was trained before: peft freezes adapters that do not compute."""
+    trained = trained_parameters(network)
     try:
         yield
     finally:
-        for network in networks:
-            network.enable_adapters()
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

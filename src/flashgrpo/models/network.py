@@ -1,7 +1,8 @@
 """One network made ready: what is trained of it, how it computes, where it lies."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.models.lora import prepare
 from flashgrpo.models.settings import Lora, ModelConfig
 from flashgrpo.models.warm_start import WarmStart
+from flashgrpo.settings import DEFAULT_ADAPTERS
 
 
 def prepare_network(
@@ -21,25 +23,28 @@ def prepare_network(
     world: World,
     seed: int,
     prefix: str = "",
-    start: WarmStart | None = None,
+    starts: Mapping[str, WarmStart] = MappingProxyType({}),
     unused: Sequence[str] = (),
+    adapters: Sequence[str] = (DEFAULT_ADAPTERS,),
 ) -> None:
     """Prepare a transformer of diffusers for rollout and update.
 
     Args:
         seed, prefix: of the adapters' initial weights; `prefix` sets apart the names of two experts.
-        start: adapters to begin with.
+        starts: by the names of adapters, those of a file that they begin with; of one name where they are merged.
         unused: modules that are not trained.
+        adapters: names of the sets that are trained, of which the first computes.
 
     Raises:
         UserError: targets match nothing or not the adapters to begin with, an attention back end is not there, or the
             network cannot be split.
     """
-    if start and config.merge_adapters:
+    for start in starts.values() if config.merge_adapters else ():
         start.merge_into(network)
-    prepare(network, config.train, seed, prefix, unused)
-    if start and isinstance(config.train, Lora) and not config.merge_adapters:
-        start.continue_in(network, config.train)
+    prepare(network, config.train, seed, prefix, unused, adapters)
+    if isinstance(config.train, Lora) and not config.merge_adapters:
+        for name, start in starts.items():
+            start.continue_in(network, config.train, name)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if config.compile:

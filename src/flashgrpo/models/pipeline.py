@@ -27,6 +27,7 @@ from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.choices import GuidanceKind
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
+from flashgrpo.settings import DEFAULT_ADAPTERS
 from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, index_rows
 
 Size = tuple[int, int, int, int]
@@ -166,9 +167,10 @@ class PipelineModel(EncodesPrompts):
         for name in names:  # each is placed before the next is loaded
             self.source.load([name])
             network = experts[name] = getattr(self.pipeline, name)
-            start = read_adapters(files[name], network, self.original_name, convert, self.say) if files else None
+            read = partial(read_adapters, original_name=self.original_name, convert=convert, say=self.say)
+            starts = {DEFAULT_ADAPTERS: read(files[name], network)} if files else {}
             prefix = f"{name}." if len(names) > 1 else ""
-            prepare_network(network, config, world, self.seed, prefix, start, self.unused_layers())
+            prepare_network(network, config, world, self.seed, prefix, starts, self.unused_layers())
         for wanted, switch in ((config.vae_tiling, "enable_tiling"), (config.vae_slicing, "enable_slicing")):
             if wanted:
                 getattr(self.pipeline.vae, switch)()

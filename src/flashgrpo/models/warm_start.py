@@ -19,6 +19,7 @@ from flashgrpo.files import read_object, resolve_path
 from flashgrpo.models.conditions import fingerprint
 from flashgrpo.models.lora import left_out
 from flashgrpo.models.settings import Lora, ModelConfig
+from flashgrpo.settings import DEFAULT_ADAPTERS
 
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer_2.", "transformer.")
 """Before a layer's name, in which dots stand between modules."""
@@ -71,8 +72,8 @@ class WarmStart:
                 layer.bias.copy_(layer.bias.float() + adapter.bias.float())
 
     @torch.no_grad()
-    def continue_in(self, network: nn.Module, train: Lora) -> None:
-        """Give the adapters that were put on a network these values, which leave the velocity what it was.
+    def continue_in(self, network: nn.Module, train: Lora, name: str = DEFAULT_ADAPTERS) -> None:
+        """Give the adapters of this name that were put on a network these values, which leave the velocity what it was.
 
         Adapters of a higher rank begin with zeros in the further columns of B; where alpha / rank is another than the
         file's, B is scaled. Layers that the file lacks begin as the identity; those that the network computes and drops
@@ -81,16 +82,17 @@ class WarmStart:
         Raises:
             UserError: a layer has no adapter to hold its values, or one of a lower rank, or its bias changes.
         """
-        used = {name: adapter for name, adapter in self.adapters.items() if name not in left_out(network)}
-        if biased := [name for name, adapter in used.items() if adapter.bias is not None]:
+        passed = left_out(network)
+        used = {layer: adapter for layer, adapter in self.adapters.items() if layer not in passed}
+        if biased := [layer for layer, adapter in used.items() if adapter.bias is not None]:
             raise UserError(
                 f"model.adapters: {self.file} changes biases, of {_some(map(_short, biased))}, which adapters that are "
                 f"trained do not have; take {MERGE}"
             )
-        without = [name for name in used if not hasattr(network.get_submodule(name), "lora_A")]
+        without = [layer for layer in used if not hasattr(network.get_submodule(layer), "lora_A")]
         if without:
             raise UserError(
-                f"model.adapters: {self.file} has adapters on {_some({_short(name) for name in without})}, which "
+                f"model.adapters: {self.file} has adapters on {_some({_short(layer) for layer in without})}, which "
                 f"model.train.targets leave out; add them, or take {MERGE}"
             )
         if self.rank > train.rank:
@@ -98,11 +100,11 @@ class WarmStart:
                 f"model.adapters: {self.file} has rank {self.rank}, which model.train.rank {train.rank} has no room "
                 f"for; take model.train.rank={self.rank} or more, or {MERGE}"
             )
-        for name, adapter in used.items():
-            layer: Any = network.get_submodule(name)
+        for layer, adapter in used.items():
+            module: Any = network.get_submodule(layer)
             rank = len(adapter.down)
-            layer.lora_A["default"].weight[:rank] = adapter.down.float()
-            layer.lora_B["default"].weight[:, :rank] = adapter.up.float() * (adapter.scale / (train.alpha / train.rank))
+            module.lora_A[name].weight[:rank] = adapter.down.float()
+            module.lora_B[name].weight[:, :rank] = adapter.up.float() * (adapter.scale / (train.alpha / train.rank))
 
 
 def adapters_identity(config: ModelConfig) -> str:

@@ -23,7 +23,8 @@ from flashgrpo.processes.programs.process import ProgramProcess, state_of
 from flashgrpo.processes.programs.recording import Calls, Made, key_of, record_of
 from flashgrpo.processes.programs.runs import Answer, Question, Run
 from flashgrpo.processes.programs.settings import CallTokens, ProgramRollout, ProgramRuns, ProgramSampling
-from flashgrpo.processes.programs.writing import Written, places_for
+from flashgrpo.processes.programs.slots import places_for
+from flashgrpo.processes.programs.writing import Written
 from flashgrpo.rewards.plans import opposite, strokes
 from flashgrpo.rewards.slates import ndcg, phases
 from flashgrpo.types import Failed, Prompt, PromptGroup, RewardTable, Sample
@@ -44,7 +45,7 @@ def recorded(runs, score=CallTokens(), tags=(), groups=None) -> Record:  # noqa:
     for sample, run in enumerate(runs):
         seen: list[str] = []
         for module, ids in run:
-            made.append(Made(sample, module, seen.count(module), [1, 2], written(*ids)))
+            made.append(Made(sample, module, seen.count(module), 16, [1, 2], written(*ids)))
             seen.append(module)
     calls = Calls(made, max(1, len(tags)), partial(begins_of, tags=tags), score)
     return record_of(calls, groups or [0] * len(runs), tiny_language_model(), WORLD)
@@ -325,7 +326,9 @@ def _calls_of(record: Record) -> list[Made]:
         width = state.ids.shape[1] - state.length
         prompt = state.ids[unit, width - int(state.count[unit]) : width].tolist()
         ids = state.ids[unit, width : width + int(state.drawn[unit])].tolist()
-        made.append(Made(int(record.sample[record.unit == unit][0]), "any", unit, prompt, written(*ids)))
+        made.append(
+            Made(int(record.sample[record.unit == unit][0]), "any", unit, int(record.slot[unit]), prompt, written(*ids))
+        )
     return made
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float32, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashgrpo.processes.of_model import Model
 
@@ -29,6 +29,19 @@ class LanguageModel(Model, Protocol):
     @property
     def ends(self) -> frozenset[int]:
         """Tokens that end a completion, each a part of it."""
+        ...
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """Names of the sets of adapters, one or more; a model that is trained whole has one name for its weights."""
+        ...
+
+    def use(self, adapters: str) -> None:
+        """Compute with these adapters from now on, backward passes of what was computed with them included."""
+        ...
+
+    def trained_by(self, adapters: str) -> nn.Module:
+        """Return what of the network calls with these adapters train: equal names, the same module."""
         ...
 
     def prompt_ids(self, text: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import SharedError
@@ -23,8 +23,9 @@ from flashgrpo.processes.programs.phases import Cut, begins_of, checked
 from flashgrpo.processes.programs.recording import Calls, Made, record_of
 from flashgrpo.processes.programs.runs import Answer, Program, Question, Run, Stopped
 from flashgrpo.processes.programs.settings import CallTokens, ProgramRollout, ProgramRuns, ProgramSampling
+from flashgrpo.processes.programs.slots import Slots
 from flashgrpo.processes.programs.state import ProgramState
-from flashgrpo.processes.programs.writing import CompletionSampler, places_for
+from flashgrpo.processes.programs.writing import CompletionSampler
 from flashgrpo.seeds import Name
 from flashgrpo.types import REWARD, Failed, Media, Prompt, Sample, to_device
 
@@ -73,6 +74,7 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         self.program, self.explain, self.environment = program, explain, environment
         self.explore, self.score, self.rollout, self.sampling = explore, score, rollout, sampling
         self.channels = tuple(rollout.phases) or (REWARD,)
+        self.slots = Slots(tuple(model.adapters), rollout.adapters, model.width)
         self._made: tuple[int, int, int] | None = None
         tags = [*rollout.tags.values()]
         self.cut = checked(cut, len(self.channels)) if cut else partial(begins_of, tags=tags)
@@ -113,8 +115,8 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         return outputs, replace(record, old=old, state=replace(state_of(record), old_log_p=log_p))
 
     def _writer(self, temperature: float) -> CompletionSampler:
-        size = self.rollout.micro_batch
-        return CompletionSampler(self.model, temperature, self.explore.top_k, self.explore.top_p, size, self.together)
+        how = temperature, self.explore.top_k, self.explore.top_p
+        return CompletionSampler(self.model, self.slots, *how, self.rollout.micro_batch, self.together)
 
     def _run_all(
         self,
@@ -159,13 +161,14 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         ids = {row: self.model.prompt_ids(question.text) for row, question in asked.items()}
         fits = [row for row in asked if len(ids[row]) <= self.model.width]
         name_of = {row: (*names[row], asked[row].module, asked[row].number) for row in fits}
-        prompts = [ids[row] for row in fits]
-        self._keep_up(writer, prompts)
-        written = dict(zip(fits, writer.write(prompts, [name_of[row] for row in fits]), strict=True))
+        slot_of = {row: self.slots.of(asked[row].module, len(ids[row])) for row in fits}
+        self._keep_up(writer, [*slot_of.values()])
+        drawn = writer.write([ids[row] for row in fits], [*name_of.values()], [*slot_of.values()])
+        written = dict(zip(fits, drawn, strict=True))
         found: dict[int, Question | Answer] = {}
         for row, question in asked.items():
             if row in written:
-                made.append(Made(row, question.module, question.number, ids[row], written[row]))
+                made.append(Made(row, question.module, question.number, slot_of[row], ids[row], written[row]))
                 found[row] = runs[row].resume(self.model.text(written[row].ids))
             else:
                 limit = (
@@ -174,11 +177,11 @@ class ProgramProcess(ModelProcess[LanguageModel]):
                 found[row] = runs[row].resume(Stopped(limit))
         return found
 
-    def _keep_up(self, writer: CompletionSampler, prompts: Sequence[Sequence[int]]) -> None:
+    def _keep_up(self, writer: CompletionSampler, slots: Sequence[int]) -> None:
         """Make as many calls as the rank with most, where ranks call together."""
         if not self.together:
             return
-        own = sum(number_of_calls(len(some), writer.size) for some in writer.batches(prompts).values())
+        own = sum(number_of_calls(len(some), writer.size) for some in writer.batches(slots).values())
         for _ in range(int(self.world.max_over_ranks(torch.tensor(own))) - own):
             writer.on_nothing()
 
@@ -210,7 +213,8 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         "kl", "kl_average" and "kl_old" are exact divergences of a token's candidates: to the base model, to the average
         and to the policy that drew. Without recorded ones the policy is the old one, too.
         """
-        state, places = state_of(record), int(record.slot[0])
+        state, (adapters, places) = state_of(record), self.slots.split(int(record.slot[0]))
+        self.model.use(adapters)
         log_p = self._log_p(state, places)
         others = by_other_weights(columns, self.other_weights, lambda: self._log_p(state, places))
         if "kl_old" in columns:
@@ -218,6 +222,10 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         found = {name: self._by_term(divergence(log_p, other), state) for name, other in others.items()}
         found |= {LOG_P: log_p.detach()} if LOG_P in columns else {}
         return [(self._by_term(state.of_drawn(log_p), state), found)]
+
+    def stage(self, slot: int) -> nn.Module:
+        """Return what calls of a slot train: ranks that hold the network between them differentiate the same part."""
+        return self.model.trained_by(self.slots.split(slot)[0])
 
     def _by_term(self, values: Tensor, state: ProgramState) -> Tensor:
         return state.by_term(values, self.score, len(self.channels))
@@ -232,12 +240,13 @@ class ProgramProcess(ModelProcess[LanguageModel]):
 
     def idle(self, slot: int, columns: Sequence[str]) -> list[Tensor]:
         """Take part in the collectives of a replay, without a gradient of one's own."""
+        self.model.use(self.slots.split(slot)[0])
         found = self._on_nothing()
         by_other_weights(columns, self.other_weights, self._on_nothing)
         return [found]
 
     def _on_nothing(self) -> Tensor:
-        ids = torch.zeros(1, places_for(1, self.model.width) + self.model.length, dtype=torch.int64, device=self.device)
+        ids = torch.zeros(1, self.slots.first + self.model.length, dtype=torch.int64, device=self.device)
         return self.model.logits(ids, torch.ones(1, dtype=torch.int64, device=self.device)).amax(-1)
 
     # What it costs, whether it is sound
@@ -249,9 +258,15 @@ class ProgramProcess(ModelProcess[LanguageModel]):
         each = 3 + self.model.recomputes + sum(name in columns for name in ("kl", "kl_average"))
         return Cost(forwards + (units if uses > 1 else 0), units * passes * each)
 
+    def _unused(self, record: Record) -> list[str]:
+        """Return the adapters that no call of a record, on all ranks, was computed by."""
+        slots = self.world.gather(record.slot.unique().tolist())
+        used = {self.slots.split(slot)[0] for own in slots for slot in own}
+        return [name for name in self.slots.names if name not in used]
+
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Say how many runs have failed, and how far the decoder is from what is scored."""
-        return findings(texts_of(outputs), state_of(record), record, self.score)
+        return findings(texts_of(outputs), state_of(record), record, self.score, self._unused(record))
 
 
 def most(rollout: ProgramRollout, length: int) -> tuple[int, int]:

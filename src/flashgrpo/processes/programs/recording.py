@@ -14,7 +14,7 @@ from flashgrpo.processes.programs.model import LanguageModel
 from flashgrpo.processes.programs.phases import Cut, phase_of_tokens
 from flashgrpo.processes.programs.settings import CallTokens
 from flashgrpo.processes.programs.state import ProgramState
-from flashgrpo.processes.programs.writing import Written, places_for
+from flashgrpo.processes.programs.writing import Written
 from flashgrpo.seeds import keyed_bits
 from flashgrpo.types import to_device
 
@@ -26,6 +26,7 @@ class Made:
     sample: int
     module: str
     number: int
+    slot: int
     prompt: Sequence[int]
     written: Written
 
@@ -46,11 +47,11 @@ def key_of(group: int, module: str, number: int, channel: int) -> int:
 
 
 def record_of(calls: Calls, groups: Sequence[int], model: LanguageModel, world: World) -> Record:
-    """Record calls, whose samples have these groups; the slot of a unit is the width of its prompt's places."""
+    """Record calls, whose samples have these groups; the slot of a unit is that of its call."""
     made, score = calls.made, calls.score
     phases = [_phases(call.written, calls, model) for call in made]
     state = ProgramState.of([m.prompt for m in made], [m.written for m in made], phases, model.width, model.length)
-    slot = torch.tensor([places_for(len(call.prompt), model.width) for call in made], dtype=torch.int64)
+    slot = torch.tensor([call.slot for call in made], dtype=torch.int64)
     numbers = calls.phases
     keys = [[key_of(groups[m.sample], m.module, m.number, phase) for phase in range(numbers)] for m in made]
     key = torch.tensor(keys, dtype=torch.int64).view(-1, numbers)

@@ -1,16 +1,27 @@
 """Settings of programs: what is run, how its calls are drawn, and what is scored of them. Free of torch."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from flashgrpo.processes.settings import Chosen, RolloutPart, SamplingPart
-from flashgrpo.settings import FORBID_EXTRA, LARGEST, Count, PathText, Positive, check_number
+from flashgrpo.settings import DEFAULT_ADAPTERS, FORBID_EXTRA, LARGEST, Count, PathText, Positive, check_number
 
 PROGRAMS = "programs"
 MOST_CALLS = 10_000
+
+
+def _adapters_name(name: str) -> str:
+    """Return a name that can be one of a folder on every file system, and is no option of a command."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+        raise ValueError(f"{name!r:.80} can be no name of adapters; take small letters, digits, - and _")
+    return name
+
+
+AdaptersName = Annotated[str, AfterValidator(_adapters_name)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,12 @@ class ProgramRollout(RolloutPart):
     """`package.module:function` or `path/to/file.py:function` with `function(text) -> list`: the character at which
     each phase of a completion begins, rising from 0, and fewer where phases do not come. It is code that the run
     executes."""
+    adapters: dict[str, AdaptersName] = Field(default_factory=dict)
+    """Module -> the name of the LoRA adapters that compute its calls, in small letters; modules of one name
+    share them. Without any, all calls are computed by one set of adapters."""
+    other_modules: Literal["share", "refuse"] = "share"
+    """What calls of modules that `adapters` does not name are computed by: adapters of the name `default`, which they
+    share. With `refuse` there are none unless a module names them, and such a call ends the training."""
     environment: PathText | None = None
     """A recipe whose model makes a video or an image of what the program returns; rewards look at that. The model is
     not trained."""
@@ -102,6 +119,12 @@ class ProgramRollout(RolloutPart):
                 "algorithm.objective: of programs there are log-probabilities and divergences; take "
                 "algorithm.objective.kind=clipped"
             )
+        if self.adapters and not chosen.frozen:
+            raise ValueError(
+                "rollout.adapters: full training has none; take model.train.kind=lora, or leave this setting out"
+            )
+        if self.other_modules == "refuse" and not self.adapters:
+            raise ValueError("rollout.other_modules: rollout.adapters names no module; name those that a program calls")
         for name in ("environment_steps", "environment_guidance"):
             if self.environment is None and getattr(self, name) is not None:
                 raise ValueError(
@@ -122,6 +145,12 @@ class ProgramRollout(RolloutPart):
         """Return channel -> the text behind which it begins; empty where a function cuts."""
         return self.phases if isinstance(self.phases, dict) else {}
 
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Return the names of all adapters, each once, those that other modules share first."""
+        shared = (DEFAULT_ADAPTERS,) if self.other_modules == "share" else ()
+        return tuple(dict.fromkeys((*shared, *self.adapters.values())))
+
     def absolute(self, call: Callable[[str], str]) -> "ProgramRollout":
         """Return the same, with the files of code and the recipe of the environment by their absolute paths."""
         changes = {name: (value := getattr(self, name)) and call(value) for name in ("program", "environment", "cut")}
@@ -129,7 +158,11 @@ class ProgramRollout(RolloutPart):
 
     def facts(self) -> Mapping[str, str]:
         """Return what a model card says of the rollout beside its size."""
-        return {"Program": self.program, **({"Phases": ", ".join(self.phases)} if self.phases else {})}
+        return {
+            "Program": self.program,
+            **({"Phases": ", ".join(self.phases)} if self.phases else {}),
+            **({"Adapters": ", ".join(self.adapter_names)} if self.adapters else {}),
+        }
 
 
 class ProgramSampling(SamplingPart):

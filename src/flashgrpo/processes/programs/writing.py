@@ -10,10 +10,9 @@ from torch import Tensor
 from flashgrpo.processes.calls import fixed_batches
 from flashgrpo.processes.choices import Kept, gumbel, truncated
 from flashgrpo.processes.programs.model import LanguageModel
+from flashgrpo.processes.programs.slots import Slots
 from flashgrpo.seeds import Name
 from flashgrpo.types import to_device
-
-NARROWEST = 16  # places for a prompt
 
 
 @dataclass(frozen=True)
@@ -23,17 +22,6 @@ class Written:
     ids: tuple[int, ...]
     log_p: tuple[float, ...]
     kept: Kept | None
-
-
-def places_for(tokens: int, widest: int) -> int:
-    """Return how many places a prompt gets: a power of two of them, so that few widths occur.
-
-    Example: 20 tokens get 32 places, and 40 where prompts have at most 40.
-    """
-    places = NARROWEST
-    while places < tokens:
-        places *= 2
-    return min(places, widest)
 
 
 def placed(
@@ -49,37 +37,41 @@ class CompletionSampler:
     """Draws completions.
 
     Args:
+        slots: which calls may share a batch.
         temperature, top_k, top_p: see `ProgramRuns`; a temperature of 0 takes the likeliest token of all.
         size: rows of every call of the network.
         every_step: also make the calls of steps at which all rows have ended, for ranks that call together.
     """
 
     model: LanguageModel
+    slots: Slots
     temperature: float
     top_k: int | None
     top_p: float
     size: int
     every_step: bool = False
 
-    def batches(self, prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-        """Sort prompts by the places that they get; what is in one batch has one width."""
+    def batches(self, slots: Sequence[int]) -> dict[int, list[int]]:
+        """Sort calls by their slots; what is in one batch has one width, and one set of adapters."""
         found: dict[int, list[int]] = {}
-        for number, own in enumerate(prompts):
-            found.setdefault(places_for(len(own), self.model.width), []).append(number)
+        for number, slot in enumerate(slots):
+            found.setdefault(slot, []).append(number)
         return dict(sorted(found.items()))
 
     @torch.no_grad()
-    def write(self, prompts: Sequence[Sequence[int]], names: Sequence[Name]) -> list[Written]:
+    def write(self, prompts: Sequence[Sequence[int]], names: Sequence[Name], slots: Sequence[int]) -> list[Written]:
         """Draw a completion to each prompt; what else is asked for at the same time changes no bit of it."""
         found: dict[int, Written] = {}
-        for places, numbers in self.batches(prompts).items():
+        for slot, numbers in self.batches(slots).items():
             for rows, new in fixed_batches(len(numbers), self.size):
                 own = [numbers[row] for row in rows.tolist()]
-                written = self._batch([prompts[number] for number in own], [names[number] for number in own], places)
+                written = self._batch([prompts[number] for number in own], [names[number] for number in own], slot)
                 found |= dict(zip(own[:new], written, strict=False))
         return [found[number] for number in range(len(prompts))]
 
-    def _batch(self, prompts: Sequence[Sequence[int]], names: Sequence[Name], places: int) -> list[Written]:
+    def _batch(self, prompts: Sequence[Sequence[int]], names: Sequence[Name], slot: int) -> list[Written]:
+        adapters, places = self.slots.split(slot)
+        self.model.use(adapters)
         device = self.model.device
         ids, count = placed(prompts, places)
         logits, cache = self.model.begin(to_device(ids, device), to_device(count, device))
@@ -112,4 +104,4 @@ class CompletionSampler:
 
     def on_nothing(self) -> None:
         """Take part in the collectives of a batch."""
-        self._batch([[0]], [(0, "nothing")], places_for(1, self.model.width))
+        self._batch([[0]], [(0, "nothing")], self.slots.first)
