@@ -109,14 +109,15 @@ class Stream(StreamingProcess):
 
     Args:
         anchored: whether each group has a sample that sees the past as it is; `cost` counts it.
+        whole: whether videos are drawn to their end.
     """
 
-    def __init__(self, anchored=False, micro_batch=4, prompts=2, group_size=4, explore=ROUTED, score=None):
+    def __init__(self, anchored=False, micro_batch=4, prompts=2, group_size=4, explore=ROUTED, score=None, whole=True):
         rollout = StreamRollout(
             prompts=prompts, group_size=group_size, micro_batch=micro_batch, sink=1, local=4, block=BLOCK
         )
         score = score or Energy(trained_levels=1)
-        super().__init__(StreamDouble(), explore, score, rollout, micro_batch, anchored, single_process())
+        super().__init__(StreamDouble(), explore, score, rollout, micro_batch, anchored, whole, single_process())
 
 
 def number_of(outputs: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def make_process(
     model = load_causal_wan(config.model, world, config.seed, every, keep, say, rollout.window, generator or None)
     for prompt in prompts:  # a switch that cannot be is refused before anything is drawn
         scenes_of(prompt, model.latent_shape[1], rollout.block, model.stride)
-    return StreamingProcess(model, *_chosen(config), rollout, config.optim.micro_batch, credit.anchored, world)
+    batch, whole = config.optim.micro_batch, _whole(config)
+    return StreamingProcess(model, *_chosen(config), rollout, batch, credit.anchored, whole, world)
 
 
 def planned_cost(config: RunConfig, update: int) -> Cost:
@@ -49,6 +50,7 @@ def planned_cost(config: RunConfig, update: int) -> Cost:
         model.latent_shape[1],
         len(model.levels),
         config.algorithm.credit.anchored,
+        _whole(config),
         config.seed,
         update,
         config.optim.passes,
@@ -144,6 +146,11 @@ memory = StreamMemory
 def _rollout(config: RunConfig) -> StreamRollout:
     assert isinstance(config.rollout, StreamRollout)
     return config.rollout
+
+
+def _whole(config: RunConfig) -> bool:
+    """Return whether a reward that is trained on looks at more than the blocks in which branches differ."""
+    return any(reward.looks_at != "chunk" for reward in config.rewards.values() if not reward.watched)
 
 
 def _chosen(config: RunConfig) -> tuple[StreamExplore, StreamScore]:

@@ -14,7 +14,7 @@ from flashgrpo.processes.streaming.decoding import decode
 from flashgrpo.processes.streaming.drawing import Stream as Drawn
 from flashgrpo.processes.streaming.process import evaluation_name
 from flashgrpo.processes.streaming.scenes import scenes_of
-from flashgrpo.processes.streaming.settings import Energy, OneLevel, Routing, Transition, check_pair
+from flashgrpo.processes.streaming.settings import Energy, NoisedBlock, OneLevel, Routing, Transition, check_pair
 from flashgrpo.processes.streaming.source import Fork
 from flashgrpo.processes.streaming.window import Window
 from flashgrpo.types import Condition, Prompt, PromptGroup
@@ -40,6 +40,38 @@ def test_branches_are_one_video_until_the_fork_and_differ_from_there():
         assert torch.equal(videos[:, :, :frame], videos[:1, :, :frame].expand(5, -1, -1, -1, -1))
         assert len({tuple(video.tolist()) for video in videos[:, :, frame:].flatten(1)}) > 2
     assert set(record.slot.tolist()) <= set(ROUTED.forks(FRAMES, Window(1, 4, BLOCK)))
+
+
+@pytest.mark.parametrize(
+    ("explore", "score"), [(ROUTED, None), (OneLevel(), Transition()), (OneLevel(), NoisedBlock())]
+)
+def test_videos_may_end_with_the_blocks_in_which_branches_differ(explore, score):
+    """What is drawn is the same, and so is its replay; latents behind the end are 0, and cost no call."""
+    anchored = explore is ROUTED
+    whole, short = (Stream(anchored, explore=explore, score=score, whole=whole) for whole in (True, False))
+    calls = {}
+
+    def counted(process):
+        velocity, calls[process] = process.model.velocity, 0
+
+        def call(x, *arguments):
+            calls[process] += len(x)
+            return velocity(x, *arguments)
+
+        process.model.velocity = call
+        samples = [sample for sample in SAMPLES if anchored or not sample.is_anchor]
+        return process.draw(samples, 7, lambda rows, outputs: None)
+
+    (outputs, record), (cut_off, of_short) = counted(whole), counted(short)
+    assert torch.equal(record.state.recorded, of_short.state.recorded)
+    for row in range(len(outputs)):
+        fork = record.state.forks[row // (len(outputs) // 2)].frame
+        end = fork + explore.blocks * BLOCK
+        assert torch.equal(outputs[row, :, :end], cut_off[row, :, :end])
+        assert not bool(cut_off[row, :, end:].any())
+    assert calls[short] < calls[whole]
+    for process in (whole, short):
+        assert process.cost(7, 2, 1, ()).rollout == calls[process]
 
 
 def test_a_branch_in_the_clean_context_has_the_score_zero_which_is_the_highest():

@@ -21,6 +21,11 @@ def place_of(places: Sequence[Place], seed: int, update: int, group: int) -> Pla
     return places[keyed_bits("fork", seed, update, group) % len(places)]
 
 
+def drawn_until(fork: int, explore: StreamExplore, block: int, frames: int, whole: bool) -> int:
+    """Return the frame behind which a video is not drawn: its last, or that of the blocks in which branches differ."""
+    return frames if whole else fork + explore.blocks * block
+
+
 def update_cost(
     explore: StreamExplore,
     score: StreamScore,
@@ -28,6 +33,7 @@ def update_cost(
     frames: int,
     levels: int,
     anchored: bool,
+    whole: bool,
     seed: int,
     update: int,
     passes: int,
@@ -41,17 +47,19 @@ def update_cost(
         frames: latent frames of a video.
         levels: of a block.
         anchored: whether each group has an anchor.
+        whole: whether videos are drawn to their end; see `drawn_until`.
         passes: over the record.
         columns: that the objective asks a replay for.
         uses: how often each unit will be replayed.
         recomputes: whether a backward pass computes the network's blocks again.
     """
-    places, blocks = explore.places(frames, rollout.window, levels), frames // rollout.block
+    places = explore.places(frames, rollout.window, levels)
     size, drawn = rollout.group_size, 0
     for group in range(rollout.prompts):
         frame, level = place_of(places, seed, update, group)
         before, shared = frame // rollout.block, explore.shared_levels(level)
-        rest = (blocks - before) * (levels + 1) - 1
+        blocks = (drawn_until(frame, explore, rollout.block, frames, whole) - frame) // rollout.block
+        rest = blocks * (levels + 1) - 1
         drawn += before * (levels + 1) + shared + size * (rest - shared) + anchored * rest
     scored, graded = replay_calls(explore, score, levels)
     others = sum(name in columns for name in ("kl", "kl_average", "score_base", "score_average"))

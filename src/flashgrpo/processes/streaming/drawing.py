@@ -39,11 +39,15 @@ class Script:
         """Return the condition of the block that begins at a frame."""
         return self.conditions[self.scene(frame)]
 
-    def calls(self, first: int, last: int, model: StreamingModel) -> int:
-        """Count the network calls that drawing the blocks between two frames takes, un-routed or not."""
-        window, frames = model.window, model.latent_shape[1]
+    def calls(self, first: int, last: int, model: StreamingModel, ends: bool) -> int:
+        """Count the network calls that drawing the blocks between two frames takes, un-routed or not.
+
+        Args:
+            ends: whether nothing is drawn behind them.
+        """
+        window = model.window
         blocks = (last - first) // window.block
-        committed = blocks - (last == frames and blocks > 0)
+        committed = blocks - (ends and blocks > 0)
         anew = sum(min(window.frames, start) // window.block for start in self.starts if first < start < last)
         return blocks * len(model.levels) + committed + anew
 
@@ -56,6 +60,7 @@ class Stream:
         cache: of the frames that later blocks may attend to; where all rows are alike it may have one row.
         latents: (B, C, F, H, W) of the frames so far, but for the first `forgotten` ones.
         remembered: last frames that the cache keeps, beside the window's sink.
+        end: frame behind which nothing is drawn.
         scene: number of the script's scene under which the last frames are cached.
     """
 
@@ -64,17 +69,20 @@ class Stream:
     cache: KVCache
     latents: Latents
     remembered: int
+    end: int
     scene: int = 0
     forgotten: int = 0
 
     @classmethod
-    def begun(cls, model: StreamingModel, script: Script, rows: int, remembered: int = 0) -> "Stream":
-        """Begin videos: nothing of them is drawn."""
-        channels, _, height, width = model.latent_shape
+    def begun(
+        cls, model: StreamingModel, script: Script, rows: int, remembered: int = 0, end: int | None = None
+    ) -> "Stream":
+        """Begin videos, of which nothing is drawn yet; they end at frame `end`, or where the model's do."""
+        channels, frames, height, width = model.latent_shape
         device = next(iter(script.conditions[0].tensors.values())).device
         nothing = torch.empty(rows, channels, 0, height, width, device=device)
         least = model.window.frames + model.window.block
-        return cls(model, script, KVCache(), nothing, max(remembered, least))
+        return cls(model, script, KVCache(), nothing, max(remembered, least), end or frames)
 
     @property
     def frame(self) -> int:
@@ -137,7 +145,7 @@ class Stream:
         """Return the stream with a finished block behind it, and in its cache."""
         latents = torch.cat([self.latents, block], dim=2)
         frame = self.forgotten + latents.shape[2]
-        if frame == self.model.latent_shape[1]:
+        if frame == self.end:
             return replace(self, latents=latents)  # nothing comes that could look at it
         cache = self.model.commit(self.cache, block, context, self.condition(len(block)))
         kept = range(frame - self.remembered, frame)

@@ -45,6 +45,8 @@ class StreamingProcess(ModelProcess[StreamingModel]):
     Attributes:
         source: where branches part, how they differ, and what is scored of them.
         micro_batch: units replayed at once, and rows of every call of the network whose result is judged.
+        whole: whether an update's videos are drawn to their end; otherwise as far as branches differ in their context
+            or noise, which is where rewards look that say `looks_at: chunk`.
     """
 
     views: Sequence[str] = (WHOLE, "chunk", "clips")
@@ -57,11 +59,12 @@ class StreamingProcess(ModelProcess[StreamingModel]):
         rollout: StreamRollout,
         micro_batch: int,
         anchored: bool,
+        whole: bool,
         world: World,
     ) -> None:
         super().__init__(model, min(micro_batch, rollout.group_size), world)
         self.rollout = rollout
-        self.anchored = anchored
+        self.anchored, self.whole = anchored, whole
         self.explore, self.score = explore, score
         self.source = self._source()
 
@@ -110,7 +113,8 @@ class StreamingProcess(ModelProcess[StreamingModel]):
         self, samples: Sequence[Sample], seed: int, on_drawn: OnDrawn, uses: int = 1, columns: Sequence[str] = ()
     ) -> tuple[Outputs, Record]:
         """Draw samples, group by group: a prefix once, then the branches, and the anchor; see `Process`."""
-        groups = Groups(self.model, self.source, self.explore, self.rollout.micro_batch, self.world, seed)
+        rows = self.rollout.micro_batch
+        groups = Groups(self.model, self.source, self.explore, rows, self.whole, self.world, seed)
         outputs, state, members = groups.draw(samples, self.script, on_drawn)
         return outputs, self._record(state, members, samples, uses, columns)
 
@@ -139,7 +143,7 @@ class StreamingProcess(ModelProcess[StreamingModel]):
         scripts = [self.script(prompt) for prompt in prompts]
         parts = list(self._alike(scripts))
         frames = self.model.latent_shape[1]
-        calls = sum(scripts[part[0]].calls(0, frames, self.model) for part in parts)
+        calls = sum(scripts[part[0]].calls(0, frames, self.model, ends=True) for part in parts)
         missing = missing_calls(self.world, calls)
         for part in parts:
             stream = Stream.begun(self.model, Script.joined([scripts[row] for row in part]), len(part))
@@ -210,6 +214,7 @@ class StreamingProcess(ModelProcess[StreamingModel]):
             model.latent_shape[1],
             len(model.levels),
             self.anchored,
+            self.whole,
             seed,
             update,
             passes,

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashgrpo.distributed.world import World
 from flashgrpo.process import OnDrawn
 from flashgrpo.processes.calls import fixed_batches, missing_calls, number_of_calls
-from flashgrpo.processes.streaming.cost import place_of
+from flashgrpo.processes.streaming.cost import drawn_until, place_of
 from flashgrpo.processes.streaming.drawing import Script, Stream
 from flashgrpo.processes.streaming.model import StreamingModel
 from flashgrpo.processes.streaming.settings import StreamExplore
@@ -24,6 +24,7 @@ class Groups:
 
     Args:
         rows: branches drawn at once, at most.
+        whole: whether videos are drawn to their end, and not only as far as the blocks in which branches differ.
         seed: of the run.
     """
 
@@ -31,15 +32,19 @@ class Groups:
     source: Source
     explore: StreamExplore
     rows: int
+    whole: bool
     world: World
     seed: int
 
     def draw(
         self, samples: Sequence[Sample], script_of: Callable[[Prompt], Script], on_drawn: OnDrawn
     ) -> tuple[Latents, StreamState, list[int]]:
-        """Draw this rank's samples; the latents of all, what replay needs of the branches, and the branches' rows."""
-        device, frames = self.model.device, self.model.latent_shape[1]
-        outputs = torch.empty(len(samples), *self.model.latent_shape, device=device)
+        """Draw this rank's samples; the latents of all, what replay needs of the branches, and the branches' rows.
+
+        Latents that are not drawn are 0.
+        """
+        device = self.model.device
+        outputs = torch.zeros(len(samples), *self.model.latent_shape, device=device)
         recorded, branches = [torch.empty(0, *self.source.recorded_shape, device=device)], list[int]()
         forks, of = list[Fork](), list[int]()
         groups = [list(rows) for _, rows in groupby(range(len(samples)), key=lambda row: samples[row].name[:2])]
@@ -50,10 +55,10 @@ class Groups:
             prefix, fork = self._forked(samples[rows[0]].group, script)
             members = [row for row in rows if not samples[row].is_anchor]
             for part, kept, stream in self._branches(prefix, fork, members, samples):
-                outputs[part] = stream.latents
+                outputs[part, :, : stream.end] = stream.latents
                 recorded.append(kept)
             for row in set(rows) - set(members):
-                outputs[row] = prefix.until(frames, [fork.shared]).latents[0]
+                outputs[row, :, : prefix.end] = prefix.until(prefix.end, [fork.shared]).latents[0]
             branches += members
             of += [len(forks)] * len(members)
             forks.append(fork)
@@ -65,7 +70,7 @@ class Groups:
         """Draw what the samples of a group have in common."""
         name = self.seed, group.update, group.group
         frame, level = place_of(self.source.forks(script), *name)
-        stream = Stream.begun(self.model, script, 1, self.explore.remembered)
+        stream = Stream.begun(self.model, script, 1, self.explore.remembered, self._end(frame))
         stream = stream.until(frame, [shared_name(*name)]).at_its_prompt()
         cache = stream.cache.only(self.model.window.past(frame))
         return stream, Fork(name, frame, level, cache, script.at(frame))
@@ -80,8 +85,13 @@ class Groups:
         for filled, new in fixed_batches(len(rows), size):
             part = [rows[i] for i in filled[:new].tolist()]
             stream, recorded = self.source.explore(prefix, fork, shared, [samples[row] for row in part], size)
-            stream = stream.until(self.model.latent_shape[1], [fork.shared])
+            stream = stream.until(stream.end, [fork.shared])
             yield part, recorded[:new], stream.first(new)
+
+    def _end(self, fork: int) -> int:
+        """Return the frame behind which a video that forks at a frame is not drawn."""
+        model = self.model
+        return drawn_until(fork, self.explore, model.window.block, model.latent_shape[1], self.whole)
 
     def _size(self, group: PromptGroup) -> int:
         """Return how many branches of a group are drawn together, whoever draws them."""
@@ -89,11 +99,11 @@ class Groups:
 
     def _calls(self, samples: Sequence[Sample], script: Script) -> int:
         """Count the network calls that drawing samples of one group takes."""
-        group, model, frames = samples[0].group, self.model, self.model.latent_shape[1]
+        group, model = samples[0].group, self.model
         fork, level = place_of(self.source.forks(script), self.seed, group.update, group.group)
         anchors = sum(sample.is_anchor for sample in samples)
         batches = number_of_calls(len(samples) - anchors, self._size(group))
         anew = min(model.window.frames, fork) // model.window.block if fork and fork in script.starts else 0
-        shared, rest = self.explore.shared_levels(level), script.calls(fork, frames, model)
-        common = script.calls(0, fork, model) + anew + (shared if batches else 0)
+        shared, rest = self.explore.shared_levels(level), script.calls(fork, self._end(fork), model, ends=True)
+        common = script.calls(0, fork, model, ends=False) + anew + (shared if batches else 0)
         return common + batches * (rest - shared) + anchors * rest
