@@ -82,19 +82,26 @@ class Method:
         rate: the best of the search, by the training reward of the last five updates.
         published: changes of the problem that its publication has.
         cheap: changes that spare forwards, in place of `published`.
+        steady: the next lower rate, where the runs of `race` rose and then fell at the rate of the search.
     """
 
     preset: str
     rate: str
     published: tuple[str, ...]
     cheap: tuple[str, ...]
+    steady: str = ""
+
+    @property
+    def long_rate(self) -> str:
+        """The rate of runs that are longer than those of the search."""
+        return self.steady or self.rate
 
 
 METHODS = {
-    "flash-grpo": Method("flash-grpo", "1e-2", CPS, (*CPS, *SHORT_WALK)),
+    "flash-grpo": Method("flash-grpo", "1e-2", CPS, (*CPS, *SHORT_WALK), steady="6e-3"),
     "flow-grpo": Method("flow-grpo", "1e-2", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
     "flow-grpo-fast": Method("flow-grpo-fast", "6e-3", CPS, (*CPS, *SHORT_WALK)),
-    "mix-grpo": Method("mix-grpo", "1e-2", CPS, (*CPS, *SHORT_WALK)),
+    "mix-grpo": Method("mix-grpo", "1e-2", CPS, (*CPS, *SHORT_WALK), steady="6e-3"),
     "dance-grpo": Method("dance-grpo", "1e-2", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
     "flow-dppo": Method("flow-dppo", "6e-3", (*CPS, *TWO_STEPS, "rollout.num_steps=10"), (*CPS, *TWO_STEPS, *free(6))),
     "awm": Method("awm", "1e-2", dpm(14), dpm(4, *FEW_LEVELS)),
@@ -135,9 +142,9 @@ def search(method: Method) -> Stage:
 
 def runs(method: Method) -> Stage:
     """Spend the budget in the published way; the cheap way has as many updates."""
-    published = Stage({"published": (*method.published, f"optim.lr={method.rate}")})
+    published = Stage({"published": (*method.published, f"optim.lr={method.long_rate}")})
     updates = published.plan(method).algorithms["published"].updates
-    return Stage({**published.ways, "cheap": (*method.cheap, f"optim.lr={method.rate}", f"updates={updates}")})
+    return Stage({**published.ways, "cheap": (*method.cheap, f"optim.lr={method.long_rate}", f"updates={updates}")})
 
 
 def race(method: Method) -> Stage:
@@ -146,8 +153,8 @@ def race(method: Method) -> Stage:
     if method.preset == "flow-grpo":  # the shortcuts that the others have, guidance kept where a step is trained
         short = (*CPS, *TWO_STEPS, *SHORT_WALK, "rollout.num_steps=8")
         ways["short"] = (*short, f"optim.lr={method.rate}", "updates=20")
-    if method.preset == "flash-grpo":  # at the rate of the search it rises and then falls
-        ways["slower"] = (*method.cheap, "optim.lr=6e-3", "updates=20")
+    if method.steady:
+        ways["slower"] = (*method.cheap, f"optim.lr={method.steady}", "updates=20")
     if method.preset == "awm":
         ways["bare"] = (*method.cheap, *NO_PENALTY, f"optim.lr={method.rate}", "updates=20")
     return Stage(ways, points=10)
@@ -186,7 +193,7 @@ def run(stage: str, name: str, jobs: int) -> None:
 
 
 def seconds(names: Sequence[str], updates: int = 3) -> None:
-    """Measure the seconds of an update of every way in turn, with nothing beside it, and keep the medians."""
+    """Measure the seconds of an update of every way in turn, with nothing beside it; medians so far after each turn."""
     configs = {
         f"{name} {way}": config
         for name in names
@@ -202,12 +209,12 @@ def seconds(names: Sequence[str], updates: int = 3) -> None:
                 groups, clock = parts.prompt_groups(update), Clock()
                 one_update(parts, groups, clock)
                 spent[name].append(clock.lap()["total"])
+            if update:  # the first one warms up
+                medians = {name: round(statistics.median(values[1:]), 3) for name, values in spent.items()}
+                found = {"device": world.device_name, "updates": update, "seconds": medians}
+                write_json(HOME / "seconds.json", found, indent=1)
         for parts in ways.values():
             parts.rewards.close()
-        medians = {name: round(statistics.median(values[1:]), 3) for name, values in spent.items()}
-        write_json(
-            HOME / "seconds.json", {"device": world.device_name, "updates": updates, "seconds": medians}, indent=1
-        )
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
