@@ -160,10 +160,6 @@ def test_two_processes_train_what_one_does(recipe, tmp_path, nursery, parallel):
     [
         (["algorithm.credit.baseline=anchor"], "programs have no anchor"),
         (["algorithm.objective.kind=competing"], "of programs there are log-probabilities"),
-        (["rollout.adapters={plan: own}", "model.train={kind: full}"], "rollout.adapters: full training has none"),
-        (["rollout.other_modules=refuse"], "rollout.adapters names no module; name those that a program calls"),
-        (["rollout.adapters={plan: Own}"], "rollout.adapters.plan: 'Own' can be no name of adapters"),
-        (["rollout.adapters={plan: to}"], "adapters cannot be called 'to'"),
         (["rollout.phases.b="], "a phase begins behind a text that is not empty"),
         (["rollout.phases=[a, b]"], "a list of channels is cut by the function that rollout.cut names"),
         (["rollout.cut=tests.programs:cut"], "give one of both"),
@@ -184,6 +180,10 @@ def test_two_processes_train_what_one_does(recipe, tmp_path, nursery, parallel):
         (["rollout.program=nothing"], "rollout.program: 'nothing' must have the form"),
         (["rewards.both.args={more: third}"], "'third', which has no channel there; add it"),
         (["rewards.both.channel={first: a, second: c}"], "this model has no channel 'c'"),
+        (["rollout.adapters={plan: own}", "model.train={kind: full}"], "rollout.adapters: full training has none"),
+        (["rollout.other_modules=refuse"], "rollout.adapters names no module; name those that a program calls"),
+        (["rollout.adapters={plan: Own}"], "rollout.adapters.plan: 'Own' can be no name of adapters"),
+        (["rollout.adapters={plan: to}"], "adapters cannot be called 'to'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(recipe, overrides, sentence):
@@ -195,6 +195,66 @@ def test_what_a_program_raises_is_told_with_its_place(recipe, tmp_path):
     (tmp_path / "program.py").write_text("def broken(prompt, call, **columns):\n    return undefined\n", "utf-8")
     with pytest.raises(UserError, match=r"rollout.program raised NameError .* at .*program.py:2"):
         train(recipe(f"rollout.program={tmp_path}/program.py:broken"))
+
+
+FAILS = {
+    "tags that never close": """
+    text = call("recommend", prompt)
+    if not text.rstrip().endswith("</rank>"):
+        raise ValueError("the tags do not close")
+    return text""",
+    "a parser that never can": """
+    return str(json.loads("{" + call("plan", prompt)))""",
+    "a thousand calls": """
+    return " ".join(call("again", prompt) for _ in range(1_000))""",
+    "calls that are caught": """
+    while True:
+        try:
+            call("again", prompt)
+        except Exception:
+            pass""",
+}
+
+
+@pytest.mark.parametrize("lines", FAILS.values(), ids=FAILS)
+def test_a_program_that_always_fails_trains_nothing(recipe, tmp_path, lines):
+    """Every run has the failure reward, in each channel; both updates are made, and no weight moves."""
+    (tmp_path / "program.py").write_text(f"import json\n\ndef always(prompt, call, **columns):{lines}\n", "utf-8")
+    how = f"rollout={{program: '{tmp_path}/program.py:always', max_calls: 3, failure_reward: -1.5}}"
+    run = train(recipe("algorithm=f-grpo", how, "updates=2", "optim.weight_decay=0"))
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["rewards"] for line in lines] == [{"both.first": -1.5, "both.second": -1.5}] * 2
+    assert [line["grad_norm"] for line in lines] == [0, 0]
+    assert {sample["reward"] for line in read_lines(run / "evaluations.jsonl") for sample in line["samples"]} == {-3.0}
+    policy = checkpoint.load(run / "checkpoints", 2)["policy"]
+    assert not any(tensor.any() for name, tensor in policy.items() if ".lora_B." in name)
+
+
+@pytest.mark.parametrize("preset", ["f-grpo", "mmgrpo"])
+def test_a_phase_that_never_comes_has_no_terms(recipe, preset):
+    """Completions of one token cannot reach the second phase; the reward of the first teaches as ever."""
+    answer = "rollout={program: 'flashgrpo.processes.programs.plain:answer', phases: {a: '1', b: '2'}}"
+    run = train(recipe(f"algorithm={preset}", answer, "model.length=1", "updates=2", "optim.lr=0.1"))
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["drift"] for line in lines] == [0, 0]
+    assert all(line["grad_norm"] > 0 and line["rewards"]["both.first"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("return prompt", "no run of the update has called the model, so there is nothing to learn"),
+        ("return prompt[1_000]", "no run of the update has called the model, so there is nothing to learn"),
+        ("call('plan', prompt)", "a program returns a text, and this one returned NoneType for the prompt 'a "),
+        ("raise SystemExit(0)", r"rollout.program raised SystemExit 0 at .*program.py:2"),
+        ("return call('plan', 3)", r"rollout.program raised TypeError call\(module, text\) takes the name of a module"),
+    ],
+)
+def test_what_ends_a_run_is_one_sentence(recipe, tmp_path, line, sentence):
+    (tmp_path / "program.py").write_text(f"def ends(prompt, call, **columns):\n    {line}\n", "utf-8")
+    with pytest.raises(UserError, match=sentence):
+        train(recipe(f"rollout.program={tmp_path}/program.py:ends", "updates=2"))
+    assert not read_lines(tmp_path / "run" / "metrics.jsonl")
 
 
 def test_adapters_of_modules_are_counted():
