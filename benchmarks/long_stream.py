@@ -23,7 +23,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import single_process, use_threads
 from flashgrpo.prompts import read_prompts
 from flashgrpo.types import Prompt
-from flashgrpo.video import write_mp4_of
+from flashgrpo.video import write_video_of
 
 
 def streamed(recipe: str, windows: int) -> tuple[int, float, float, float]:
@@ -46,7 +46,7 @@ def streamed(recipe: str, windows: int) -> tuple[int, float, float, float]:
 
     process = make_process(config, single_process(), [prompt])
     with tempfile.TemporaryDirectory() as folder:
-        write_mp4_of(Path(folder) / "long.mp4", timed(process.stream(prompt, (0, "long"))), config.model.fps)
+        write_video_of(Path(folder) / "long.mp4", timed(process.stream(prompt, (0, "long"))), config.model.fps)
     tenth = max(1, len(seconds) // 10)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return frames, peak, statistics.median(seconds[:tenth]), statistics.median(seconds[-tenth:])

@@ -124,9 +124,9 @@ def sample(
     file: Annotated[str | None, typer.Option(**PATH_TEXT, help="A prompt file in place of PROMPT.")] = None,
     image: Annotated[str | None, typer.Option(**PATH_TEXT, help="The first frame, where the model takes one.")] = None,
     last_image: Annotated[str | None, typer.Option(**PATH_TEXT, help="The last frame, likewise.")] = None,
-    out: Annotated[Path, typer.Option(**PATH, help="The file to write; the ending of what is made is added.")] = Path(
-        "sample"
-    ),
+    out: Annotated[
+        Path, typer.Option(**PATH, help="Video: .mp4, .gif, .png (contact sheet); else .png or .txt.")
+    ] = Path("sample"),
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise, 0 by default; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps; the evaluation's when not given.")] = None,
     size: Annotated[
@@ -135,6 +135,7 @@ def sample(
     checkpoint: Annotated[
         int | None, typer.Option(help="Update whose weights to take; the best checkpoint by default.")
     ] = None,
+    label: Annotated[bool, typer.Option("--label", help="Write the prompt, seed and reward below each.")] = False,
 ) -> None:
     """Write what the base model makes beside what the tuned model does, from the same noise."""
     from flashgrpo.prompts import read_prompts
@@ -148,7 +149,7 @@ def sample(
     if file is not None and images:
         raise UserError("--image: a prompt file names its images itself, in a column image")
     prompts = read_prompts(file, "--file") if file else [Prompt(prompt or "", images)]
-    print(run_sample(run, prompts, out, seed or [0], steps, size, checkpoint, from_image=bool(images)))
+    print(run_sample(run, prompts, out, seed or [0], steps, size, checkpoint, bool(images), label))
 
 
 @app.command()

@@ -3,12 +3,17 @@
 What is written follows from what it is: an mp4, a PNG with every pixel as it is, or a text file.
 """
 
+import textwrap
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from flashgrpo.files import write_aside, write_text
-from flashgrpo.video import Video, to_pictures, write_mp4
+from flashgrpo.video import Video, enlarged, side_by_side, to_pictures, write_mp4
 
 Medium = Video | str
 """What one sample is shown as: frames (F, 3, H, W) in [0, 1], or a text."""
@@ -35,3 +40,36 @@ def write_medium(path: Path, medium: Medium, fps: float) -> None:
             Image.fromarray(to_pictures(medium)[0]).save(aside, format="PNG")
     else:
         write_mp4(path, medium, fps)
+
+
+LINE = 18  # pixels of a line of a label
+LINES = 3  # of a label at most
+
+
+def stacked(*frames: Video, gap: int = 4) -> Float[Tensor, "frames 3 total_height width"]:
+    """Put frames of one shape (F, 3, H, W) below each other, with a white gap: (F, 3, sum of H + gaps, W)."""
+    return side_by_side(*(one.transpose(2, 3) for one in frames), gap=gap).transpose(2, 3)
+
+
+def strip(frames: Video, count: int = 5) -> Float[Tensor, "1 3 height total_width"]:
+    """Return so many of the frames (F, 3, H, W), the first, the last and evenly between, side by side (1, 3, H, W')."""
+    chosen = torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()
+    return side_by_side(*(frames[frame : frame + 1] for frame in chosen), gap=1)
+
+
+def labelled(frames: Video, text: str) -> Float[Tensor, "frames 3 written_height written_width"]:
+    """Return frames (F, 3, H, W) as large as small ones are written, with a text below them, cut to a few lines.
+
+    The font has Latin, Greek, Cyrillic and more; what it lacks is a box.
+    """
+    from matplotlib import font_manager  # slow to import, and brings the font
+
+    frames = enlarged(frames.cpu().float())
+    width = frames.shape[-1]
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 12)
+    fits = max(8, int(width / font.getlength("n")))
+    lines = textwrap.wrap(" ".join(text.split()), fits, max_lines=LINES, placeholder=" …") or [""]
+    picture = Image.new("RGB", (width, 4 + LINE * LINES), "white")
+    ImageDraw.Draw(picture).multiline_text((4, 2), "\n".join(lines), fill="black", font=font, spacing=3)
+    written = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
+    return torch.cat([frames, written.expand(len(frames), -1, -1, -1)], dim=2)

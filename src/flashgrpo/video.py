@@ -1,4 +1,4 @@
-"""Videos are float tensors (B, F, 3, H, W) in [0, 1]; on disk they are H.264 mp4 files."""
+"""Videos are float tensors (B, F, 3, H, W) in [0, 1]; on disk they are H.264 mp4 files, or animated gifs."""
 
 import contextlib
 import io
@@ -35,18 +35,28 @@ def enlargement(height: int, width: int) -> int:
     return max(1, -(-192 // min(height, width)))
 
 
+def enlarged(video: Video) -> Float[Tensor, "frames 3 written_height written_width"]:
+    """Return a video (F, 3, H, W) `enlargement` times larger: (F, 3, H', W')."""
+    scale = enlargement(*video.shape[-2:])
+    return video.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+
 def write_mp4(path: Path, video: Video, fps: float) -> None:
     """Write one video (F, 3, H, W) in [0, 1] as an mp4 that browsers play; `enlargement` times larger."""
-    write_mp4_of(path, [video], fps)
+    write_video_of(path, [video], fps)
 
 
-def write_mp4_of(path: Path, pieces: Iterable[Video], fps: float) -> None:
-    """Write a video that comes in pieces, each (F, 3, H, W), one of them in memory at a time; see `write_mp4`."""
+def write_video_of(path: Path, pieces: Iterable[Video], fps: float) -> None:
+    """Write a video that comes in pieces, each (F, 3, H, W), one of them in memory at a time; see `write_mp4`.
+
+    A path that ends in .gif gets an animated gif, which repeats itself and has 256 colours of the video's own; ffmpeg
+    holds its frames until the last has come.
+    """
     every = (frame for piece in pieces for frame in _written(piece))
     with write_aside(path) as aside:
         first = next(every)
         count = 0
-        with contextlib.closing(_encoder(aside, first.shape[:2], fps)) as encoder:
+        with contextlib.closing(_encoder(aside, path.suffix == ".gif", first.shape[:2], fps)) as encoder:
             encoder.send(None)
             for frame in chain([first], every):
                 encoder.send(np.ascontiguousarray(frame))
@@ -56,16 +66,20 @@ def write_mp4_of(path: Path, pieces: Iterable[Video], fps: float) -> None:
 
 
 def _written(video: Video) -> UInt8[np.ndarray, "frames written_height written_width 3"]:
-    frames = to_pictures(video.cpu())
-    scale = enlargement(*frames.shape[1:3])
-    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    frames = to_pictures(enlarged(video.cpu()))
     return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]  # yuv420p has no odd sizes
 
 
-def _encoder(path: Path, size: tuple[int, int], fps: float) -> Any:
-    options = ["-crf", "18", "-movflags", "+faststart", "-f", "mp4"]
-    height, width = size
-    shape = {"codec": "libx264", "macro_block_size": 1}
+MP4 = {"codec": "libx264"}, ["-crf", "18", "-movflags", "+faststart", "-f", "mp4"]
+GIF = (
+    {"codec": "gif", "pix_fmt_out": "pal8", "quality": None, "ffmpeg_log_level": "error"},
+    ["-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse", "-f", "gif"],
+)
+
+
+def _encoder(path: Path, is_gif: bool, size: tuple[int, int], fps: float) -> Any:
+    (codec, options), (height, width) = GIF if is_gif else MP4, size
+    shape = {**codec, "macro_block_size": 1}
     return imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, output_params=options, **shape)
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -349,9 +350,27 @@ def test_sample_writes_base_beside_tuned(finished, tmp_path):
     assert Image.open(image).size == (2 * 48 + 4, 2 * 64 + 4)
     with pytest.raises(UserError, match=r"must end in \.png, since this run's model makes images"):
         sample(run, [Prompt("a", {})], tmp_path / "c.mp4", num_steps=2, size=(64, 48, 1))
-    for prompt, path in ((" ", "a.mp4"), ("a", "a.gif")):
-        with pytest.raises(UserError):
+    for prompt, path, sentence in ((" ", "a.mp4", "the prompt is empty"), ("a", "a.avi", "must end in .mp4, .gif")):
+        with pytest.raises(UserError, match=sentence):
             sample(run, [Prompt(prompt, {})], tmp_path / path)
+    with pytest.raises(UserError, match=r"^--size \(width\): 50 is no multiple of 16"):
+        sample(run, [Prompt("a", {})], tmp_path / "a", size=(48, 50, 9))
+
+
+def test_samples_with_labels_and_as_a_contact_sheet(finished, tmp_path, capsys):
+    """The label has the rewards that an evaluation would give; what a reward refuses has a label without."""
+    _, run = finished
+    prompts = [Prompt("a red circle moving left slowly", {})]
+    sheet = sample(run, prompts, tmp_path / "a.png", seeds=[1, 2], num_steps=2)
+    plain = np.asarray(Image.open(sheet).convert("RGB"))
+    assert plain.shape == (2 * 48 + 4, 2 * (5 * 48 + 4) + 4, 3)
+    labelled = sample(run, prompts, tmp_path / "b.png", seeds=[1, 2], num_steps=2, label=True)
+    pixels = np.asarray(Image.open(labelled).convert("RGB"))
+    assert (pixels[: 4 * 48] == plain[:48].repeat(4, axis=0).repeat(4, axis=1)).mean() > 0.99, "the same, enlarged"
+    gif = sample(run, [Prompt("no caption", {})], tmp_path / "c.gif", num_steps=2, label=True)
+    with Image.open(gif) as opened:
+        assert opened.n_frames == 9
+    assert "a label says no reward: reward agreement" in capsys.readouterr().err
 
 
 def test_a_second_process_is_kept_out(make_run):

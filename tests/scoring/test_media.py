@@ -10,14 +10,15 @@ from flashgrpo.distributed.world import single_process
 from flashgrpo.doctor.checks import planted_pairs
 from flashgrpo.doctor.trial import Trial
 from flashgrpo.errors import UserError
-from flashgrpo.media import suffix_of
+from flashgrpo.media import LINE, labelled, stacked, strip, suffix_of
 from flashgrpo.run.gallery import Gallery
-from flashgrpo.sample import joined
+from flashgrpo.sample import Pair
 from flashgrpo.scoring.heldout import Evaluator, evaluation_record
 from flashgrpo.scoring.inputs import LatentVideos, Pixels, VideoFiles
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.settings import HeldoutConfig, RewardConfig
 from flashgrpo.types import PlantedPair, Prompt
+from flashgrpo.video import write_video_of
 from tests.fakes import Colour, Picture, Writer
 
 HERE = "tests.scoring.test_media"
@@ -92,17 +93,51 @@ def test_what_is_kept_is_written_as_what_it_is(process, reward, tmp_path):
         assert values[1] == pytest.approx(sample["reward"], abs=0.006)
 
 
-def test_pairs_of_a_kind_become_one_file():
-    pairs = [(PROMPTS[0], 0), (PROMPTS[1], 7)]
+def test_a_pair_is_a_picture_or_a_text():
     black, white = torch.zeros(1, 3, 4, 6), torch.ones(1, 3, 4, 6)
-    image = joined(pairs, [(black, white), (white, black)])
+    one, other = Pair(PROMPTS[0], 0, black, white), Pair(PROMPTS[1], 7, white, black)
+    image = stacked(one.picture(False), other.picture(False))
     assert (suffix_of(image), image.shape) == (".png", (1, 3, 4 + 4 + 4, 6 + 4 + 6))
     assert [float(image[..., row, column].mean()) for row in (0, -1) for column in (0, -1)] == [0, 1, 1, 0]
-    text = joined(pairs, [("no", "yes"), ("never", "always")])
-    assert suffix_of(text) == ".txt"
-    assert [text.index(part) for part in ("colour 0", "no", "yes", "colour 1 (seed 7)", "never", "always")] == sorted(
-        text.index(part) for part in ("colour 0", "no", "yes", "colour 1 (seed 7)", "never", "always")
-    )
+    text = Pair(PROMPTS[1], 7, "never", "always", (0.25, 0.5)).text
+    parts = ["colour 1 (seed 7, reward 0.250 → 0.500)", "never", "always"]
+    assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
+    assert "reward" not in Pair(PROMPTS[1], 7, "never", "always").text
+
+
+def test_a_contact_sheet_has_some_frames_of_each_video():
+    """Of 9 frames those at 0, 2, 4, 6 and 8; of 3 all."""
+    frames = torch.arange(9.0)[:, None, None, None].expand(9, 3, 4, 6) / 8
+    assert strip(frames)[0, 0, 0, ::7].tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert strip(frames[:3]).shape == (1, 3, 4, 3 * 6 + 2)
+    assert Pair(PROMPTS[0], 0, frames, frames).picture(False, as_strip=True).shape == (1, 3, 4, 2 * (5 * 6 + 4) + 4)
+
+
+def test_a_label_is_below_and_of_one_height():
+    frames = torch.zeros(2, 3, 48, 100)
+    shown = labelled(frames, "a red circle")
+    assert shown.shape == (2, 3, 4 * 48 + 58, 400)
+    assert shown[:, :, : 4 * 48].max() == 0
+    below = shown[:, :, 4 * 48 :]
+    assert below.max() == 1
+    assert below.min() < 0.5
+    long = labelled(frames, "every word of a very long prompt that never ends " * 20)
+    assert long.shape == shown.shape
+    assert long[0, 0, -LINE:].min() < 0.5, "in the last of three lines, too"
+    assert (labelled(frames, "кот и π") != labelled(frames, "")).any()
+
+
+@pytest.mark.parametrize("fps", [8.0, 16.0, 30.0])
+def test_a_gif_has_every_frame(tmp_path, fps):
+    frames = torch.linspace(0, 1, 9)[:, None, None, None].expand(9, 3, 48, 64)
+    write_video_of(tmp_path / "a.gif", iter([frames[:4], frames[4:]]), fps)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["loop"]) == (9, (256, 192), 0)
+        levels = []
+        for number in range(9):
+            gif.seek(number)
+            levels.append(np.asarray(gif.convert("RGB")).mean() / 255)
+    assert levels == pytest.approx(torch.linspace(0, 1, 9).tolist(), abs=0.02)
 
 
 def rightly_red(texts, prompts, **columns):

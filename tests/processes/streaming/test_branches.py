@@ -1,5 +1,6 @@
 """Branches of streaming videos: what they share, what they are shown, and what their scores are."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -253,10 +254,13 @@ def test_what_cannot_work_is_refused_in_one_sentence(overrides, sentence):
 
 
 def test_a_video_too_short_to_fork_is_refused():
+    """When a run is put together; it can be sampled all the same."""
+    short = Stream(explore=replace(ROUTED, blocks=9))
     with pytest.raises(UserError, match="forks nowhere with blocks 9"):
-        Stream(explore=replace(ROUTED, blocks=9))
+        short.set_average(nullcontext)
+    assert sum(len(piece[0]) for piece in short.stream(Prompt("a red dot", {}), (0, "x"))) > 1
     with pytest.raises(UserError, match="no block of a video of 12 latent frames begins at 12"):
-        Stream(explore=OneLevel(earliest=12), score=Transition())
+        Stream(explore=OneLevel(earliest=12), score=Transition()).set_average(nullcontext)
     check_pair(Routing(), Energy(), True, True, ())
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -66,9 +67,14 @@ class StreamingProcess(ModelProcess[StreamingModel]):
         self.rollout = rollout
         self.anchored, self.whole = anchored, whole
         self.explore, self.score = explore, score
-        self.source = self._source()
 
-    def _source(self) -> Source:
+    @cached_property
+    def source(self) -> Source:
+        """Where branches part; made by what draws them, since a video that is too short for them can be sampled.
+
+        Raises:
+            UserError: they part nowhere in a video of this length.
+        """
         explore, score, model = self.explore, self.score, self.model
         try:
             explore.places(model.latent_shape[1], model.window, len(model.levels))
@@ -85,12 +91,12 @@ class StreamingProcess(ModelProcess[StreamingModel]):
     def exploring(self, explore: StreamExplore, score: StreamScore) -> "StreamingProcess":
         """Return the same model, not copied or loaded again, that draws and scores otherwise."""
         other = super().exploring(explore, score)
-        other.source = other._source()
+        other.__dict__.pop("source", None)
         other.source.average = self.source.average
         return other
 
     def set_average(self, weights: Callable[[], AbstractContextManager[None]]) -> None:
-        """Say in which context the network has the averaged weights that an objective stays near."""
+        """Say in which context the network has the averaged weights; see `Process`. A run begins with this."""
         self.source.average = weights
 
     @property
@@ -230,7 +236,7 @@ class StreamingProcess(ModelProcess[StreamingModel]):
 
 def _refuse_steps(num_steps: int | None) -> None:
     if num_steps is not None:
-        raise UserError("--num-steps: a streaming model draws at the levels that it was trained at; leave it out")
+        raise UserError("--steps: a streaming model draws at the levels that it was trained at; leave it out")
 
 
 def evaluation_name(name: Name) -> BlockName:
