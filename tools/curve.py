@@ -34,7 +34,7 @@ RUNS = {
     "flow-grpo, KL, two passes": ("algorithm=flow-grpo", "algorithm.kl_coef=0.01", "optim.passes=2"),
     "mix-grpo, GRPO-Guard": ("algorithm=mix-grpo", "algorithm.ratio.kind=normalized", "optim.minibatches=2"),
 }
-NOT_COMPARED = ("seconds", "compute", "samples", "extremes")
+NOT_COMPARED = ("seconds", "samples_per_second", "peak_gib", "compute", "samples", "extremes")
 
 
 def curves(folder: Path) -> dict[str, list[dict[str, Any]]]:

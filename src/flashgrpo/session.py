@@ -24,7 +24,7 @@ from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.gallery import Gallery
-from flashgrpo.run.progress import Clock, Interrupt, Reporter, last_words, traced
+from flashgrpo.run.progress import Clock, Interrupt, Reporter, last_words, machine_of, traced
 from flashgrpo.run.shared import refuse_unshared
 from flashgrpo.run.trackers import Trackers, check_installed
 from flashgrpo.scoring.heldout import evaluation_record, guard, selected
@@ -184,7 +184,7 @@ class Session:
         """Yield the updates that are left, until nothing gets better or somebody interrupts."""
         trace = self.directory.path / "profile" / f"rank-{self.world.rank}.json.gz"
         with traced(self.config.tracking.profile, trace) as update_ended:
-            self.clock.lap()
+            machine_of(self.clock, 0, self.world)
             for update in range(self.progress.update, self.config.updates):
                 if self.done or self.interrupted:
                     return
@@ -193,7 +193,7 @@ class Session:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append the update's line to metrics.jsonl; the update counts as done from here on."""
-        line = {"update": self.progress.update + 1, **metrics, "seconds": self.clock.lap()}
+        line = {"update": self.progress.update + 1, **metrics, **machine_of(self.clock, metrics["samples"], self.world)}
         self.world.on_main(lambda: self.directory.log_metrics(line))
         self.trackers.log("train", line)
         skipped = self.optimizer.skipped_in_a_row

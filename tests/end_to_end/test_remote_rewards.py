@@ -10,12 +10,12 @@ import pytest
 from flashgrpo.errors import UserError
 from flashgrpo.report import write_report
 from flashgrpo.run import checkpoint
-from flashgrpo.run.lines import read_lines
+from flashgrpo.run.lines import OF_THE_MACHINE, read_lines
 from flashgrpo.train import train
 from tests.conftest import small_run
 from tests.reward_servers import Served
 
-OWN = {"seconds", "reward_failures"}  # of a run that was cut short
+OWN = {*OF_THE_MACHINE, "reward_failures"}  # of a run that was cut short
 
 
 def settings(call: str, args: str = "{}") -> list[str]:

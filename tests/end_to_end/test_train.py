@@ -19,7 +19,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.evaluate import evaluate
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
-from flashgrpo.run.lines import read_lines
+from flashgrpo.run.lines import OF_THE_MACHINE, read_lines
 from flashgrpo.run.progress import Clock, Interrupt
 from flashgrpo.sample import sample
 from flashgrpo.scoring.heldout import Evaluator, selected
@@ -30,7 +30,7 @@ from tests.videos import read_mp4
 
 METRICS = {"update", "reward", "reward_std", "rewards", "ratio_max_dev", "clip_fraction", "approx_kl"} | {
     "grad_norm",
-    "seconds",
+    *OF_THE_MACHINE,
 }
 EVALUATION = {"update", "reward", "base_reward", "difference", "interval", "rewards", "watched"}
 
@@ -45,7 +45,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def without_seconds(file: Path) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_lines(file)]
+    return [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in read_lines(file)]
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,8 @@ def metrics_row(update: int, updates: int = 60) -> dict[str, Any]:
         "grad_norm": 2e-4 * (1.3 + wave),
         "grad_norm_by_step": {str(k): 1e-4 * (1.5 + wave) * (1 + 0.1 * k) for k in range(update % 2, 5, 2)},
         "samples": 64,
+        "samples_per_second": 12.5,
+        "peak_gib": 0.75,
         "zero_spread_groups": 1 if update == 7 else 0,
         "seconds": seconds | {"total": sum(seconds.values()) + 0.3},
     }
@@ -235,6 +237,7 @@ def test_repeated_updates_of_a_resumed_run_count_once(tmp_path: Path) -> None:
     text = words(page_of(make_run(tmp_path, [metrics_row(u) for u in (1, 2, 3, 2, 3, 4)], [])))
     assert "Updates 4" in text
     assert "256 samples generated and scored" in text
+    assert "Samples a second 12.5 memory 0.75 GiB at the highest" in text
 
 
 # ---- what it survives ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from rich.console import Console
 from flashgrpo.assembly import Assembly
 from flashgrpo.distributed.world import single_process
 from flashgrpo.run import progress
-from flashgrpo.run.progress import Clock, Reporter
+from flashgrpo.run.progress import Clock, Reporter, machine_of
 
 
 def test_elsewhere_than_at_a_terminal_a_phase_is_told_once_a_minute(monkeypatch):
@@ -62,3 +62,21 @@ def test_rollout_replay_and_evaluation_count(make_run, passes, replays):
     told.clear()
     parts.evaluator()
     assert [told[0], told[-1]] == [("evaluation", 0, 2), ("evaluation", 2, 2)]
+
+
+def test_speed_and_memory_of_an_update(monkeypatch):
+    """8 samples in 4 s, of which 2 s are an evaluation and a checkpoint: 4 a second; the mark is set anew each time."""
+    clock, world = Clock(), single_process(computes=False)
+    told = {"rollout": 1.5, "evaluate": 1.5, "checkpoint": 0.5, "total": 4.0}
+    monkeypatch.setattr(clock, "lap", lambda: told)
+    resets = []
+    monkeypatch.setattr(progress, "peak", lambda device, reset=False: resets.append(reset) or 3 * 2**29)
+    found = machine_of(clock, 8, world)
+    assert found["samples_per_second"] == 4.0
+    assert found["seconds"] == told
+    assert (found["peak_gib"], resets) == (1.5, [False, True])
+    console = Console(record=True, file=io.StringIO(), width=200)
+    reporter = Reporter(console)
+    reporter.start(0, 1)
+    reporter.update({"update": 1, "reward": 0.5, "peak_gib": 1.234, "samples_per_second": 4.0, "seconds": told})
+    assert "4.0 s, 4 samples/s, 1.23 GiB" in console.export_text()

@@ -106,6 +106,10 @@ def tiles(run: Run, shown: Row | None, form: Numbers) -> list[tuple[str, str, st
             if left := updates_left(run):
                 pace = f"if it goes on: {left:,} updates, each as long as the last {len(seconds[-RECENT:])}"
                 figures.append(("Left", duration(left * float(seconds[-RECENT:].mean())), pace))
+    rate, highest = (column(run.metrics, key) for key in ("samples_per_second", "peak_gib"))
+    if np.isfinite(rate[-RECENT:]).any():
+        memory = f"memory {np.nanmax(highest):.3g} GiB at the highest" if np.isfinite(highest).any() else ""
+        figures.append(("Samples a second", f"{mean(rate[-RECENT:]):.3g}", memory))
     return figures
 
 

@@ -44,6 +44,8 @@ class Update(_Line):
     rewards: Numbers = {}
     compute: Forwards = Forwards(rollout=0, update=0)
     seconds: dict[str, Real] = {}
+    samples_per_second: Number = None
+    peak_gib: Number = None
     samples: int = 0
     grad_norm: Number = None
     grad_norm_by_step: Numbers | None = None
@@ -93,6 +95,8 @@ class Environment(Entries):
     model: str | None = None
 
 
+OF_THE_MACHINE = ("seconds", "samples_per_second", "peak_gib")
+"""Entries of a metrics line that say how fast and in what memory; all others are the same wherever a run is done."""
 KINDS: Mapping[str, type[BaseModel]] = {"metrics.jsonl": Update, "evaluations.jsonl": Evaluation}
 
 

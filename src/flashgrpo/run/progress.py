@@ -15,10 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flashgrpo.distributed.memory import wait_for_device
+from flashgrpo.distributed.memory import peak, wait_for_device
+from flashgrpo.distributed.world import World
 from flashgrpo.formats import Numbers, called, not_held_out
 from flashgrpo.terminal import cell
 
+SPEED = {"samples_per_second": "samples/s", "peak_gib": "GiB"}  # of a metrics line, and their units
 RARELY = 60.0  # seconds between two lines about one phase, where no terminal shows it at once
 
 
@@ -96,11 +98,14 @@ class Reporter:
         """Show that an update is done."""
         counts = {"groups dropped": metrics.get("dropped_groups"), "steps skipped": metrics.get("skipped_steps")}
         bad = [f"{count} {what}" for what, count in counts.items() if count]
+        speed = [f"{metrics[key]:.3g} {unit}" for key, unit in SPEED.items() if metrics.get(key)]
         reward = ", ".join([f"reward {Numbers.alone(metrics['reward']).plain(metrics['reward'])}", *bad])
         if self._live and self._task is not None:
-            self._live.update(self._task, completed=metrics["update"], description=f"{reward}  {self._held_out}")
+            shown = reward, self._held_out, ", ".join(speed)
+            self._live.update(self._task, completed=metrics["update"], description="  ".join(filter(None, shown)))
         elif metrics["update"] % max(1, self._total // 20) == 0:
-            self.say(f"update {metrics['update']}/{self._total}  {reward}  {metrics['seconds']['total']:.1f} s")
+            seconds = f"{metrics['seconds']['total']:.1f} s"
+            self.say(f"update {metrics['update']}/{self._total}  {reward}  {', '.join([seconds, *speed])}")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Show a held-out evaluation; update 0 is the base model's."""
@@ -195,6 +200,20 @@ class Clock:
         self._phases.clear()
         self._started = now
         return seconds
+
+
+def machine_of(clock: Clock, samples: int, world: World) -> dict[str, Any]:
+    """Return what `OF_THE_MACHINE` names, since the last call; all ranks call this together.
+
+    Samples a second are those of training: evaluations and checkpoints are left out. Memory is the highest of any
+    rank, in GiB: what torch has allocated of a GPU, or what the process held resident on a CPU.
+    """
+    highest = max(world.all_gather_json(peak(world.device)))
+    peak(world.device, reset=True)
+    seconds = clock.lap()
+    training = seconds["total"] - seconds.get("evaluate", 0.0) - seconds.get("checkpoint", 0.0)
+    rate = round(samples / training, 4) if training > 0 else None
+    return {"samples_per_second": rate, "peak_gib": round(highest / 2**30, 4), "seconds": seconds}
 
 
 @contextmanager
