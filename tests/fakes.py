@@ -40,6 +40,7 @@ class Fake:
     addends = 1
     identity = "fake"
     takes_image = False
+    sample_rate: int | None = None
 
     def __init__(self, inputs, outputs, micro_batch=4, prompts=2, group_size=4):
         with torch.random.fork_rng(devices=[]):
@@ -87,7 +88,10 @@ class Fake:
         return [self.exact(torch.zeros(1, self.inputs, device=self.device))]
 
     def stream(self, prompt, name, num_steps=None):
-        yield self.media(self.sample([prompt], [name], lambda rows, outputs: None))
+        yield self.media(self.sample([prompt], [name], lambda rows, outputs: None))[0]
+
+    def sound(self, outputs):
+        raise AssertionError
 
     def media(self, outputs, frames=None):
         """Paint videos (B, F, 3, 16, 16), each in one colour, (B, 3) in [0, 1]."""

@@ -180,12 +180,12 @@ def klein(is_distilled: bool = False) -> Flux2KleinPipeline:
     )
 
 
-def klein_latents(pipeline: Any, x: torch.Tensor, shape: Any) -> torch.Tensor:
+def klein_latents(model: Any, made: Any) -> torch.Tensor:
     """Latents of what FLUX.2 returns, which is ready for its decoder."""
-    bn = pipeline.vae.bn
-    std = (bn.running_var + pipeline.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
-    planes = torch.nn.functional.pixel_unshuffle(x, 2)
-    return ((planes - bn.running_mean.view(1, -1, 1, 1)) / std)[:, :, None]
+    vae = model.pipeline.vae
+    std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    planes = torch.nn.functional.pixel_unshuffle(made[0], 2)
+    return ((planes - vae.bn.running_mean.view(1, -1, 1, 1)) / std)[:, :, None]
 
 
 def qwen() -> QwenImagePipeline:
@@ -277,22 +277,23 @@ def sana() -> SanaPipeline:
 def image(build: Callable[[], Any], **settings: Any) -> Kind:
     """A kind that makes pictures, 16 x 24 pixels."""
     frame = {
-        "to_pipeline": lambda pipeline, x: x[:, :, 0],
-        "from_pipeline": lambda pipeline, x, shape: x[:, :, None],
+        "to_pipeline": lambda model, x: {"latents": x[:, :, 0]},
+        "from_pipeline": lambda model, made: made[0][:, :, None],
     }
     size = {"height": 16, "width": 24, "num_frames": 1}
     return Kind(build, **{**size, "comfyui": False, **frame, **settings})
 
 
-def packed(pipeline: Any, x: torch.Tensor) -> torch.Tensor:
+def packed(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """Latents as FLUX and Qwen-Image take them."""
-    return pipeline._pack_latents(x[:, :, 0], len(x), x.shape[1], *x.shape[-2:])
+    return {"latents": model.pipeline._pack_latents(x[:, :, 0], len(x), x.shape[1], *x.shape[-2:])}
 
 
-def unpacked(pipeline: Any, x: torch.Tensor, shape: Any) -> torch.Tensor:
+def unpacked(model: Any, made: Any) -> torch.Tensor:
     """Latents of what FLUX and Qwen-Image return."""
-    scale = pipeline.vae_scale_factor
-    return pipeline._unpack_latents(x, shape[-2] * scale, shape[-1] * scale, scale).view(len(x), *shape)
+    scale, shape = model.pipeline.vae_scale_factor, model.latent_shape
+    planes = model.pipeline._unpack_latents(made[0], shape[-2] * scale, shape[-1] * scale, scale)
+    return planes.view(len(planes), *shape)
 
 
 PACKED: dict[str, Any] = {"to_pipeline": packed, "from_pipeline": unpacked}

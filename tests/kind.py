@@ -1,6 +1,6 @@
 """A kind of checkpoint under the conformance tests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ class Kind:
     """Whether its scheduler shifts by resolution."""
     call: Callable[[Any], dict[str, Any]] = lambda model: {}
     """Further keywords of the pipeline's call."""
-    to_pipeline: Callable[[Any, Tensor], Tensor] = lambda pipeline, x: x
-    from_pipeline: Callable[[Any, Tensor, Sequence[int]], Tensor] = lambda pipeline, x, shape: x
-    """Latents (B, C, F, H, W) as the pipeline takes them, and what it returns as such."""
+    to_pipeline: Callable[[Any, Tensor], dict[str, Tensor]] = lambda model, x: {"latents": x}
+    from_pipeline: Callable[[Any, Any], Tensor] = lambda model, made: made[0]
+    """Latents of a sample as keywords of the pipeline's call, and as what it returns is in latents."""
     guided: bool = True
     """Whether a guidance scale has an effect."""
     linear: bool = True

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLWan,
     ClassifierFreeGuidance,
     DPMSolverMultistepScheduler,
@@ -12,13 +14,19 @@ from diffusers import (
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     SanaVideoPipeline,
     SanaVideoTransformer3DModel,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from transformers import (
     ByT5Tokenizer,
     Gemma2Config,
     Gemma2Model,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     SiglipVisionConfig,
@@ -123,7 +131,107 @@ def sana_video() -> SanaVideoPipeline:
     )
 
 
+def ltx2_start(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Latents as LTX-2's pipeline takes them, which normalises both parts."""
+    video, sound = model.split(x)
+    vae, decoder = model.pipeline.vae, model.pipeline.audio_vae
+    mean, std = (values.view(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
+    return {
+        "latents": video * std + mean,
+        "audio_latents": model.pipeline._unpack_audio_latents(
+            sound * decoder.latents_std + decoder.latents_mean, sound.shape[1], 4
+        ),
+    }
+
+
+def ltx2_latents(model: Any, made: Any) -> torch.Tensor:
+    """Latents of what LTX-2's pipeline returns, which is ready for its decoders."""
+    vae, decoder = model.pipeline.vae, model.pipeline.audio_vae
+    mean, std = (values.view(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
+    sound = model.pipeline._pack_audio_latents(made[1])
+    return model.join((made[0] - mean) / std, (sound - decoder.latents_mean) / decoder.latents_std)
+
+
+def ltx2() -> LTX2Pipeline:
+    """LTX-2: a video and its sound."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8}
+    width = LANGUAGE["hidden_size"]
+    gemma = Gemma3TextConfig(num_hidden_layers=2, head_dim=4, **LANGUAGE)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    connectors = {
+        f"{part}_connector_{name}": value
+        for part in ("video", "audio")
+        for name, value in {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1}.items()
+    }
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(4, 8, 16, 32),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        decoder_causal=False,
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    sound = AutoencoderKLLTX2Audio(base_channels=8, latent_channels=2, ch_mult=(1, 2, 2), num_res_blocks=1, mel_bins=16)
+    for part in (vae, sound):
+        part.latents_mean.normal_()
+        part.latents_std.uniform_(0.5, 2.0)
+    return LTX2Pipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=gemma, vision_config=vision, mm_tokens_per_image=4)
+        ),
+        connectors=LTX2TextConnectors(
+            caption_channels=width,
+            text_proj_in_factor=3,
+            video_connector_num_learnable_registers=4,
+            audio_connector_num_learnable_registers=4,
+            **connectors,
+        ),
+        vae=vae,
+        audio_vae=sound,
+        vocoder=LTX2Vocoder(
+            in_channels=32,
+            hidden_channels=16,
+            upsample_kernel_sizes=[16, 15],
+            upsample_factors=[8, 5],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3]],
+            output_sampling_rate=4000,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+        ),
+        transformer=LTX2VideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            cross_attention_dim=16,
+            audio_in_channels=8,
+            audio_out_channels=8,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=4,
+            audio_cross_attention_dim=8,
+            num_layers=2,
+            caption_channels=width,
+            rope_type="split",
+            **heads,
+        ),
+    )
+
+
 VIDEOS = {
+    "ltx2": Kind(
+        ltx2,
+        64,
+        64,
+        dynamic=True,
+        call=lambda model: model.pipeline_call({"guidance_scale": SCALE}).arguments,
+        to_pipeline=ltx2_start,
+        from_pipeline=ltx2_latents,
+    ),
     "sana-video": Kind(
         sana_video,
         width=64,

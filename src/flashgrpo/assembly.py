@@ -25,6 +25,7 @@ from flashgrpo.models.lora import trained_parameters, weights_replaced
 from flashgrpo.presets import Algorithm
 from flashgrpo.process import Process
 from flashgrpo.prompts import prompt_groups, read_prompts, trained_on
+from flashgrpo.scoring.fit import check_process
 from flashgrpo.scoring.heldout import Evaluator
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring, Watch, untimed, unwatched
@@ -55,8 +56,7 @@ class Assembly:
         with explain_shortage("what lies on the GPU: model.dtype=bfloat16, model.offload or parallel.shard"):
             self.process = make_process(config, world, self.used, say)
         self.trained_on = trained_on(self.heldout, self.prompts, self.process.takes_image)
-        self.rewards.check_channels(self.process.channels)
-        self.rewards.check_views(self.process.views)
+        check_process(self.rewards, self.process)
         self.rewards.load(world)  # after the prompts' encoders have made room, and before anything is drawn
         self.objective = config.algorithm.objective
         self.optimizer = Optimizer(trained_parameters(self.process.network), config.optim, world)
@@ -99,7 +99,7 @@ class Assembly:
 
         rewards, process = self.rewards, self.process
         settings = prompts, False, batch, (), deferred, clock, watch, groups
-        return Scoring(rewards, process.media, clips, self.world, *settings)
+        return Scoring(rewards, process.media, clips, self.world, *settings, sound=process.sound)
 
     def compare(self, drawn: Drawn) -> Compared:
         """Compare the samples of all ranks within their keys."""

@@ -15,6 +15,7 @@ from flashgrpo.prompts import read_prompts, trained_on
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
+from flashgrpo.scoring.fit import check_process
 from flashgrpo.scoring.heldout import Evaluator, evaluation_record, selected, tuned_lines
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import unwatched
@@ -57,6 +58,7 @@ def evaluate_checkpoint(target: str | Path, overrides: Sequence[str], update: in
         process = make_process(config, world, prompts, reporter.say)
         if directory:
             directory.check_model(process.identity)
+        check_process(rewards, process)
         rewards.load(world)
         trained, watch = (
             _trained_on(config, process, prompts, directory),

@@ -4,7 +4,9 @@ What is written follows from what it is: an mp4, a PNG with every pixel as it is
 """
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,10 +15,38 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flashgrpo.files import write_aside, write_text
-from flashgrpo.video import Video, enlarged, side_by_side, to_pictures, write_mp4
+from flashgrpo.types import Media, Waves
+from flashgrpo.video import Film, Video, Wave, enlarged, side_by_side, to_pictures, write_mp4
 
-Medium = Video | str
-"""What one sample is shown as: frames (F, 3, H, W) in [0, 1], or a text."""
+Medium = Video | Film | str
+"""What one sample is shown as: frames (F, 3, H, W) in [0, 1], silent or with their sound, or a text."""
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """What a process shows of samples; `outputs` are what it draws, one row for each sample."""
+
+    def media(self, outputs: Any, frames: int | None = None) -> Media:
+        """Return what rewards and the report look at: videos (B, F, 3, H, W) or B texts, all of one kind.
+
+        An image is a video of one frame. With `frames` at least that many of each video's first.
+        """
+        ...
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Samples a second of the sound that comes with each video; None where media are silent."""
+        ...
+
+    def sound(self, outputs: Any) -> Waves:
+        """Return the sound of videos, (B, channels, samples) in [-1, 1]; only where there is a `sample_rate`."""
+        ...
+
+    def captions(self, outputs: Any) -> Sequence[str]:
+        """Return the texts that media are made of where the process wrote these itself, or nothing, of no sample."""
+        ...
+
+
 NOUNS = {".mp4": "video", ".png": "image", ".txt": "text"}
 
 
@@ -24,7 +54,12 @@ def suffix_of(medium: Medium) -> str:
     """Return the ending of the file that a medium is written to: ".mp4", ".png" or ".txt"."""
     if isinstance(medium, str):
         return ".txt"
-    return ".png" if len(medium) == 1 else ".mp4"
+    return ".png" if not isinstance(medium, Film) and len(medium) == 1 else ".mp4"
+
+
+def with_sound(medium: Video | str, wave: Wave | None, rate: int | None) -> Medium:
+    """Return a video with its sound, where it has some of that sample rate; anything else as it is."""
+    return medium if wave is None or rate is None or isinstance(medium, str) else Film(medium, wave.cpu(), rate)
 
 
 def write_medium(path: Path, medium: Medium, fps: float) -> None:
@@ -35,11 +70,17 @@ def write_medium(path: Path, medium: Medium, fps: float) -> None:
     """
     if isinstance(medium, str):
         write_text(path, medium)
-    elif len(medium) == 1:
+    elif not isinstance(medium, Film) and len(medium) == 1:
         with write_aside(path) as aside:
             Image.fromarray(to_pictures(medium)[0]).save(aside, format="PNG")
     else:
         write_mp4(path, medium, fps)
+
+
+def frames_of(medium: Medium) -> Video:
+    """Return the frames of what is no text, without its sound."""
+    assert not isinstance(medium, str)
+    return medium if isinstance(medium, Tensor) else medium.video
 
 
 LINE = 18  # pixels of a line of a label

@@ -14,13 +14,16 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
+from flashgrpo.media import Medium, Shows
 from flashgrpo.seeds import Name
-from flashgrpo.types import Clip, Condition, LoraStyle, Media, Prompt, Sample, index_rows
+from flashgrpo.types import Clip, Condition, LoraStyle, Media, Prompt, Sample, Waves, index_rows
 
 Outputs = Any
 """What a process draws, one row for each sample on the device: latents of videos, tokens."""
 MakesMedia = Callable[[Outputs, int | None], Media]
 """Makes media of outputs; of videos, with a number, the first frames of each at least."""
+MakesSound = Callable[[Outputs], Waves]
+"""Makes the sound of outputs."""
 OnDrawn = Callable[[Tensor, Outputs], None]
 """Called with the rows (B,) and the outputs of each micro-batch as soon as it is drawn."""
 Columns = Mapping[str, Tensor]
@@ -140,7 +143,7 @@ class Finding:
 
 
 @runtime_checkable
-class Process(Protocol):
+class Process(Shows, Protocol):
     """A way to generate samples, and to score again what was drawn; see docs/adding-a-process.md.
 
     All that the trainer, evaluation, the doctor and the report know of a model. `stage` and `idle`
@@ -257,22 +260,11 @@ class Process(Protocol):
         """Draw samples as evaluation does, each from the random numbers of its name: equal names, equal numbers."""
         ...
 
-    def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Media]:
-        """Draw one sample as `sample` does and hand out its media piece by piece, of a video some frames at a time.
+    def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Medium]:
+        """Draw one sample as `sample` does and hand out its medium piece by piece, of a video some frames at a time.
 
         What is drawn as a whole comes in one piece. A process that draws in time keeps no more than it needs to go on.
         """
-        ...
-
-    def media(self, outputs: Outputs, frames: int | None = None) -> Media:
-        """Return what rewards and the report look at: videos (B, F, 3, H, W) or B texts, all of one kind.
-
-        An image is a video of one frame. With `frames` at least that many of each video's first.
-        """
-        ...
-
-    def captions(self, outputs: Outputs) -> Sequence[str]:
-        """Return the texts that media are made of where the process wrote these itself, or nothing, of no sample."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:

@@ -15,16 +15,17 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed.world import World, process_group, use_threads
 from flashgrpo.errors import UserError, first_line
 from flashgrpo.files import write_text
-from flashgrpo.media import NOUNS, Medium, labelled, stacked, strip, suffix_of, write_medium
+from flashgrpo.media import NOUNS, Medium, frames_of, labelled, stacked, strip, suffix_of, write_medium
 from flashgrpo.models.lora import weights_replaced
 from flashgrpo.process import Process
 from flashgrpo.run import checkpoint
 from flashgrpo.run.directory import RunDirectory
 from flashgrpo.run.progress import Reporter
+from flashgrpo.scoring.fit import check_process
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring
 from flashgrpo.types import Clip, Prompt
-from flashgrpo.video import Video, side_by_side, write_video_of
+from flashgrpo.video import Film, Video, left_and_right, side_by_side, write_video_of
 
 Size = tuple[int, int, int]
 ENDINGS = {".mp4": (".mp4", ".gif", ".png"), ".png": (".png",), ".txt": (".txt",)}
@@ -57,11 +58,16 @@ class Pair:
 
     def picture(self, label: bool, as_strip: bool = False) -> Video:
         """Return the base model's frames beside the tuned model's; some of them in a row where it is to be a strip."""
-        assert isinstance(self.base, Tensor)
-        assert isinstance(self.tuned, Tensor)
-        shown = (strip(self.base), strip(self.tuned)) if as_strip else (self.base, self.tuned)
-        picture = side_by_side(*shown)
+        shown = frames_of(self.base), frames_of(self.tuned)
+        picture = side_by_side(*map(strip, shown) if as_strip else shown)
         return labelled(picture, f"{self.facts}: {self.prompt.text}") if label else picture  # long prompts are cut
+
+    def film(self, label: bool) -> Video | Film:
+        """Return the same with both sounds, where there are some: the base model's on the left."""
+        picture = self.picture(label)
+        if not isinstance(self.base, Film) or not isinstance(self.tuned, Film):
+            return picture
+        return Film(picture, left_and_right(self.base.wave, self.tuned.wave), self.base.rate)
 
 
 def sample(
@@ -107,7 +113,7 @@ def sample(
         directory.check_model(process.identity)
         if from_image and not process.takes_image:
             raise UserError("--image: this run's model starts from text only; leave it out")
-        rewards = _rewards(config, prompts[0], world) if label else None
+        rewards = _rewards(config, prompts[0], process, world) if label else None
         if rewards:
             stack.enter_context(closing(rewards))
         wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
@@ -121,7 +127,7 @@ def _written(out: Path, pieces: Iterator[Pair], label: bool, fps: float) -> Path
     path = _with_ending(out, first.base)  # refused before the others are drawn
     drawn = chain([first], pieces)
     if path.suffix in (".mp4", ".gif"):
-        write_video_of(path, (piece.picture(label) for piece in drawn), fps)
+        write_video_of(path, (piece.film(label) for piece in drawn), fps)
     elif path.suffix == ".txt":
         write_text(path, "\n".join(piece.text for piece in drawn))
     else:
@@ -155,11 +161,12 @@ def _process(config: RunConfig, size: Size | None, world: World, prompts: Sequen
         raise UserError(said) from error
 
 
-def _rewards(config: RunConfig, prompt: Prompt, world: World) -> Rewards | None:
+def _rewards(config: RunConfig, prompt: Prompt, process: Process, world: World) -> Rewards | None:
     """Load the rewards that a run is trained on, of which a label has the weighted sum; None where they need more."""
     rewards = Rewards({name: one for name, one in config.rewards.items() if not one.watched}, config.model.fps)
     try:
         rewards.check_columns(prompt, "the prompt")
+        check_process(rewards, process)
         rewards.load(world)
     except UserError as error:
         Reporter().warn(f"labels say no reward: {error}")
@@ -192,7 +199,7 @@ class Drawing:
         for piece in streams[0]:
             with weights_replaced(self.process.network, self.averaged):
                 other = next(streams[1])
-            pieces.append(Pair(prompt, seed, piece[0], other[0]))
+            pieces.append(Pair(prompt, seed, piece, other))
             if not self.whole:
                 yield pieces.pop()
         if pieces:
@@ -204,7 +211,8 @@ class Drawing:
         def clips(view: str, number: int) -> Sequence[Clip]:
             return self.process.clips(view, prompt, None)
 
-        scoring = Scoring(rewards, self.process.media, clips, self.world, [prompt], False, micro_batch=1, keep=[0])
+        parts = rewards, self.process.media, clips, self.world, [prompt], False
+        scoring = Scoring(*parts, micro_batch=1, keep=[0], sound=self.process.sound)
         self.process.sample([prompt], [(seed, "sample")], scoring.add, self.num_steps)
         try:
             total = float(scoring.table().total[0])

@@ -20,6 +20,8 @@ IMAGE_COLUMNS = ("image", "last_image")
 """Of a prompt: the first frame of a video (or the picture that becomes another), and the last."""
 LoraStyle = Literal["diffusers", "comfyui"]
 Videos = Float[Tensor, "batch video_frames 3 video_height video_width"]
+Waves = Float[Tensor, "batch sound_channels samples"]
+"""The sound of videos, in [-1, 1]."""
 Media = Videos | list[str]
 """What samples are to rewards and to people: videos in [0, 1], images as videos of one frame, or texts."""
 
@@ -222,6 +224,8 @@ class Reward(Protocol):
         takes: Input                                frames at a stride, size or rate; latents; or files
         score_range: tuple[float | None, float | None]      the lowest and highest score there is
         planted_pair: PlantedPair                   or a function that makes one: what the doctor tries it on
+        hears: bool                                 it is handed the sound too, by `audio` (B, channels, samples) in
+                                                    [-1, 1] and `sample_rate`
         compares: bool                              it is called with all samples of one prompt group, or with one alone
         failures: int                               attempts that failed and were repeated, so far
     """

@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,24 @@ from flashgrpo.errors import UserError, system_reason
 from flashgrpo.files import write_aside
 
 Video = Float[Tensor, "frames 3 height width"]
+Wave = Float[Tensor, "sound_channels samples"]
+
+
+@dataclass(frozen=True)
+class Film:
+    """A video with its sound: frames (F, 3, H, W) in [0, 1], and a wave (channels, samples) in [-1, 1].
+
+    Args:
+        rate: samples of the wave a second.
+    """
+
+    video: Video
+    wave: Wave
+    rate: int
+
+    def __len__(self) -> int:
+        """Frames."""
+        return len(self.video)
 
 
 def to_pictures(frames: Float[Tensor, "frames 3 height width"]) -> UInt8[np.ndarray, "frames height width 3"]:
@@ -41,18 +62,29 @@ def enlarged(video: Video) -> Float[Tensor, "frames 3 written_height written_wid
     return video.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
 
 
-def write_mp4(path: Path, video: Video, fps: float) -> None:
+def write_mp4(path: Path, video: Video | Film, fps: float) -> None:
     """Write one video (F, 3, H, W) in [0, 1] as an mp4 that browsers play; `enlargement` times larger."""
     write_video_of(path, [video], fps)
 
 
-def write_video_of(path: Path, pieces: Iterable[Video], fps: float) -> None:
+def write_video_of(path: Path, pieces: Iterable[Video | Film], fps: float) -> None:
     """Write a video that comes in pieces, each (F, 3, H, W), one of them in memory at a time; see `write_mp4`.
 
-    A path that ends in .gif gets an animated gif, which repeats itself and has 256 colours of the video's own; ffmpeg
-    holds its frames until the last has come.
+    The sound of pieces that have some is written with them (AAC); each lasts as long as its frames. A path that ends in
+    .gif gets an animated gif, which is silent, repeats itself and has 256 colours of the video's own; ffmpeg holds its
+    frames until the last has come.
     """
-    every = (frame for piece in pieces for frame in _written(piece))
+    waves: list[Wave] = []
+    rates: set[int] = set()
+
+    def shown(piece: Video | Film) -> Video:
+        if isinstance(piece, Tensor):
+            return piece
+        rates.add(piece.rate)
+        waves.append(lasting(piece.wave, round(len(piece.video) / fps * piece.rate)))
+        return piece.video
+
+    every = (frame for piece in pieces for frame in _written(shown(piece)))
     with write_aside(path) as aside:
         first = next(every)
         count = 0
@@ -61,6 +93,8 @@ def write_video_of(path: Path, pieces: Iterable[Video], fps: float) -> None:
             for frame in chain([first], every):
                 encoder.send(np.ascontiguousarray(frame))
                 count += 1
+        for rate in rates if path.suffix != ".gif" else ():
+            _add_sound(aside, torch.cat(waves, dim=1), rate)
         if not _is_whole(aside, count):  # an ffmpeg that runs out of disk prints so and says nothing to its caller
             raise UserError(f"cannot write {path}: ffmpeg could not finish the file; is the disk full?")
 
@@ -88,6 +122,28 @@ def _is_whole(path: Path, frames: int) -> bool:
         return imageio_ffmpeg.count_frames_and_secs(path)[0] == frames
     except RuntimeError:
         return False
+
+
+def lasting(sound: Wave, samples: int) -> Float[Tensor, "sound_channels wanted"]:
+    """Return a sound with so many samples: cut at its end, or silent there."""
+    return torch.nn.functional.pad(sound.float().cpu()[:, :samples], (0, max(0, samples - sound.shape[1])))
+
+
+def _add_sound(path: Path, sound: Wave, rate: int) -> None:
+    """Put a sound into an mp4 whose frames are written; a file that came to nothing is noticed by its frames."""
+    levels = (sound.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous().numpy()
+    pcm = ["-f", "s16le", "-ar", str(rate), "-ac", str(len(sound)), "-i", "pipe:0"]
+    streams = ["-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac", "-movflags", "+faststart", "-f", "mp4"]
+    with tempfile.TemporaryDirectory(prefix="flashgrpo-sound-") as folder:
+        whole = Path(folder) / "whole.mp4"
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-i", str(path), *pcm, *streams, str(whole)]
+        subprocess.run(command, input=levels.tobytes(), capture_output=True, check=False)
+        path.write_bytes(whole.read_bytes() if whole.is_file() else b"")
+
+
+def left_and_right(left: Wave, right: Wave) -> Float[Tensor, "2 samples"]:
+    """Return a sound of two channels, each the mean of all of one sound, for two videos beside each other."""
+    return torch.stack([left.float().mean(dim=0), right.float().mean(dim=0)])
 
 
 def side_by_side(*videos: Video, gap: int = 4) -> Float[Tensor, "frames 3 height total_width"]:

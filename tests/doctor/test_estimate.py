@@ -32,6 +32,7 @@ BILLIONS = {
     "wan22-5b": 5.0,
     "wan22-a14b": 2 * 14.29,
     "ltx-video": 1.92,
+    "ltx2-19b": 19.0,
     "hunyuan-video-15": 8.3,
     "sana-video-2b": 2.06,
     "ursa-1.7b-images": 1.98,
@@ -41,6 +42,7 @@ BILLIONS = {
 CARDS = {  # processes, GiB of each
     "wan21-1.3b-24gb": (1, 24),
     "ltx-video": (1, 24),
+    "ltx2-19b": (1, 80),
     "tiny": (1, 2),
     "tiny-image": (1, 2),
     "sd35-medium": (1, 24),

@@ -25,6 +25,8 @@ from tests.image_families import IMAGES
 from tests.video_families import VIDEOS
 from tests.videos import read_mp4
 
+HEARS = "{loudness: {call: 'flashgrpo.rewards.loudness:loudness'}}"
+
 
 def recipe(tmp_path, name):
     """A small run of a kind's checkpoint, saved as a recipe."""
@@ -124,6 +126,10 @@ def test_the_same_weights_have_to_be_there(tmp_path):
         ("ltx", ["model.width=60"], "model.width: 60 is no multiple of 32; the nearest is 64"),
         ("ltx", ["model.num_frames=10"], "model.num_frames: 10 is no multiple of 8 plus 1; the nearest is 9"),
         ("ltx", ["model.train.targets=[to_z]"], "match no linear layer"),
+        ("ltx2", ["model.max_sequence_length=10"], "10 is no multiple of the 4 registers that fill up a text"),
+        ("ltx2", ["model.num_frames=1", "model.fps=100"], "1 frames at 100 a second is too short for a sound"),
+        ("ltx2", ["model.width=32"], "model.width: 32 is too small for the autoencoder; the least is 64"),
+        ("wan21", [f"rewards={HEARS}"], "rewards.loudness: it hears, and this model makes no sound; leave it out"),
     ],
 )
 def test_what_a_model_cannot_do(name, overrides, sentence, tmp_path):

@@ -225,12 +225,15 @@ def test_sampling_equals_the_pipeline(model, kind, folder, prompts, solver, reco
     call |= kind.call(model)
     known = inspect.signature(pipeline.__call__).parameters
     call = {name: value for name, value in call.items() if name in known}
-    call |= {"prompt": TEXTS[0], "latents": kind.to_pipeline(pipeline, start)}
-    theirs = kind.from_pipeline(pipeline, pipeline(**call, output_type="latent")[0], model.latent_shape)
+    call |= {"prompt": TEXTS[0], **kind.to_pipeline(model, start)}
+    theirs = kind.from_pipeline(model, pipeline(**call, output_type="latent"))
     record_property("latents", float((ours - theirs).abs().max()))  # for docs/families.md
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4)
-    video = pipeline(**call, output_type="pt")[0]
+    video, *sound = pipeline(**call, output_type="pt", return_dict=False)
     frames = model.decode(ours), video.view(1, -1, *video.shape[-3:])
+    assert (model.sample_rate is None) == (not sound)
+    if sound:
+        torch.testing.assert_close(model.decode_sound(ours), sound[0], rtol=1e-3, atol=1e-3)
     record_property("pixels", float((frames[0] - frames[1]).abs().max()))
     torch.testing.assert_close(*frames, rtol=1e-3, atol=1e-3)
 

@@ -370,7 +370,7 @@ def test_media_in_pieces_are_the_media(case):
     process = trained(case)
     prompt, name = Prompt("a red dot", {}), (0, "in pieces")
     (whole,) = process.media(process.sample([prompt], [name], lambda rows, outputs: None))
-    pieces = [piece[0] for piece in process.stream(prompt, name)]
+    pieces = list(process.stream(prompt, name))
     if isinstance(whole, str):
         assert pieces == [whole]
     else:

@@ -6,11 +6,13 @@ import torch
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.scoring.clips import ClipBatch
+from flashgrpo.scoring.fit import check_process
 from flashgrpo.scoring.inputs import LatentVideos, Pixels
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring
 from flashgrpo.scoring.settings import RewardConfig
 from flashgrpo.types import Clip, Prompt
+from tests.fakes import Colour
 
 WORLD = single_process(computes=False)
 HERE = __name__
@@ -71,8 +73,9 @@ def test_only_what_rewards_look_at_is_decoded():
 def test_views_that_a_model_has_not_and_latents_in_parts_are_refused():
     chunk = Rewards({"local": RewardConfig(call=f"{HERE}:grey", looks_at="chunk")}, 8.0)
     with pytest.raises(UserError, match=r"rewards.local.looks_at: this model shows no chunk"):
-        chunk.check_views(["whole"])
-    chunk.check_views(["whole", "chunk"])
+        check_process(chunk, process := Colour())
+    process.views = ("whole", "chunk")
+    check_process(chunk, process)
     latents = RewardConfig(call=f"{HERE}:grey", looks_at="clips", input=LatentVideos())
     with pytest.raises(UserError, match="latents are handed over whole; leave looks_at out"):
         Rewards({"local": latents}, 8.0).load(WORLD)

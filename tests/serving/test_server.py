@@ -255,3 +255,8 @@ def test_an_address_that_is_taken_is_told_before_the_reward_is_loaded():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"cannot listen on 127\.0\.0\.1:{port}: address already in use; choose"):
             serve("no.such:reward", [], Options(port=port))
+
+
+def test_a_reward_that_hears_is_not_served():
+    with pytest.raises(UserError, match="loudness hears, and requests bring no sound; name it in the recipe instead"):
+        serve("flashgrpo.rewards.loudness:loudness", [], Options(port=0))

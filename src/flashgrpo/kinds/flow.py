@@ -78,7 +78,7 @@ class FlowMemory:
         self._model: Any = weightless(config.model)
         self.network: nn.Module = self._model.network
         self.networks: Sequence[nn.Module] = list(self._model.experts.values())
-        self.decoder: nn.Module = self._model.pipeline.vae
+        self.decoder: nn.Module = nn.ModuleDict(self._model.source.decoders)
         self._branches = branches_of(self._model.guidance)
         self._call = cache(self._count_call)
         self._replay = cache(self._count_replay)
@@ -128,7 +128,9 @@ class FlowMemory:
 
     def _count_decoding(self, rows: int) -> int:
         latents = torch.zeros(rows, *self._model.latent_shape, device=META)
-        return highest(lambda: self._model.decode_latents(self.decoder, latents), self.decoder.parameters())
+        model, weights = self._model, list(self.decoder.parameters())
+        sound = highest(lambda: model.decode_sound(latents), weights) if model.sample_rate else 0
+        return max(highest(lambda: model.decode_latents(model.pipeline.vae, latents), weights), sound)
 
     def _rows_of_replay(self, samples: int) -> int:
         branches = branches_of_replay(self._score, self._rollout, self._branches)

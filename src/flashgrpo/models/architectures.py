@@ -7,7 +7,9 @@ random weights, so that shapes, memory and speed can be measured without a downl
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from flashgrpo.models.families import FAMILIES, guidance_kind, refusal
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.processes.flow.choices import GuidanceKind
 
-BUILT = ("transformer", "transformer_2", "vae", "scheduler", "guider")
+BUILT = ("transformer", "transformer_2", "vae", "audio_vae", "vocoder", "scheduler", "guider")
 """Components that are built from their settings; the encoders are not."""
 
 
@@ -89,11 +91,19 @@ class Architecture:
                 continue
             kind, settings = self.components[name]
             with init_empty_weights(include_buffers=False):
-                part = getattr(diffusers, kind).from_config(dict(settings))
+                found = getattr(diffusers, kind, None) or getattr(package_of(self.family), kind)
+                part = found.from_config(dict(settings))
             if isinstance(part, nn.Module):
                 fill(part, dtypes.get(name, dtypes["default"]), empty)
             parts[name] = part
         return parts
+
+
+def package_of(family: str) -> ModuleType:
+    """Return the package of a pipeline in diffusers, where networks are that no other pipeline has."""
+    import diffusers
+
+    return import_module(getattr(diffusers, family).__module__.rpartition(".")[0])
 
 
 def checked_size(config: ModelConfig, multiple: int, stride: int) -> int:

@@ -45,6 +45,7 @@ FAMILIES: Mapping[str, Family] = {
         "SkyReels-V2 I2V", "wan", "WanModel", "image to video", "UMT5, CLIP vision", "classifier-free"
     ),
     "LTXPipeline": Family("LTX-Video", "ltx", "LtxModel", "text to video", "T5", "classifier-free"),
+    "LTX2Pipeline": Family("LTX-2", "ltx2", "Ltx2Model", "text to video and sound", "Gemma 3", "classifier-free"),
     "HunyuanVideo15Pipeline": Family(
         "HunyuanVideo-1.5",
         "hunyuan",
@@ -86,12 +87,10 @@ FAMILIES: Mapping[str, Family] = {
 }
 """By the class that a checkpoint's model_index.json names."""
 
-_SOUND = "it makes a video and its sound: a sample here is one tensor of latents, and rewards hear nothing"
 REFUSED: Mapping[str, str] = {
     "SkyReelsV2DiffusionForcingPipeline": "each of its frames has a noise level of its own",
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": "each of its frames has a noise level of its own",
-    "LTX2Pipeline": _SOUND,
-    "LTX2ImageToVideoPipeline": _SOUND,
+    "LTX2ImageToVideoPipeline": "its tokens have noise levels of their own",
     "Flux2Pipeline": "its texts go through a processor of images, which needs torchvision",
     "WanAnimatePipeline": "it needs a video of poses and one of faces beside each prompt",
     "Kandinsky5T2VPipeline": "its tokenizer needs torchvision",

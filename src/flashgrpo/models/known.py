@@ -174,6 +174,7 @@ _LTX_SCHEDULER = {
     "max_image_seq_len": 4096,
     "shift_terminal": 0.1,
 }
+_LTX2_VAE = {"decoder_causal": False, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
 _LTX = {"in_channels": 128, "out_channels": 128, "num_attention_heads": 32, "num_layers": 28, "caption_channels": 4096}
 
 KNOWN: Mapping[str, Architecture] = {
@@ -202,6 +203,16 @@ KNOWN: Mapping[str, Architecture] = {
         {
             "transformer": ("LTXVideoTransformer3DModel", _LTX),
             "vae": ("AutoencoderKLLTXVideo", {}),
+            "scheduler": ("FlowMatchEulerDiscreteScheduler", _LTX_SCHEDULER),
+        },
+    ),
+    "Lightricks/LTX-2": Architecture(  # 2.0, whose sizes are those of diffusers' classes but for its VAE
+        "LTX2Pipeline",
+        {
+            "transformer": ("LTX2VideoTransformer3DModel", {}),
+            "vae": ("AutoencoderKLLTX2Video", _LTX2_VAE),
+            "audio_vae": ("AutoencoderKLLTX2Audio", {}),
+            "vocoder": ("LTX2Vocoder", {}),
             "scheduler": ("FlowMatchEulerDiscreteScheduler", _LTX_SCHEDULER),
         },
     ),

@@ -21,14 +21,14 @@ from flashgrpo.models.network import channels_last, prepare_network, try_attenti
 from flashgrpo.models.prompts import EncodesPrompts
 from flashgrpo.models.residence import Residence
 from flashgrpo.models.settings import Lora, ModelConfig
-from flashgrpo.models.source import Source
+from flashgrpo.models.source import LARGE, Source
 from flashgrpo.models.warm_start import adapter_files, adapters_identity, read_adapters
 from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.choices import GuidanceKind
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.processes.flow.schedule import SigmaGrid, grid_from_scheduler
 from flashgrpo.settings import DEFAULT_ADAPTERS
-from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, index_rows
+from flashgrpo.types import Condition, Latents, LoraStyle, Prompt, Videos, Waves, index_rows
 
 Size = tuple[int, int, int, int]
 Spacing = Float64[np.ndarray, " steps"]
@@ -51,6 +51,9 @@ class PipelineModel(EncodesPrompts):
     keeps_spacing: ClassVar[bool] = False
     """Whether the pipeline leaves multistep schedulers their own spacing of sigmas."""
 
+    sample_rate: int | None = None
+    """Samples a second of a video's sound; None of a family that makes none."""
+
     def __init__(
         self,
         source: Source,
@@ -70,16 +73,16 @@ class PipelineModel(EncodesPrompts):
         self.seed = seed
         self.say = say or (lambda _: None)
         self._residence: Residence | None = None
-        self.pipeline.vae.requires_grad_(False)
         if world.device.type == "cpu":  # whose convolutions are a third faster so
-            channels_last(self.pipeline.vae)
+            for decoder in source.decoders.values():
+                channels_last(decoder)
         self.latent_shape = self.shape_of_latents()
         self._conditions = Conditions(self._cache_folder(), self._row, self.image_columns)
         self._encode_all(prompts, world)
         self.experts = self._prepare_experts(world)
         first, *others = self.experts.values()
         self.network: nn.Module = nn.ModuleDict(self.experts) if others else first
-        self._residence = Residence({**self.experts, "vae": self.pipeline.vae}, self.device, config.offload)
+        self._residence = Residence({**self.experts, **source.decoders}, self.device, config.offload)
         self._start = starting_weights(self.network, config, keep_reference)
         if config.attention:
             x, one = torch.zeros(1, *self.latent_shape, device=self.device), torch.ones(1)
@@ -143,12 +146,12 @@ class PipelineModel(EncodesPrompts):
             return None
         return np.linspace(1.0, 1 / num_steps, num_steps)
 
-    def shift_by_tokens(self, max_shift: float = 1.15) -> float:
-        """Return a `mu` that rises with the number of tokens, between the scheduler's own ends or diffusers'.
+    def shift_by_tokens(self, high: float = 1.15, low: float = 0.5, fewest: int = 256) -> float:
+        """Return a `mu` that rises with the number of tokens, between the scheduler's own ends or the pipeline's.
 
         It is `calculate_shift` of diffusers' pipelines, whose modules print notices of torchvision when imported.
         """
-        own = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
+        own = {"base_image_seq_len": fewest, "max_image_seq_len": 4096, "base_shift": low, "max_shift": high}
         few, many, low, high = (self.pipeline.scheduler.config.get(*item) for item in own.items())
         slope = (high - low) / (many - few)
         return float(self.tokens() * slope + (low - slope * few))
@@ -240,7 +243,7 @@ class PipelineModel(EncodesPrompts):
         return self._negative
 
     def part(self, name: str) -> nn.Module:
-        """Return an expert, or the "vae", on the device."""
+        """Return an expert or a decoder, as "vae" is one, on the device."""
         if self._residence is None:  # while prompts are encoded
             module: nn.Module = getattr(self.pipeline, name)
             return module.to(self.device)
@@ -252,6 +255,10 @@ class PipelineModel(EncodesPrompts):
         needed = None if frames is None else self.latents_for(frames)
         video = self.decode_latents(self.part("vae"), latents[:, :, :needed])[:, :, :frames]
         return (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).contiguous()
+
+    def decode_sound(self, latents: Latents) -> Waves:
+        """Decode the sound of samples, where there is a `sample_rate`."""
+        raise NotImplementedError
 
     def reference(self) -> AbstractContextManager[None]:
         """Compute with the model that training began with, adapters of a warm start and all, inside this context."""
@@ -285,5 +292,5 @@ class PipelineModel(EncodesPrompts):
         for network in networks if isinstance(self.config.train, Lora) else ():
             network.fuse_lora()
             network.unload_lora()
-        self.source.load(self.encoder_names)
+        self.source.load(LARGE)
         self.pipeline.save_pretrained(folder)

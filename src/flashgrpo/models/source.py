@@ -11,13 +11,18 @@ import torch
 import transformers
 
 from flashgrpo.errors import UserError
-from flashgrpo.models.architectures import Architecture, is_component
+from flashgrpo.models.architectures import Architecture, is_component, package_of
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.weights import load_network
 
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes of networks may come from; a folder that names another could have its own code run."""
-LARGE = ("transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+LARGE = (
+    *("transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder"),
+    *("connectors", "prompt_enhancer"),
+)
+DECODERS = ("vae", "audio_vae", "vocoder")
+"""What turns latents into videos and sound; they are in memory all the time."""
 
 
 class Source:
@@ -50,12 +55,20 @@ class Source:
             nothing = dict.fromkeys(self._class._get_signature_keys(self._class)[0])
             self.pipeline = self._class(**{**nothing, **light}, **settings)
         else:
-            self.pipeline = self._from_folder({**dict.fromkeys(self._among(LARGE)), "vae": self._network("vae")})
+            decoders = {name: self._network(name) for name in self._among(DECODERS)}
+            self.pipeline = self._from_folder({**dict.fromkeys(self._among(LARGE)), **decoders})
+        for decoder in self.decoders.values():
+            decoder.requires_grad_(False)
 
     @property
     def random(self) -> bool:
         """Whether weights are random and there are no encoders."""
         return self.folder is None
+
+    @property
+    def decoders(self) -> dict[str, Any]:
+        """Those of `DECODERS` that the pipeline has."""
+        return {name: getattr(self.pipeline, name) for name in self._among(DECODERS)}
 
     def load(self, names: Sequence[str]) -> None:
         """Load those of the components that the checkpoint has and that are not loaded."""
@@ -91,7 +104,7 @@ class Source:
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         dtype, vae = getattr(torch, self._config.dtype), getattr(torch, self._config.vae_dtype)
-        return {"default": dtype, "vae": vae, "image_encoder": torch.float32}  # the last as Wan's users load it
+        return {"default": dtype, **dict.fromkeys(DECODERS, vae), "image_encoder": torch.float32}  # as Wan's users do
 
     def _network(self, name: str) -> Any:
         """Load a component that has weights; None where the checkpoint has none and the pipeline can do without."""
@@ -101,7 +114,10 @@ class Source:
         library, kind = entry if is_component(entry) else (None, None)
         if kind is None and name in self._class._optional_components:
             return None
-        found: Any = getattr(importlib.import_module(library), str(kind), None) if library in LIBRARIES else None
+        own = package_of(self.architecture.family)
+        known = own if library == own.__name__.rpartition(".")[2] else None
+        known = importlib.import_module(library) if library in LIBRARIES else known
+        found: Any = getattr(known, str(kind), None)
         if found is None:
             raise UserError(f"{where} is {kind} of {library}, which is no network of {' or '.join(LIBRARIES)}")
         dtypes = self._dtypes()

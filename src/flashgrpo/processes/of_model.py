@@ -12,10 +12,11 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
+from flashgrpo.media import Medium, with_sound
 from flashgrpo.process import Columns, OnDrawn, Outputs, PipelineCall, Record
 from flashgrpo.processes.calls import number_of_calls
 from flashgrpo.seeds import Name
-from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Media, Prompt, Sample, to_device
+from flashgrpo.types import REWARD, WHOLE, Clip, Condition, LoraStyle, Media, Prompt, Sample, Waves, to_device
 
 
 @runtime_checkable
@@ -149,14 +150,24 @@ class ModelProcess(ABC, Generic[ModelT]):
     def media(self, outputs: Outputs, frames: int | None = None) -> Media:
         """Return what rewards and the report look at."""
 
+    @property
+    def sample_rate(self) -> int | None:
+        """Return None: media are silent."""
+        return None
+
+    def sound(self, outputs: Outputs) -> Waves:
+        """Return nothing: media are silent."""
+        raise AssertionError("there is no sound")
+
     def captions(self, outputs: Outputs) -> Sequence[str]:
         """Return nothing: media are made of prompts as they stand."""
         return []
 
     @torch.no_grad()
-    def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Media]:
-        """Draw one sample and hand out its media in one piece."""
-        yield self.media(self.sample([prompt], [name], lambda rows, outputs: None, num_steps))
+    def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Medium]:
+        """Draw one sample and hand out its medium in one piece."""
+        outputs = self.sample([prompt], [name], lambda rows, outputs: None, num_steps)
+        yield with_sound(self.media(outputs)[0], self.sound(outputs)[0] if self.sample_rate else None, self.sample_rate)
 
     def micro_batches(self, record: Record) -> Sequence[Record]:
         """Cut the units of one slot into batches of `micro_batch`."""

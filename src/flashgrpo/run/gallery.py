@@ -8,7 +8,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.media import Medium, suffix_of, write_medium
 from flashgrpo.process import Process
 from flashgrpo.scoring.heldout import Evaluation, Evaluator, largest_changes
-from flashgrpo.scoring.scoring import decode
+from flashgrpo.scoring.scoring import shown
 
 
 class Gallery:
@@ -58,7 +58,7 @@ class Gallery:
             files: list[dict[str, str]] = [{} for _ in rows]
             for key, end, outputs in (("video", "", tuned), ("base_video", "-base", before)):
                 for number, row in enumerate(rows):  # one at a time: a video is far larger than its latents
-                    [medium] = decode(self._process.media, outputs[number : number + 1], 1)
+                    medium = shown(self._process, outputs[number : number + 1])
                     files[number][key] = f"videos/{update:06d}/{row:03d}{end}{suffix_of(medium)}"
                     write_medium(self._folder / files[number][key], medium, self._fps)
             return files

@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from flashgrpo.errors import UserError
-from flashgrpo.media import suffix_of, write_medium
+from flashgrpo.media import suffix_of, with_sound, write_medium
 from flashgrpo.prompts import columns_of
 from flashgrpo.scoring.inputs import Input, LatentVideos, Pixels, VideoFiles, kinds
-from flashgrpo.scoring.loading import checked_values, told
-from flashgrpo.types import Failed, Media, Prompt, Reward
+from flashgrpo.scoring.loading import checked_values, declared, told
+from flashgrpo.types import Failed, Media, Prompt, Reward, Waves
 
 Columns = Mapping[str, Sequence[float]]
 """Component -> a value for each sample."""
@@ -27,12 +27,20 @@ class Batch:
     Args:
         media: (B, F, 3, H, W) on the CPU, or B texts; None where no reward asks for what is decoded.
         latents: what was drawn: (B, C, F, H, W), or tokens (B, ...); None where no reward asks for them.
+        sound: of videos, (B, channels, samples) on the CPU at `sample_rate`; None where no reward hears.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], fps: float, media: Media | None = None, latents: Tensor | None = None
+        self,
+        prompts: Sequence[Prompt],
+        fps: float,
+        media: Media | None = None,
+        latents: Tensor | None = None,
+        sound: Waves | None = None,
+        sample_rate: int | None = None,
     ) -> None:
         self.prompts = prompts
+        self._sound, self._rate = sound, sample_rate
         self._fps, self._media, self._latents = fps, media, latents
         self._texts: Sequence[str] = media if isinstance(media, list) else ()
         self._forms: dict[Input, Any] = {}
@@ -53,7 +61,7 @@ class Batch:
             self._left -= 1
             if self._left == 0:
                 self._forms.clear()
-                self._media = self._latents = None
+                self._media = self._latents = self._sound = None
                 if self._folder is not None:
                     self._folder.cleanup()
 
@@ -79,7 +87,12 @@ class Batch:
             raise UserError(f"reward {name} looks at {what}, and this model makes texts")
         given = self._form(takes)
         version = given._version if isinstance(given, Tensor) else 0
-        texts, columns = [prompt.text for prompt in self.prompts], columns_of(self.prompts)
+        texts = [prompt.text for prompt in self.prompts]
+        columns: dict[str, Any] = columns_of(self.prompts)
+        if declared(reward, "hears", False):
+            if self._sound is None:
+                raise UserError(f"reward {name} hears, and these videos come without a sound")
+            columns |= {"audio": self._sound.clone(), "sample_rate": self._rate}
         others = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
         with told(f"reward {name}", f", given the prompt {texts[0]!r}{others}"):
             try:
@@ -114,6 +127,8 @@ class Batch:
             return media if isinstance(media, list) else takes.prepare(media, self._fps)
         self._folder = tempfile.TemporaryDirectory(prefix="flashgrpo-videos-")
         paths = [Path(self._folder.name) / f"{row:04d}{suffix_of(one)}" for row, one in enumerate(media)]
-        for path, one in zip(paths, media, strict=True):
-            write_medium(path, one, self._fps)
+        for row, (path, one) in enumerate(zip(paths, media, strict=True)):
+            write_medium(
+                path, with_sound(one, None if self._sound is None else self._sound[row], self._rate), self._fps
+            )
         return [str(path) for path in paths]

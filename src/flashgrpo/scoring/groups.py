@@ -11,16 +11,17 @@ from torch import Tensor
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import SharedError
 from flashgrpo.process import Outputs
-from flashgrpo.types import Media
+from flashgrpo.types import Media, Waves
 
 
 @dataclass(frozen=True)
 class Group:
-    """All samples of a prompt group, in their order: numbers among all samples, media, and what was drawn."""
+    """All samples of a prompt group, in their order: numbers among all samples, media, what was drawn, and sound."""
 
     numbers: list[int]
     media: Media | None
     outputs: Outputs | None
+    sound: Waves | None
 
 
 class Groups:
@@ -32,17 +33,18 @@ class Groups:
 
     def __init__(self, group_of: Sequence[int]) -> None:
         self._group_of, self._size = group_of, Counter(group_of)
-        self._parts: dict[int, dict[int, tuple[Any, Any]]] = defaultdict(dict)
+        self._parts: dict[int, dict[int, tuple[Any, ...]]] = defaultdict(dict)
 
-    def completed_by(self, numbers: Sequence[int], media: Media | None, outputs: Outputs | None) -> Iterator[Group]:
+    def completed_by(
+        self, numbers: Sequence[int], media: Media | None, outputs: Outputs | None, sound: Waves | None = None
+    ) -> Iterator[Group]:
         """Take some samples, and yield the groups that are whole with them."""
         for row, number in enumerate(numbers):
             group = self._group_of[number]
-            shown, drawn = (None if of is None else of[row] for of in (media, outputs))
-            self._parts[group][number] = shown, drawn
+            self._parts[group][number] = tuple(None if of is None else of[row] for of in (media, outputs, sound))
             if len(self._parts[group]) == self._size[group]:
                 parts = sorted(self._parts.pop(group).items())
-                every = [_joined(rows) for rows in zip(*(both for _, both in parts), strict=True)]
+                every = [_joined(rows) for rows in zip(*(forms for _, forms in parts), strict=True)]
                 yield Group([number for number, _ in parts], *every)
 
     def refuse_divided(self, name: str, world: World) -> None:

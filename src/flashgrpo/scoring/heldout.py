@@ -82,7 +82,8 @@ class Evaluator:
         def clips(view: str, number: int) -> Sequence[Clip]:
             return process.clips(view, every[number], None)
 
-        scoring = Scoring(self._rewards, process.media, clips, self._world, every, True, *settings, watch=self._watch)
+        more: Any = {"watch": self._watch, "sound": process.sound}
+        scoring = Scoring(self._rewards, process.media, clips, self._world, every, True, *settings, **more)
         drawn = process.sample([every[row] for row in rows], self._names(rows, fresh), scoring.add)
         own = dict(zip(rows, process.captions(drawn), strict=False))
         captions = {int(row): text for rank in self._world.gather(own) for row, text in rank.items()}

@@ -157,7 +157,7 @@ def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def declared(reward: Any, name: str, default: Any = None) -> Any:
-    """What a reward says about itself: `takes`, `planted_pair`, `score_range` or `failures` (see `types.Reward`)."""
+    """What a reward says about itself: `takes`, `hears`, `score_range` and others (see `types.Reward`)."""
     while isinstance(reward, partial):
         reward = reward.func
     return getattr(reward, name, default)

@@ -13,7 +13,7 @@ import torch
 from pydantic import TypeAdapter
 
 from flashgrpo.distributed.world import World, current_device, use_in_thread
-from flashgrpo.errors import SharedError, UserError, first_line, suggest
+from flashgrpo.errors import SharedError, UserError, first_line
 from flashgrpo.scoring.batch import Batch, Columns
 from flashgrpo.scoring.clips import ClipBatch
 from flashgrpo.scoring.inputs import Input, LatentVideos
@@ -30,6 +30,8 @@ from flashgrpo.scoring.settings import RewardConfig
 from flashgrpo.types import WHOLE, Media, PlantedPair, Prompt, Reward, RewardTable
 
 FEWEST_GUARDED = 8  # held-out prompts: of fewer, what they have in common by chance would end runs
+HEARD = ("audio", "sample_rate")
+"""Keywords of a reward that hears: waves (B, channels, samples) in [-1, 1], float32 on the CPU, and their rate."""
 Results = Mapping[str, Any]
 """{"values": reward -> component -> a value for each sample, "failures": reward -> count}, as JSON."""
 
@@ -44,6 +46,7 @@ class Rewards:
     def __init__(self, configs: Mapping[str, RewardConfig], fps: float = 16.0) -> None:
         self.configs = dict(configs)
         self.fps = fps
+        self.sample_rate: int | None = None  # of the model's sound; see `check_process`
         self._found = {name: load_reward(config.call, f"rewards.{name}.call") for name, config in configs.items()}
         for name, config in configs.items():
             check_arguments(self._found[name], config.args, f"rewards.{name}.args")
@@ -61,12 +64,14 @@ class Rewards:
             UserError: one does not, or has one of them fixed by its `args`; `key` is the setting that names the file.
         """
         for name, found in self._found.items():
-            args = self.configs[name].args
+            args, heard = self.configs[name].args, dict.fromkeys(HEARD if self.hears(name) else ())
+            if taken := [column for column in prompt.columns if column in heard]:
+                raise UserError(f"rewards.{name} hears, so that {taken[0]!r} is no column of {key}; rename it there")
             fixed = [column for column in prompt.columns if column in args and not makes_reward(found)]
             if fixed:
                 raise UserError(f"rewards.{name}.args: {fixed[0]!r} is a column of {key} as well; rename one of them")
             try:
-                check_columns(found, args, prompt.columns)
+                check_columns(found, args, {**prompt.columns, **heard})
             except (TypeError, ValueError) as error:
                 raise UserError(
                     f"rewards.{name}: the function cannot take the columns of {key} ({first_line(error)}); "
@@ -86,19 +91,6 @@ class Rewards:
                     f"prompts, not {heldout}; add some to prompts.heldout, or leave max_fall out"
                 )
 
-    def check_channels(self, channels: Sequence[str]) -> None:
-        """Whether every reward is credited to a channel that the model has.
-
-        Raises:
-            UserError: one is not.
-        """
-        for name, config in self.configs.items():
-            for channel in config.channels:
-                if channel not in channels:
-                    raise UserError(
-                        f"rewards.{name}.channel: this model has no channel {channel!r}; {suggest(channel, channels)}"
-                    )
-
     def began_with(self, names: Iterable[str]) -> None:
         """Hold the rewards to the components that a run began with, by the names in its evaluations.
 
@@ -109,17 +101,9 @@ class Rewards:
             if own:
                 self._components[reward] = {name[len(reward) + 1 :] for name in own}
 
-    def check_views(self, views: Sequence[str]) -> None:
-        """Whether every reward looks at what the model has to show.
-
-        Raises:
-            UserError: one does not.
-        """
-        for name, config in self.configs.items():
-            if config.looks_at not in views:
-                raise UserError(
-                    f"rewards.{name}.looks_at: this model shows no {config.looks_at}; {suggest(config.looks_at, views)}"
-                )
+    def hears(self, name: str) -> bool:
+        """Whether the reward is handed the sound of videos (its `hears`)."""
+        return bool(declared(self._found[name], "hears", False))
 
     def view(self, name: str) -> str:
         """Return what of a sample the reward looks at."""
@@ -185,7 +169,8 @@ class Rewards:
         """Reward -> the pair of samples that it declares in an attribute `planted_pair`, where it does."""
         pairs = {name: declared(self.reward(name), "planted_pair") for name in self.configs}
         made = {name: pair() if callable(pair) else pair for name, pair in pairs.items() if pair is not None}
-        return {name: pair for name, pair in made.items() if not isinstance(self.takes(name), LatentVideos)}
+        latents = [name for name in made if isinstance(self.takes(name), LatentVideos)]
+        return {name: pair for name, pair in made.items() if name not in latents and not self.hears(name)}
 
     def submit(self, batch: Batch | ClipBatch, names: Sequence[str]) -> dict[str, Future[Columns]]:
         """Have the batch scored by these rewards; each takes it when it is done with those before."""

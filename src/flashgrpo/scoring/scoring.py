@@ -11,14 +11,14 @@ from torch import Tensor
 from flashgrpo.distributed.memory import explain_shortage
 from flashgrpo.distributed.transfer import Piece, hand_over, pieces
 from flashgrpo.distributed.world import World
-from flashgrpo.media import Medium
-from flashgrpo.process import MakesMedia, Outputs
+from flashgrpo.media import Medium, with_sound
+from flashgrpo.process import MakesMedia, MakesSound, Outputs, Process
 from flashgrpo.scoring.batch import Batch, Columns
 from flashgrpo.scoring.clips import ClipBatch
 from flashgrpo.scoring.groups import Groups
 from flashgrpo.scoring.inputs import LatentVideos, decoded_for
 from flashgrpo.scoring.rewards import Results, Rewards
-from flashgrpo.types import WHOLE, Clip, Media, Prompt, RewardTable, index_rows
+from flashgrpo.types import WHOLE, Clip, Media, Prompt, RewardTable, Waves, index_rows
 
 AHEAD = 4  # micro-batches that may wait for a reward while others are drawn: what bounds the memory of videos
 
@@ -50,6 +50,7 @@ class Scoring:
             are outputs, far smaller than videos; they are decoded and scored a micro-batch at a time all the same.
         watch: told how many of this rank's samples are drawn, and how many there are.
         groups: number of each sample's group, for rewards that compare; when not given, each is one of its own.
+        sound: makes the sound of what was drawn, where the model makes some; see `Process.sound`.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Scoring:
         clock: Callable[[str], AbstractContextManager[None]] = untimed,
         watch: Callable[[int, int], None] = lambda done, of: None,
         groups: Sequence[int] | None = None,
+        sound: MakesSound | None = None,
     ) -> None:
         self.kept: dict[int, Medium] = {}
         self._rewards, self._media, self._world, self._prompts = rewards, media, world, prompts
@@ -80,6 +82,8 @@ class Scoring:
         self._frames = None if keep else decoded_for(takes)
         self._decodes = self._frames != 0 or self._views != {WHOLE}
         self._hands_latents = any(isinstance(one, LatentVideos) for one in takes)
+        self._sound = sound if rewards.sample_rate else None
+        self._hears = any(rewards.hears(name) for name in self._names)
         self._deferred = deferred or bool(world.reward_ranks)
         self._first, self._own = world.share(len(prompts)).start, len(world.share(len(prompts)))
         self._watch, self._drawn = watch, 0
@@ -129,7 +133,7 @@ class Scoring:
 
     def _score(self, numbers: Sequence[int], outputs: Outputs) -> None:
         """Decode some samples and have them scored here, where they were drawn."""
-        self._submit(numbers, self._decode(outputs, numbers), outputs)
+        self._submit(numbers, *self._decode(outputs, numbers), outputs)
 
     def _score_for_others(self) -> None:
         """Hand what was drawn to the ranks that score it, one piece after the other; all ranks call this together."""
@@ -144,14 +148,18 @@ class Scoring:
                 self._pass_on(piece, outputs[rows] if self._world.rank == piece.source else None)
 
     def _pass_on(self, piece: Piece, outputs: Outputs | None) -> None:
-        media = None if outputs is None else self._decode(outputs, piece.numbers)
+        media: Any
+        sound: Any
+        media, sound = (None, None) if outputs is None else self._decode(outputs, piece.numbers)
         with self._clock("reward"):
             if self._decodes:
                 media = hand_over(self._world, media, piece)
+            if self._hears:
+                sound = hand_over(self._world, sound, piece)
             if self._hands_latents:
                 outputs = hand_over(self._world, outputs, piece)
         if self._world.rank == piece.destination:
-            self._submit(piece.numbers, media, outputs)
+            self._submit(piece.numbers, media, sound, outputs)
 
     def _behind(self) -> list[Future[Columns]]:
         """Those that a reward has to be done with before it gets more.
@@ -161,16 +169,19 @@ class Scoring:
         last = [futures[-AHEAD] for futures in self._futures.values() if len(futures) >= AHEAD]
         return [future for future in last if not future.done()]
 
-    def _submit(self, numbers: Sequence[int], media: Media | None, outputs: Outputs | None) -> None:
+    def _submit(
+        self, numbers: Sequence[int], media: Media | None, sound: Waves | None, outputs: Outputs | None
+    ) -> None:
         """Give some samples to the rewards of this rank, once these are not too far behind."""
         with self._clock("reward"):
             wait(self._behind())
         for view in sorted(self._views):
             names = [name for name in self._names if self._rewards.view(name) == view and name not in self._comparing]
             if names:
-                self._give(names, numbers, self._seen(view, numbers, media, outputs))
-        for group in self._groups.completed_by(numbers, media, outputs) if self._comparing else ():
-            self._give(self._comparing, group.numbers, self._seen(WHOLE, group.numbers, group.media, group.outputs))
+                self._give(names, numbers, self._seen(view, numbers, media, sound, outputs))
+        for group in self._groups.completed_by(numbers, media, outputs, sound) if self._comparing else ():
+            forms = group.media, group.sound, group.outputs
+            self._give(self._comparing, group.numbers, self._seen(WHOLE, group.numbers, *forms))
 
     def _give(self, names: Sequence[str], numbers: Sequence[int], batch: Batch | ClipBatch) -> None:
         for name, future in self._rewards.submit(batch, names).items():
@@ -178,12 +189,13 @@ class Scoring:
             self._scored[name] += numbers
 
     def _seen(
-        self, view: str, numbers: Sequence[int], media: Media | None, outputs: Outputs | None
+        self, view: str, numbers: Sequence[int], media: Media | None, sound: Waves | None, outputs: Outputs | None
     ) -> Batch | ClipBatch:
         """Return what rewards with a view are given of some samples."""
         if view == WHOLE:
             prompts = [self._prompts[number] for number in numbers]
-            return Batch(prompts, self._rewards.fps, media, outputs if self._hands_latents else None)
+            latents, heard = outputs if self._hands_latents else None, sound if self._hears else None
+            return Batch(prompts, self._rewards.fps, media, latents, heard, self._rewards.sample_rate)
         assert isinstance(media, Tensor)
         return ClipBatch(media, [self._clips(view, number) for number in numbers], self._rewards.fps)
 
@@ -193,14 +205,20 @@ class Scoring:
         last = max((clip.stop for of_sample in parts for clip in of_sample), default=0)
         return None if self._frames is None else max(self._frames, last)
 
-    def _decode(self, outputs: Outputs, numbers: Sequence[int]) -> Media | None:
-        if not self._decodes:
-            return None
+    def _decode(self, outputs: Outputs, numbers: Sequence[int]) -> tuple[Media | None, Waves | None]:
+        """Return the media of some samples and their sound, each as far as somebody looks or listens."""
+        media = sound = None
+        kept = [row for row, number in enumerate(numbers) if number in self._keep]
         with self._clock("decode"), explain_shortage("rollout.decode_micro_batch, or set model.vae_tiling"):
-            media = decode(self._media, outputs, self._micro_batch, self._frames_for(numbers))
-        kept = {n: media[i] for i, n in enumerate(numbers) if n in self._keep}
-        self.kept |= {n: one.clone() if isinstance(one, Tensor) else one for n, one in kept.items()}
-        return media
+            if self._decodes:
+                media = decode(self._media, outputs, self._micro_batch, self._frames_for(numbers))
+            if self._sound and len(outputs) and (self._hears or kept):
+                sound = torch.cat([self._sound(some).cpu() for some in outputs.split(self._micro_batch)])
+        for row in kept:
+            assert media is not None
+            one = media[row].clone() if isinstance(media, Tensor) else media[row]
+            self.kept[numbers[row]] = with_sound(one, None if sound is None else sound[row], self._rewards.sample_rate)
+        return media, sound
 
 
 @torch.no_grad()
@@ -224,3 +242,9 @@ def decode(media: MakesMedia, outputs: Outputs, micro_batch: int, frames: int | 
         videos[start : start + micro_batch] = some
         del some
     return videos
+
+
+def shown(process: Process, output: Outputs) -> Medium:
+    """Return the medium of one sample that was drawn, (1, ...), on the CPU; a video with its sound, if it has one."""
+    [medium] = decode(process.media, output, 1)
+    return with_sound(medium, process.sound(output)[0] if process.sample_rate else None, process.sample_rate)

@@ -228,6 +228,8 @@ def serve_on(listener: socket.socket, reward: Reward, name: str, version: str, o
 
     A reward that people look at adds its page to the application (`add_page`).
     """
+    if declared(reward, "hears", False):
+        raise UserError(f"{name} hears, and requests bring no sound; name it in the recipe instead")
     bounds, takes = tuple(declared(reward, "score_range") or ()) or None, takes_of(reward)
     more = {"compares": declared(reward, "compares", False), "patience": declared(reward, "patience")}
     info = wire.Info(name=name, version=version, takes=takes, score_range=bounds, max_bytes=options.limit, **more)

@@ -11,7 +11,7 @@ from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.choices import GuidanceKind
 from flashgrpo.processes.flow.schedule import SigmaGrid
 from flashgrpo.processes.of_model import Model
-from flashgrpo.types import Condition, Latents, Videos
+from flashgrpo.types import Condition, Latents, Videos, Waves
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,15 @@ class VideoModel(Model, Protocol):
 
     def decode(self, latents: Latents, frames: int | None = None) -> Videos:
         """Return videos (B, F, 3, H, W) in [0, 1]; with `frames` only the first of F, at less expense where it can."""
+        ...
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Samples a second of the sound that comes with a video; None of a model that makes none."""
+        ...
+
+    def decode_sound(self, latents: Latents) -> Waves:
+        """Return the sound of videos, (B, channels, samples) in [-1, 1]; only where there is a `sample_rate`."""
         ...
 
     def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:

@@ -34,7 +34,7 @@ from flashgrpo.processes.flow.shortcuts import DeterministicSteps, leaders
 from flashgrpo.processes.flow.source import Source, names_of
 from flashgrpo.processes.of_model import ModelProcess
 from flashgrpo.seeds import Name
-from flashgrpo.types import Latents, Prompt, Sample, Videos
+from flashgrpo.types import Latents, Prompt, Sample, Videos, Waves
 
 
 class FlowProcess(ModelProcess[VideoModel]):
@@ -172,6 +172,15 @@ class FlowProcess(ModelProcess[VideoModel]):
     def media(self, outputs: Outputs, frames: int | None = None) -> Videos:
         """Return videos (B, F, 3, H, W) in [0, 1] of latents; with `frames` only the first of F."""
         return self.model.decode(outputs, frames)
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Samples a second of the sound, where the family makes some."""
+        return self.model.sample_rate
+
+    def sound(self, outputs: Outputs) -> Waves:
+        """Return the sound of latents that hold some."""
+        return self.model.decode_sound(outputs)
 
     # Scoring again
 

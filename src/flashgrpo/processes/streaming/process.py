@@ -38,6 +38,7 @@ from flashgrpo.processes.streaming.source import Addend, Source, StreamState
 from flashgrpo.processes.streaming.transition import OneTransition
 from flashgrpo.seeds import Name
 from flashgrpo.types import WHOLE, Clip, Prompt, Sample, Videos
+from flashgrpo.video import Video
 
 
 class StreamingProcess(ModelProcess[StreamingModel]):
@@ -159,7 +160,7 @@ class StreamingProcess(ModelProcess[StreamingModel]):
         return outputs
 
     @torch.no_grad()
-    def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Videos]:
+    def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Video]:
         """Draw an un-routed video and hand out its blocks, each as soon as it is drawn and decoded; see `Process`."""
         _refuse_steps(num_steps)
         frames, block, state = self.model.latent_shape[1], self.model.window.block, None
@@ -169,7 +170,7 @@ class StreamingProcess(ModelProcess[StreamingModel]):
             stream = stream.until(min(first + size, frames), [evaluation_name(name)])
             video, state = self.model.decode(stream.latents[:, :, first - stream.forgotten :], state)
             stream = stream.forgetting()
-            yield video
+            yield video[0]
 
     def _alike(self, scripts: Sequence[Script]) -> Iterator[list[int]]:
         """Cut rows into micro-batches of scripts whose scenes begin at the same frames."""
