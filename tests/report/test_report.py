@@ -14,6 +14,7 @@ import pytest
 
 from flashgrpo.errors import UserError
 from flashgrpo.report import findings, write_report
+from flashgrpo.report.charts import binned, extremes, metric_curve
 from flashgrpo.report.record import headline_evaluation
 from flashgrpo.report.samples import MOST_PAIRS
 
@@ -231,6 +232,18 @@ def test_worst_prompts_are_shown_as_readily_as_best(whole: Path) -> None:
     assert values[0] == sorted(values[0])
     assert values[1] == sorted(values[1], reverse=True)
     assert values[0][0] < 0 < values[1][0]
+
+
+def test_no_spike_of_a_long_run_is_lost() -> None:
+    """A point of 1,000 updates is the mean of 5; the band about it goes to the highest of them."""
+    values = np.ones(1000)
+    values[777] = 50.0
+    values[3] = math.nan
+    low, high = extremes(values)
+    assert (len(low), low.max(), high.argmax(), high.max()) == (200, 1, 777 // 5, 50)
+    assert binned(values)[0].max() == (50 + 4) / 5
+    drawn = metric_curve([{"update": i, "grad_norm": value} for i, value in enumerate(values)], "grad_norm")
+    assert "largest 50." in drawn
 
 
 def test_repeated_updates_of_a_resumed_run_count_once(tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ def watch_note(evaluations: Sequence[Row]) -> str:
 
 def health_charts(run: Run) -> dict[str, Any]:
     """Gradient norm over updates and by trained step, and the stability of the updates."""
-    curves = []
+    curves, size = [], charts.bin_size(len(run.metrics))
+    of_bins = f"; means of {size} updates, with their lowest and highest" if size > 1 else ""
     for key, (title, remark) in HEALTH.items():
         values = column(run.metrics, key)
         values = values[np.isfinite(values)]
@@ -152,7 +153,7 @@ def health_charts(run: Run) -> dict[str, Any]:
             continue
         largest = f"{np.abs(values).max():.2g}"
         chart = charts.metric_curve(run.metrics, key)
-        curves.append({"title": title, "remark": remark, "largest": largest, "chart": Markup(chart)})
+        curves.append({"title": title, "remark": remark + of_bins, "largest": largest, "chart": Markup(chart)})
     without_spread = column(run.metrics, "zero_spread_groups")
     return {
         "by_step": Markup(charts.gradient_by_step(run.metrics)),

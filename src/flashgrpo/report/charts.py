@@ -50,13 +50,27 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
 }
 NICE = [1, 2, 2.5, 5, 10]  # distances of ticks, times a power of ten
-MOST_POINTS = 240  # longer runs are drawn as means over bins of equal length
+MOST_POINTS = 240  # longer runs are drawn as means over bins of equal length, metrics with their extremes
+
+
+def bin_size(count: int) -> int:
+    """Return how many of so many updates become one point."""
+    return max(1, -(-count // MOST_POINTS))
+
+
+def extremes(series: Values) -> tuple[Values, Values]:
+    """Return the lowest and the highest value of each bin of `binned`; nan where it has none."""
+    size = bin_size(len(series))
+    padded = np.append(series, np.full(-len(series) % size, np.nan)).reshape(-1, size)
+    finite = np.isfinite(padded)
+    ends_of = np.where(finite, padded, np.inf).min(axis=1), np.where(finite, padded, -np.inf).max(axis=1)
+    return tuple(np.where(finite.any(axis=1), end, np.nan) for end in ends_of)  # type: ignore[return-value]
 
 
 def binned(*series: Values) -> list[Values]:
     """Return each series at no more than MOST_POINTS points; nan is left out of the means."""
-    size = -(-len(series[0]) // MOST_POINTS)
-    if size <= 1:
+    size = bin_size(len(series[0]))
+    if size == 1:
         return list(series)
     padded = (np.append(s, np.full(-len(s) % size, np.nan)).reshape(-1, size) for s in series)
     counts_and_sums = ((np.isfinite(s).sum(axis=1), np.nansum(s, axis=1)) for s in padded)
@@ -72,7 +86,7 @@ def reward_curves(metrics: Sequence[Row], evaluations: Sequence[Row], best: int 
 
     The error bars span `base + interval`: where they clear the base line, the difference is not chance.
     """
-    figure, axes = canvas(*size)
+    figure, axes = canvas(*size, right=76)  # for the names at the ends of the lines
     x, mean, std = binned(column(metrics, "update"), column(metrics, "reward"), column(metrics, "reward_std"))
     when, tuned, base = (column(evaluations, key) for key in ("update", "reward", "base_reward"))
     if not np.isfinite([*mean, *tuned]).any():
@@ -144,15 +158,22 @@ def prompt_changes(changes: Sequence[float], size: tuple[int, int]) -> str:
 
 @matplotlib.rc_context(STYLE)
 def metric_curve(metrics: Sequence[Row], key: str) -> str:
-    """Draw one metric of training by update, from zero where it is never negative."""
-    x, y = binned(column(metrics, "update"), column(metrics, key))
-    if not np.nan_to_num(y).any():  # nothing, or zero throughout: the page says so in words
+    """Draw one metric of training by update, from zero where it is never negative.
+
+    Where a point is the mean of several updates, a band goes from the lowest to the highest of them.
+    """
+    values = column(metrics, key)
+    (x, y), (low, high) = binned(column(metrics, "update"), values), extremes(values)
+    if not np.nan_to_num(values).any():  # nothing, or zero throughout: the page says so in words
         return ""
     figure, axes = canvas(height=180)
+    if bin_size(len(values)) > 1:
+        axes.fill_between(x, low, high, color=INK, alpha=0.25, linewidth=0.5)
     line(axes, x, y, INK, width=1.4)
-    if np.nanmin(y) >= 0:
-        axes.set_ylim(0, 1.08 * np.nanmax(y))
-    return svg(figure, f"metric-{key}", f"{key} by update: {ends(y)}, largest {np.nanmax(y):.3g}.")
+    largest = np.nanmax(high)
+    if np.nanmin(low) >= 0:
+        axes.set_ylim(0, 1.08 * largest)
+    return svg(figure, f"metric-{key}", f"{key} by update: {ends(y)}, largest {largest:.3g}.")
 
 
 @matplotlib.rc_context(STYLE)
@@ -195,10 +216,15 @@ def timing_bars(metrics: Sequence[Row], phases: Mapping[str, Values]) -> str:
 # ---- what they share -------------------------------------------------------------------------------------------------
 
 
-def canvas(width: int = 380, height: int = 220) -> tuple[Figure, Axes]:
-    """Draw one empty pair of axes; at 72 dots an inch a unit of the SVG is a point, so sizes read like CSS pixels."""
-    figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-    axes = figure.subplots()
+def canvas(width: int = 380, height: int = 220, right: int = 16) -> tuple[Figure, Axes]:
+    """Draw one empty pair of axes; at 72 dots an inch a unit of the SVG is a point, so sizes read like CSS pixels.
+
+    Its margins are fixed, since matplotlib draws a chart a second time to find out how wide its labels are.
+    """
+    left, top, bottom = 54, 8, 40
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    inner = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    axes = figure.add_axes(inner)
     axes.margins(x=0.03)
     axes.xaxis.set_major_locator(MaxNLocator(6 if width < 600 else 10, integer=True, steps=NICE))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=NICE))
