@@ -45,10 +45,12 @@ from flashgrpo.prompts import prompt_groups
 from flashgrpo.run.checkpoint import Progress, Writer, read_into
 from flashgrpo.run.checkpoint import updates as saved_updates
 from flashgrpo.run.progress import Clock
+from flashgrpo.scoring.fit import check_process
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring
 from flashgrpo.scoring.settings import RewardConfig
 from flashgrpo.types import Failed, Prompt, PromptGroup, RewardTable, Sample
+from tests.fakes import Colour
 from tests.filesystem import death, failing
 from tests.streams import Stream, number_of
 
@@ -363,6 +365,38 @@ def score_texts_for_others(total: int, micro_batch: int, parallel: dict) -> list
         )
         own = world.share(total)
         scoring.add(torch.arange(len(own)), torch.arange(own.start, own.stop).view(-1, 1))
+        table = scoring.table()
+        rewards.close()
+        return table.values[:, 0].tolist()
+
+
+class Ringing(Colour):
+    """Videos whose sound is the number that they were drawn as, a wave of 8 samples in two channels."""
+
+    sample_rate = 8
+
+    def sound(self, outputs):
+        return outputs[:, :1, None].expand(-1, 2, 8).contiguous()
+
+
+def heard(latents: object, prompts: list[str], audio: torch.Tensor, sample_rate: int, **columns: list) -> torch.Tensor:
+    assert audio.shape[1:] == (2, sample_rate)
+    return audio[:, 0, 0]
+
+
+heard.hears = True
+
+
+def score_sounds_for_others(total: int, micro_batch: int, parallel: dict) -> list[float]:
+    """Score samples by their sound, each worth its number."""
+    with process_group(ParallelConfig(**parallel)) as world:
+        rewards, process = Rewards({"value": RewardConfig(call="tests.jobs:heard")}), Ringing()
+        check_process(rewards, process)
+        rewards.load(world)
+        parts = rewards, process.media, no_clips, world, [Prompt("a", {})] * total, False
+        scoring = Scoring(*parts, micro_batch, sound=process.sound)
+        own = world.share(total)
+        scoring.add(torch.arange(len(own)), torch.arange(own.start, own.stop).float().view(-1, 1).expand(-1, 3))
         table = scoring.table()
         rewards.close()
         return table.values[:, 0].tolist()

@@ -16,6 +16,11 @@ Library = Literal["diffusers", "peft"] | None
 CallOf = Callable[[Mapping[str, Any]], PipelineCall]
 
 
+WRITES_SOUND = [
+    'with wave.open("sound.wav", "wb") as file:',
+    '    file.setparams((sound.shape[1], 2, pipe.vocoder.config.output_sampling_rate, 0, "NONE", ""))',
+    "    file.writeframes((sound[0].float().clamp(-1, 1).T * 32767).short().cpu().numpy().tobytes())",
+]
 FRAMES = {"image": "first-frame.png", "last_image": "last-frame.png"}
 
 
@@ -249,8 +254,12 @@ def _program(config: RunConfig, files: Sequence[str], call: PipelineCall) -> str
         save = ["image = pipe(", f").{result}", 'image.save("image.png")']
     else:
         save = ["video = pipe(", ").frames[0]", f'export_to_video(video, "video.mp4", fps={config.model.fps:g})']
+    if call.sounds:
+        save = ["video, sound = pipe(", ")", save[2].replace("(video", "(video[0]"), *WRITES_SOUND]
+        given["return_dict"] = False
     helpers = [*(["export_to_video"] if frames > 1 else []), *(["load_image"] if call.images else [])]
     lines = [
+        *(["import wave", ""] if call.sounds else []),
         "import torch",
         f"from diffusers import {call.pipeline}",
         *([f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []),

@@ -123,6 +123,7 @@ class PipelineCall:
         images: that each prompt brings, as the call and `IMAGE_COLUMNS` name them.
         attributes: what is set before, name -> value: "guider.guidance_scale", for instance.
         loads_adapters: whether the pipeline does so; else its transformer does.
+        sounds: whether it returns waves beside frames, and has a vocoder that knows their rate.
     """
 
     arguments: Mapping[str, Any]
@@ -130,6 +131,7 @@ class PipelineCall:
     images: Sequence[str] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     loads_adapters: bool = True
+    sounds: bool = False
 
 
 @dataclass(frozen=True)

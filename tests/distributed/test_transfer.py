@@ -51,3 +51,8 @@ def test_ranks_that_score_for_others_hold_few_pieces(nursery, parallel):
 def test_texts_travel_to_the_ranks_that_score_them(nursery):
     ranks = nursery.run("score_texts_for_others", 10, 2, {"reward_ranks": [2], "shares": [1, 3, 0]}, size=3)
     assert ranks == [-5.0 if number == 3 else float(number) for number in range(10)]  # one has failed
+
+
+def test_sounds_travel_with_their_videos(nursery):
+    ranks = nursery.run("score_sounds_for_others", 10, 2, {"reward_ranks": [2], "shares": [1, 3, 0]}, size=3)
+    assert ranks == [float(number) for number in range(10)]

@@ -97,6 +97,7 @@ def test_train_resume_evaluate_sample_export(name, tmp_path, monkeypatch):
         warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
         exec(compile(card.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
     assert Path("image.png" if frames == 1 else "video.mp4").stat().st_size > 0
+    assert Path("sound.wav").is_file() == (name == "ltx2")
 
 
 def test_the_same_weights_have_to_be_there(tmp_path):

@@ -6,6 +6,7 @@ values, so that a step of both is one Gaussian step, at one noise level.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -159,4 +160,5 @@ class Ltx2Model(LtxModel):
         """Return the pipeline with one kind of guidance, of one scale for both streams."""
         scales = {**PLAIN, "guidance_scale": given["guidance_scale"]}
         of_sound = {f"audio_{name}": scale for name, scale in scales.items()}
-        return super().pipeline_call({**given, **scales, **of_sound, "frame_rate": self.config.fps})
+        call = super().pipeline_call({**given, **scales, **of_sound, "frame_rate": self.config.fps})
+        return replace(call, sounds=True)
