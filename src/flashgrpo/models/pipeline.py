@@ -182,8 +182,9 @@ class PipelineModel(EncodesPrompts):
     @property
     def identity(self) -> str:
         """A digest of samples from the checkpoint's weights, or of the sizes where weights are random."""
-        folder, sizes = self.source.folder, {"random": repr(self.source.architecture)}
-        own = fingerprint(folder, [*self.expert_names, "vae"], {}) if folder else fingerprint(Path(), [], sizes)
+        folder, parts = self.source.folder, [*self.expert_names, *self.source.decoders]
+        sizes = {"random": repr(self.source.architecture)}
+        own = fingerprint(folder, parts, {}) if folder else fingerprint(Path(), [], sizes)
         return own + adapters_identity(self.config)
 
     @property
