@@ -141,7 +141,7 @@ class Assembly:
     def describe(self, drawn: Drawn, compared: Compared) -> dict[str, Any]:
         """The part of a metrics line that tells of rewards and compute; stds are over all samples of the update."""
         rewards, anchors, advantage = drawn.members.complete, drawn.anchors, compared.advantage
-        total = rewards.total
+        total, watched = rewards.total, rewards.means(trained=False)
         spread = dict(zip(rewards.names, rewards.values.std(dim=0, correction=0).tolist(), strict=True))
         columns = self.objective.columns
         passes, uses = self.config.optim.passes, self.config.uses
@@ -150,6 +150,7 @@ class Assembly:
             "reward": float(total.mean()),
             "reward_std": float(total.std(correction=0)),
             "rewards": rewards.means(trained=True),
+            **({"watched": watched} if watched else {}),
             "rewards_std": spread,
             "reward_failures": dict(rewards.failures),
             "advantage_mean": float(advantage.mean()),

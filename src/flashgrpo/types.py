@@ -167,8 +167,8 @@ class PlantedPair:
 class RewardTable:
     """The rewards of B videos by component: `values[b, r]` is component `names[r]` of video b, `weights[r]` its weight.
 
-    A value may be NaN or infinite. Components of a watched reward have weight 0: they are recorded and never trained
-    on. `failures[reward]` counts the attempts that failed and were repeated. `channels[r]` is the channel of a process
+    A value may be NaN or infinite. What is watched has weight 0, a reward or a component: it is recorded and never
+    trained on. `failures[reward]` counts the attempts that failed and were repeated. `channels[r]` is the channel of a process
     that component r is credited to.
     """
 
@@ -227,6 +227,7 @@ class Reward(Protocol):
         hears: bool                                 it is handed the sound too, by `audio` (B, channels, samples) in
                                                     [-1, 1] and `sample_rate`
         compares: bool                              it is called with all samples of one prompt group, or with one alone
+        watches: Sequence[str]                      components that are recorded and never trained on
         failures: int                               attempts that failed and were repeated, so far
     """
 

@@ -228,6 +228,26 @@ def test_the_components_of_a_reward_are_those_of_its_first_table(tmp_path):
         rewards.score(VIDEOS, PROMPTS[:3], watched=False)
 
 
+def judged(videos, prompts, **columns):
+    """A number, and what tells of it."""
+    values = videos.mean(dim=(1, 2, 3, 4)).tolist()
+    return {"": values, "double": [2 * value for value in values], "share": [7.0] * len(prompts)}
+
+
+judged.watches = ("share",)
+
+
+def test_components_that_a_reward_watches_have_no_weight():
+    """The two others share the weight of 3, and "share" is no part of the reward, nor of its metrics."""
+    rewards = Rewards({"c": RewardConfig(call=f"{__name__}:judged", weight=3.0)})
+    table = rewards.score(VIDEOS, PROMPTS[:3], watched=False)
+    assert table.names == ("c", "c.double", "c.share")
+    assert table.weights.tolist() == [1.5, 1.5, 0.0]
+    torch.testing.assert_close(table.total, 4.5 * table.values[:, 0])
+    assert table.means(trained=False) == {"c.share": 7.0}
+    assert set(table.means(trained=True)) == {"c", "c.double"}
+
+
 def test_reward_table_total_by_hand():
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     table = RewardTable(("a", "b"), values, torch.tensor([1.0, -0.5], dtype=torch.float64))

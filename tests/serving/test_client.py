@@ -154,7 +154,7 @@ def test_servers_of_one_reward_are_alike(fake):
     with pytest.raises(UserError, match=r"no valid answer: the answer is of another reward than tagged 1"):
         reward(videos(2), ["p"] * 2)
     third.kill()
-    for change, what in (({"format": 1}, r"/info, format: Input should be 4\); install one"), ({"takes": {}}, "takes")):
+    for change, what in (({"format": 1}, r"/info, format: Input should be 5\); install one"), ({"takes": {}}, "takes")):
         with pytest.raises(UserError, match=f"is no reward server of this release .*{what}"):
             remote(fake(lambda *_: None, {**INFO, **change}).url)
 

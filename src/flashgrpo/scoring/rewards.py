@@ -53,6 +53,7 @@ class Rewards:
         self._rewards: dict[str, Reward] = {}
         self._takes: dict[str, Input] = {}
         self._compares: dict[str, bool] = {}
+        self._watches: dict[str, tuple[str, ...]] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._failed: dict[str, BaseException] = {}
         self._components: dict[str, set[str]] = {}
@@ -119,11 +120,12 @@ class Rewards:
 
         def load() -> dict[str, Any] | None:
             every = self.configs if world.scores else ()
-            return {name: [asdict(self.takes(name)), self.compares(name)] for name in every} or None
+            return {name: [asdict(self.takes(name)), self.compares(name), self.watches(name)] for name in every} or None
 
         said = next(said for said in world.on_all(load) if said)
-        self._takes = {name: kinds.validate_python(takes) for name, (takes, _) in said.items()}
-        self._compares = {name: compares for name, (_, compares) in said.items()}
+        self._takes = {name: kinds.validate_python(takes) for name, (takes, _, _) in said.items()}
+        self._compares = {name: compares for name, (_, compares, _) in said.items()}
+        self._watches = {name: tuple(watches) for name, (_, _, watches) in said.items()}
         for name, value in self._takes.items():
             if isinstance(value, LatentVideos) and self.view(name) != WHOLE:
                 raise UserError(f"rewards.{name}.looks_at: latents are handed over whole; leave looks_at out")
@@ -151,6 +153,12 @@ class Rewards:
         if name not in self._compares:
             self._compares[name] = bool(declared(self.reward(name), "compares", False))
         return self._compares[name]
+
+    def watches(self, name: str) -> tuple[str, ...]:
+        """Return the components that tell of the reward and are never trained on (its `watches`)."""
+        if name not in self._watches:
+            self._watches[name] = tuple(declared(self.reward(name), "watches", ()))
+        return self._watches[name]
 
     def names(self, watched: bool) -> list[str]:
         """Those that are trained on, and where `watched` those that are not."""
@@ -211,7 +219,8 @@ class Rewards:
     def table(self, ranks: Sequence[Results]) -> RewardTable:
         """Return the results of all ranks that have some, in the order of their samples, as one table.
 
-        A reward that returns a mapping becomes several components `reward.component`, which share its weight.
+        A reward that returns a mapping becomes several components `reward.component`, which share its weight but for
+        those that it `watches`.
 
         Raises:
             SharedError: a reward has other components on one rank than on another.
@@ -228,10 +237,11 @@ class Rewards:
                 )
         configs = [self.configs[name] for name, _ in components]
         channels = [self._channel(name, part) for name, part in components]
-        credited = [(name, channel) for (name, _), channel in zip(components, channels, strict=True)]
-        weights = [
-            0.0 if c.watched else c.weight / credited.count(own) for c, own in zip(configs, credited, strict=True)
+        credited = [
+            None if config.watched or part in self.watches(name) else (name, channel)
+            for config, (name, part), channel in zip(configs, components, channels, strict=True)
         ]
+        weights = [c.weight / credited.count(own) if own else 0.0 for c, own in zip(configs, credited, strict=True)]
         columns = [[v for rank in ranks for v in rank["values"][name][part]] for name, part in components]
         return RewardTable(
             names=tuple(f"{name}.{part}" if part else name for name, part in components),

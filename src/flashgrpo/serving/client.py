@@ -51,6 +51,7 @@ class Remote:
         takes: what it is called with, as the servers say.
         score_range: lowest and highest number, where the servers say so.
         compares: whether a call has to have all samples of one prompt group, which then travel together.
+        watches: components that are never trained on, as the servers say.
         failures: attempts that failed and were repeated, so far.
 
     Raises:
@@ -86,7 +87,7 @@ class Remote:
                 )
         self._patience = float((infos[0].patience or PATIENCE) if patience is None else patience)
         self._max_bytes = min(info.max_bytes for info in infos)
-        self.compares = infos[0].compares
+        self.compares, self.watches = infos[0].compares, infos[0].watches
         self.takes: Input = infos[0].takes
         self.score_range = infos[0].score_range
 

@@ -232,6 +232,7 @@ def serve_on(listener: socket.socket, reward: Reward, name: str, version: str, o
         raise UserError(f"{name} hears, and requests bring no sound; name it in the recipe instead")
     bounds, takes = tuple(declared(reward, "score_range") or ()) or None, takes_of(reward)
     more = {"compares": declared(reward, "compares", False), "patience": declared(reward, "patience")}
+    more["watches"] = [*declared(reward, "watches", ())]
     info = wire.Info(name=name, version=version, takes=takes, score_range=bounds, max_bytes=options.limit, **more)
     service = Service(reward, info, options, token)
     application = service.application()

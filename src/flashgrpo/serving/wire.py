@@ -34,7 +34,7 @@ from flashgrpo.serving import texts
 from flashgrpo.serving.layout import laid_out
 from flashgrpo.serving.mp4 import ending_of, read_mp4, to_mp4
 
-FORMAT: Literal[4] = 4
+FORMAT: Literal[5] = 5
 MEDIA_TYPE = "application/x-safetensors"  # not one that a web page may post without being allowed to
 DIGEST = "X-CRC32"
 ABOUT_LIMIT = 4 * 2**20  # bytes of prompts and columns: parsed, they may take thirty times as much
@@ -76,18 +76,20 @@ class Info(BaseModel):
         score_range: lowest and highest number of the reward, where it says so.
         max_bytes: that a request may have, as it is sent and as uint8.
         compares: whether a request has all samples of one prompt group.
+        watches: components that are never trained on.
         patience: seconds for which clients repeat what fails, where a recipe does not say; people are slow.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[4] = FORMAT
+    format: Literal[5] = FORMAT
     name: Shown
     version: Shown
     takes: Annotated[Input, Field(discriminator="kind")]
     score_range: tuple[float | None, float | None] | None = None
     max_bytes: int = Field(gt=0)
     compares: bool = False
+    watches: list[str] = Field(default_factory=list, max_length=100)
     patience: float | None = Field(default=None, gt=0, lt=1e9)
 
     @property
