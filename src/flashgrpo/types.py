@@ -168,8 +168,8 @@ class RewardTable:
     """The rewards of B videos by component: `values[b, r]` is component `names[r]` of video b, `weights[r]` its weight.
 
     A value may be NaN or infinite. What is watched has weight 0, a reward or a component: it is recorded and never
-    trained on. `failures[reward]` counts the attempts that failed and were repeated. `channels[r]` is the channel of a process
-    that component r is credited to.
+    trained on. `failures[reward]` counts the attempts that failed and were repeated. `channels[r]` is the channel of a
+    process that component r is credited to.
     """
 
     names: tuple[str, ...]

@@ -48,6 +48,10 @@ CASES = [
         {"v/votes.jsonl": "x\n"},
     ),
     Case("reward human HERE/v --voters 0", "should be greater than or equal to 1"),
+    Case("reward human HERE/v --port 0 --predict-with HERE", "nobody judges within --wait SECONDS; give both"),
+    Case(
+        "reward human HERE/v --port 0 --wait 1 --predict-with HERE/gone", "the CLIP model HERE/gone could not be loaded"
+    ),
     Case("reward human HERE/v --port 0", "visible ASCII", env={"FLASHGRPO_REWARD_TOKEN": "two words"}),
     of_call("flashgrpo.rewards.human:Replay", "has no votes.jsonl; `flashgrpo reward human", ", args: {folder: HERE}"),
     Case("reward env mine.rewards:f", "give what it needs in --requirements FILE"),

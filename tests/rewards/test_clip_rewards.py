@@ -13,17 +13,21 @@ from tools.tiny.architecture import make_tokenizer
 PROMPTS = ["a red circle moving left slowly", "a blue square"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def make_clip(path) -> str:
+    """Write a tiny random CLIP with its processor; returns the folder."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**small, "vocab_size": len(make_tokenizer()), "max_position_embeddings": 77, "eos_token_id": 1}
     vision = {**small, "image_size": 32, "patch_size": 8}
-    path = tmp_path_factory.mktemp("clip")
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(path)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, make_tokenizer()).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

@@ -104,9 +104,14 @@ def ask_people(
     wait: Annotated[
         float | None, typer.Option(min=0, help="Seconds until a group that nobody judges has no reward; else it waits.")
     ] = None,
+    predict_with: Annotated[
+        str | None, typer.Option(help="A CLIP checkpoint: a head on it, learnt from the votes, judges those groups.")
+    ] = None,
 ) -> None:
     """Let people judge samples on a page of this machine; for recipes with `call: "http://127.0.0.1:PORT"`."""
     from flashgrpo.serving.server import load_and_serve
 
-    settings = {"folder": str(folder), "voters": voters, "wait": wait}
-    load_and_serve("flashgrpo.serving.human.judging:Human", "reward human", settings, Options(LOCAL, port))
+    call, settings = "flashgrpo.serving.human.judging:Human", {"folder": str(folder), "voters": voters, "wait": wait}
+    if predict_with is not None:
+        call, settings = "flashgrpo.rewards.human:Predicted", {**settings, "predict_with": predict_with}
+    load_and_serve(call, "reward human", settings, Options(LOCAL, port))

@@ -10,7 +10,7 @@ from flashgrpo.errors import UserError
 from flashgrpo.files import explain_os_errors, lock, write_aside
 from flashgrpo.scoring.inputs import VideoFiles
 from flashgrpo.serving.http import Transient
-from flashgrpo.serving.human.votes import Question, Vote, Votes, name_of, numbers_of
+from flashgrpo.serving.human.votes import Columns, Question, Vote, Votes, name_of, numbers_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -56,16 +56,23 @@ class Human:
         self._open: dict[str, tuple[Question, float]] = {}  # what is asked, and since when
         self._changed, self._closed = threading.Condition(), False
 
-    def __call__(self, files: Sequence[str], prompts: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
+    def __call__(
+        self, files: Sequence[str], prompts: Sequence[str], **columns: Sequence[Any]
+    ) -> list[float | None] | dict[str, list[float | None]]:
         """Return the numbers of one group, once people have judged it; None where they have not.
 
         Raises:
             Transient: nobody has yet.
         """
+        names, question = self._asked(files, prompts, columns)
+        return numbers_of(names, question, self._judged)
+
+    def _asked(
+        self, files: Sequence[str], prompts: Sequence[str], columns: Columns
+    ) -> tuple[list[str], Question | None]:
         names = [self._keep(Path(file)) for file in files]
         with self._changed:
-            question = self.votes.question(names, prompts[0], columns, begins=True)
-        return numbers_of(names, question, self._judged)
+            return names, self.votes.question(names, prompts[0], columns, begins=True)
 
     def _judged(self, question: Question) -> dict[str, float] | None:
         until = time.monotonic() + HOLD

@@ -26,6 +26,8 @@ from flashgrpo.jsontext import json_lines, to_json
 FILE = "votes.jsonl"
 PAUSE = 300.0  # seconds between two votes beyond which somebody was away
 Columns = Mapping[str, Sequence[Any]]
+Pairs = tuple[tuple[str, str], ...]
+"""(better, worse), names of samples."""
 SampleName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.(mp4|png)$")]
 
 
@@ -174,6 +176,13 @@ class Votes:
         each = [standings(question.samples, best) for best in told]
         return {name: sum(of[name] for of in each) / len(each) for name in question.samples} if each else None
 
+    def pairs(self) -> list[Pairs]:
+        """Return the pairs that voters have put in an order, by question, in an order that is not that of the votes."""
+        return [
+            tuple(pair for _, vote in sorted(votes.items()) for pair in _ordered(vote))
+            for _, votes in sorted(self._by_key.items())
+        ]
+
     def agreement(self) -> Agreement:
         """Compare the votes of every two people on the same question."""
         same = pairs = 0
@@ -201,6 +210,12 @@ def standings(samples: Sequence[str], best: Sequence[str]) -> dict[str, float]:
     place = [places.get(name, len(best)) for name in samples]
     signs = [[(other > own) - (other < own) for other in place] for own in place]
     return {name: sum(row) / (len(samples) - 1) for name, row in zip(samples, signs, strict=True)}
+
+
+def _ordered(vote: Vote) -> list[tuple[str, str]]:
+    """Return (better, worse) of each pair that a vote puts in an order."""
+    of = standings(sorted(vote.asked), vote.best or ())
+    return [(one, other) for one, other in itertools.permutations(of, 2) if of[one] > of[other]]
 
 
 def numbers_of(
