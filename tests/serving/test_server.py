@@ -235,14 +235,18 @@ def test_another_signal_ends_a_server_whose_reward_hangs(gate):
 def test_the_command_serves_a_file_and_ends_well(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "def bright(videos, prompts, factor=1, **columns):\n    return factor * videos.mean(dim=(1, 2, 3, 4))\n"
+        "def bright(videos, prompts, factor=1, **columns):\n"
+        "    return {'': factor * videos.mean(dim=(1, 2, 3, 4)), 'factor': [factor] * len(prompts)}\n\n"
+        "bright.watches = ('factor',)\n"
     )
     command = [sys.executable, "-m", "flashgrpo", "reward", "serve", f"{file}:bright", "factor=2", "--port", "0"]
     command += ["--host", "0.0.0.0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         port = process.stdout.readline().rpartition(":")[2].strip()
         reward = remote(f"http://127.0.0.1:{port}")
-        assert close_to(reward(videos(2, 100), ["p"] * 2), [200 / 255, 202 / 255])
+        said = reward(videos(2, 100), ["p"] * 2)
+        assert close_to(said[""], [200 / 255, 202 / 255])
+        assert (said["factor"], reward.watches) == ([2, 2], ["factor"])
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=300)
     assert process.returncode == 0
