@@ -68,7 +68,7 @@ def _hunyuan_parts(task: str) -> dict[str, Any]:
         "tokenizer_2": ByT5Tokenizer(),
         "text_encoder_2": T5EncoderModel(t5),
         "vae": AutoencoderKLHunyuanVideo15(
-            latent_channels=4, block_out_channels=(32, 32, 32, 32, 32), layers_per_block=1
+            latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1
         ),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "guider": ClassifierFreeGuidance(guidance_scale=SCALE),

@@ -1,5 +1,6 @@
 """FLUX.1 Kontext, image and text to image: the prompt's picture stands beside what is made, as further tokens."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from flashgrpo.models.conditions import Row
 from flashgrpo.models.flux import FluxModel
 from flashgrpo.models.image import Plane, pack, places, unpack
+from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.model import GridPoint
 from flashgrpo.types import Condition
 
@@ -40,3 +42,8 @@ class FluxKontextModel(FluxModel):
         tokens = torch.cat([pack(x), pack(condition.tensors["reference"].to(x))], dim=1)
         v = self.predict_tokens(network, tokens, levels, point, condition)
         return unpack(v[:, : tokens.shape[1] // 2], height, width)
+
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
+        """Return the size as it is for what is made and for the picture, not the nearest of a million pixels."""
+        area = self.config.height * self.config.width
+        return super().pipeline_call({**given, "max_area": area, "_auto_resize": False})
