@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from flashgrpo.distributed.world import local
 
@@ -52,6 +52,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, int] = {}
+        self._made: dict[Any, list[tuple[Any, ...]]] = {}
         for tensor in outside:
             self._see(tensor, counts=False)
 
@@ -59,9 +60,26 @@ class LiveBytes(TorchDispatchMode):
         """Compute, and look at what came out; what goes in and is not known was there before."""
         for tensor in tree_leaves((args, kwargs)):
             self._see(tensor, counts=False)
-        result = function(*args, **(kwargs or {}))
+        result = self._computed(function, args, kwargs or {})
         for tensor in tree_leaves(result):
             self._see(tensor, counts=True)
+        return result
+
+    def _computed(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Compute, or make on the meta device what the same call made before: blocks are alike, its kernels slow."""
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if function._schema.is_mutable or not tensors or not all(tensor.is_meta for tensor in tensors):
+            return function(*args, **kwargs)
+        key = (function, structure, *map(_look, leaves))
+        if looks := self._made.get(key):
+            made = [torch.empty_strided(*look[:2], dtype=look[2], device="meta") for look in looks]
+            return made[0] if len(made) == 1 else tuple(made)
+        result = function(*args, **kwargs)
+        made, given = tree_leaves(result), {tensor.untyped_storage()._cdata for tensor in tensors}
+        own = all(type(tensor) is Tensor and tensor.untyped_storage()._cdata not in given for tensor in made)
+        if own and (isinstance(result, Tensor) or len(made) > 1):
+            self._made[key] = [_look(tensor) for tensor in made]
         return result
 
     def _see(self, tensor: Any, counts: bool) -> None:
@@ -77,6 +95,13 @@ class LiveBytes(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._known.pop(key)
+
+
+def _look(leaf: Any) -> Any:
+    """Return all of an argument that decides what the meta device makes of it."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype
+    return type(leaf), leaf
 
 
 class _Attention(torch.autograd.Function):
