@@ -15,7 +15,7 @@ test: $(INSTALLED)
 
 # The rest: kill storms, numbers of processes, browsers, Ray, whole runs of every family (tests/slow.txt lists them).
 test-all: test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --durations=20 -m slow
 
 install: $(INSTALLED)
 
