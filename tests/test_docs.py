@@ -155,7 +155,7 @@ def run_command(line: str) -> None:
         output = result.stdout
     else:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=600)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         output = done.stdout
     if target:

@@ -28,7 +28,7 @@ def test_two_workers_train_one_run(make_run, tmp_path, nursery):
     recipe.write_text(make_run("updates=2", "optim.micro_batch=1").to_yaml(), "utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1"}
     command = [sys.executable, "-m", "flashgrpo", "train", str(recipe), "--ray-workers", "2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().endswith(str(tmp_path / "run"))
     assert json.loads((tmp_path / "run/environment.json").read_text())["processes"] == 2
