@@ -67,9 +67,7 @@ def _hunyuan_parts(task: str) -> dict[str, Any]:
         "text_encoder": Qwen2_5_VLTextModel(qwen),
         "tokenizer_2": ByT5Tokenizer(),
         "text_encoder_2": T5EncoderModel(t5),
-        "vae": AutoencoderKLHunyuanVideo15(
-            latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1
-        ),
+        "vae": AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "guider": ClassifierFreeGuidance(guidance_scale=SCALE),
         "transformer": HunyuanVideo15Transformer3DModel(
