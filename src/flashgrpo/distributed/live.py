@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 from flashgrpo.distributed.world import local
 
@@ -52,39 +51,30 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, int] = {}
-        self._made: dict[Any, list[tuple[Any, ...]]] = {}
+        self._made: dict[Any, Any] = {}
         for tensor in outside:
             self._see(tensor, counts=False)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute, and look at what came out; what goes in and is not known was there before."""
-        for tensor in tree_leaves((args, kwargs)):
+        """Compute, or make what the same call made before, and look at it; what goes in unknown was there before."""
+        given: list[Tensor] = []
+        key = function, _look(args, given), _look(kwargs, given)
+        for tensor in given:
             self._see(tensor, counts=False)
-        result = self._computed(function, args, kwargs or {})
-        for tensor in tree_leaves(result):
+        if made := self._made.get(key):
+            result: Any = tuple(torch.empty_strided(*look[:2], dtype=look[2], device="meta") for look in made)
+            result = result[0] if len(made) == 1 else result
+        else:
+            result = function(*args, **(kwargs or {}))
+        came: list[Tensor] = []
+        look = _look(result, came)
+        for tensor in came:
             self._see(tensor, counts=True)
+        if not made and _makes_the_same(function, given, came, result):
+            self._made[key] = (look,) if isinstance(result, Tensor) else look
         return result
 
-    def _computed(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Compute, or make on the meta device what the same call made before: blocks are alike, its kernels slow."""
-        leaves, structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if function._schema.is_mutable or not tensors or not all(tensor.is_meta for tensor in tensors):
-            return function(*args, **kwargs)
-        key = (function, structure, *map(_look, leaves))
-        if looks := self._made.get(key):
-            made = [torch.empty_strided(*look[:2], dtype=look[2], device="meta") for look in looks]
-            return made[0] if len(made) == 1 else tuple(made)
-        result = function(*args, **kwargs)
-        made, given = tree_leaves(result), {tensor.untyped_storage()._cdata for tensor in tensors}
-        own = all(type(tensor) is Tensor and tensor.untyped_storage()._cdata not in given for tensor in made)
-        if own and (isinstance(result, Tensor) or len(made) > 1):
-            self._made[key] = [_look(tensor) for tensor in made]
-        return result
-
-    def _see(self, tensor: Any, counts: bool) -> None:
-        if not isinstance(tensor, Tensor):
-            return
+    def _see(self, tensor: Tensor, counts: bool) -> None:
         storage = local(tensor).untyped_storage()  # of a sharded tensor what lies on this rank
         key = storage._cdata
         if key not in self._known:
@@ -97,11 +87,28 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._known.pop(key)
 
 
-def _look(leaf: Any) -> Any:
-    """Return all of an argument that decides what the meta device makes of it."""
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype
-    return type(leaf), leaf
+def _look(value: Any, tensors: list[Tensor]) -> Any:
+    """Return all of an argument that decides what the meta device makes of it; its tensors go into the list."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    if isinstance(value, tuple | list):
+        return tuple([_look(one, tensors) for one in value])
+    if isinstance(value, dict):
+        return tuple([(name, _look(one, tensors)) for name, one in value.items()])
+    return type(value), value
+
+
+def _makes_the_same(function: Any, given: list[Tensor], came: list[Tensor], result: Any) -> bool:
+    """Tell whether the same call on the meta device makes the same again: blocks are alike, and its kernels are slow.
+
+    What an operation writes into, or returns a view of, is not its own.
+    """
+    if function._schema.is_mutable or not given or not all(tensor.is_meta for tensor in given):
+        return False
+    known = {tensor.untyped_storage()._cdata for tensor in given}
+    own = all(type(tensor) is Tensor and tensor.untyped_storage()._cdata not in known for tensor in came)
+    return own and (isinstance(result, Tensor) or (isinstance(result, tuple) and len(came) == len(result) > 1))
 
 
 class _Attention(torch.autograd.Function):

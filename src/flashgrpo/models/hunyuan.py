@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flashgrpo.errors import UserError
 from flashgrpo.models.architectures import checked_size
 from flashgrpo.models.conditions import Row
-from flashgrpo.models.hunyuan_network import States, joint_forward
+from flashgrpo.models.hunyuan_network import States, joint_forward, masked_at_once
 from flashgrpo.models.pipeline import PipelineModel, Size, Spacing
 from flashgrpo.process import PipelineCall
 from flashgrpo.processes.flow.model import GridPoint
@@ -71,7 +71,7 @@ class HunyuanModel(PipelineModel):
         pipeline, size = self.pipeline, {"height": self.config.height, "width": self.config.width}
         picture = pipeline.video_processor.resize(self.fitted(image), **size)
         frame = pipeline.video_processor.preprocess(picture, **size)
-        vae: Any = self.part("vae")
+        vae = masked_at_once(self.part("vae"))
         given = self._given()
         encoded = vae.encode(frame.to(self.device, vae.dtype)[:, :, None]).latent_dist.mode().float()
         given[:, :-1, :1] = encoded * vae.config.scaling_factor
@@ -131,6 +131,7 @@ class HunyuanModel(PipelineModel):
     def decode_latents(self, vae: Any, latents: Latents) -> Tensor:
         """Undo the latents' scale and decode, one video at a time: attention of diffusers' decoder takes no more."""
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        vae = masked_at_once(vae)
         return torch.cat([vae.decode(one, return_dict=False)[0] for one in scaled.split(1)])
 
     def shape_of_latents(self) -> Size:

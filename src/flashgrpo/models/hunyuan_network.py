@@ -1,4 +1,4 @@
-"""The forward of HunyuanVideo-1.5's network, without asking what is in a tensor."""
+"""The forward of HunyuanVideo-1.5's network without asking what is in a tensor, and its autoencoder's mask at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -52,3 +52,27 @@ def joint_forward(
     sides = [side // patch for side, patch in zip(x.shape[2:], patches, strict=True)]
     whole: Video = tokens.unflatten(1, sides).unflatten(-1, (-1, *patches)).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return whole.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def masked_at_once(vae: Any) -> Any:
+    """Return the autoencoder, whose attention now makes its mask in one operation.
+
+    diffusers writes it a row at a time, in every call: thousands of operations for each tile of a video.
+    """
+    for module in vae.modules():
+        if hasattr(module, "prepare_causal_attention_mask"):
+            module.prepare_causal_attention_mask = causal_mask
+    return vae
+
+
+def causal_mask(
+    n_frame: int, n_hw: int, dtype: torch.dtype, device: torch.device, batch_size: int | None = None
+) -> Tensor:
+    """Return what is added to scores (L, L), L = `n_frame` x `n_hw`: -inf where a place looks at a later frame.
+
+    Args:
+        batch_size: of a mask (batch, L, L) where given.
+    """
+    frames = torch.full((n_frame, n_frame), float("-inf"), dtype=dtype, device=device).triu(1)
+    places = frames[:, None, :, None].expand(-1, n_hw, -1, n_hw).reshape(n_frame * n_hw, -1)
+    return places if batch_size is None else places.expand(batch_size, -1, -1)
