@@ -51,7 +51,7 @@ def small_run(out: Path, *overrides: str) -> RunConfig:
             "evaluation.every=2",
             "evaluation.num_steps=3",
             "evaluation.samples_per_prompt=1",
-            "evaluation.videos=1",
+            "evaluation.videos=0",
             "checkpoint.every=1",
             "tracking.progress=false",
             *overrides,

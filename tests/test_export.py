@@ -35,7 +35,9 @@ def lora(tmp_path_factory):
     """A run that trained adapters on every kind of layer that has a name in both styles."""
     targets = "[to_q, to_k, to_v, to_out.0, ffn.net.0.proj, ffn.net.2]"
     return finished_run(
-        tmp_path_factory.mktemp("lora"), f"model.train={{kind: lora, rank: 4, alpha: 10, targets: {targets}}}"
+        tmp_path_factory.mktemp("lora"),
+        f"model.train={{kind: lora, rank: 4, alpha: 10, targets: {targets}}}",
+        "evaluation.videos=1",
     )
 
 

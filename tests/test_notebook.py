@@ -20,7 +20,10 @@ def test_two_runs_in_one_process_and_their_pages(tmp_path: Path):
 
     async def cells() -> list[Run]:  # a kernel runs cells inside of its event loop
         names = ("first", "second")
-        return [Run(train(small_run(tmp_path / name, "updates=1", "evaluation.every=1"))) for name in names]
+        return [
+            Run(train(small_run(tmp_path / name, "updates=1", "evaluation.every=1", "evaluation.videos=1")))
+            for name in names
+        ]
 
     first, second = asyncio.run(cells())
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

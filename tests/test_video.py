@@ -1,13 +1,16 @@
 """Pictures are what their owner sees, in whatever way they are stored."""
 
 import io
+import subprocess
 
 import numpy as np
 import pytest
+import torch
+from imageio_ffmpeg import read_frames
 from PIL import Image, ImageCms, features
 
 from flashgrpo.errors import UserError
-from flashgrpo.video import cropped, image_bytes, open_image
+from flashgrpo.video import cropped, image_bytes, open_image, write_mp4
 
 # 3 pixels wide and 2 high; red is top left, blue bottom right
 SEEN = np.array(
@@ -151,3 +154,20 @@ def test_a_picture_is_cut_to_the_frame_around_its_middle(size, frame, kept):
     inner = cropped(picture, *frame)
     assert inner.size == kept
     assert size[0] == 1 or (255, 0, 0) in [color for _, color in inner.getcolors(2**20)]
+
+
+def test_no_code_runs_between_fork_and_exec(tmp_path, monkeypatch):
+    """A process with threads may crash or hang there; an interrupt is kept from ffmpeg all the same."""
+    started = []
+
+    class Seen(subprocess.Popen):
+        def __init__(self, command, **options):
+            started.append(options)
+            super().__init__(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Seen)
+    write_mp4(tmp_path / "a.mp4", torch.rand(3, 3, 16, 16), 8.0)
+    *_, last = read_frames(str(tmp_path / "a.mp4"))
+    assert last
+    assert all(not options.get("preexec_fn") for options in started)
+    assert sum(options.get("start_new_session", False) for options in started) == 2

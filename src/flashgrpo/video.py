@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import subprocess
 import tempfile
 import warnings
@@ -20,6 +21,16 @@ from torch import Tensor
 
 from flashgrpo.errors import UserError, system_reason
 from flashgrpo.files import write_aside
+
+
+def _popen_kwargs(prevent_sigint: bool = False) -> dict[str, Any]:
+    return {"start_new_session": prevent_sigint}
+
+
+if os.name == "posix":
+    # An interrupt is not to reach ffmpeg, or it leaves half a file. imageio-ffmpeg sees to that with a function that
+    # Python calls between fork and exec, which in a process with threads may crash or hang; a session needs none.
+    imageio_ffmpeg._io._popen_kwargs = _popen_kwargs
 
 Video = Float[Tensor, "frames 3 height width"]
 Wave = Float[Tensor, "sound_channels samples"]

@@ -109,21 +109,21 @@ def test_a_file_system_without_locks_and_flushes_costs_a_warning(whole, tmp_path
     assert_same_run(out, whole.run, 10)
 
 
+FAULTS = {  # a number is a limit of the operating system, which every library meets in the middle of a write
+    "full": [no_space(), *(no_space(at) for at in PLACES[3:])],
+    "read-only": [read_only(after) for after in (0, 8, 20)],
+    "n-th write": [bad_write(after=after) for after in (6, 14, 22, 30)],
+    "size": [0, 3000, 60_000, 300_000],
+}
+
+
 @pytest.mark.parametrize(
-    "faults",
-    [
-        [no_space(), *(no_space(at) for at in PLACES[3:])],
-        [read_only(after) for after in (0, 8, 20)],
-        [bad_write(after=after) for after in (6, 14, 22, 30)],
-        [0, 3000, 60_000, 300_000],
-    ],
-    ids=["full", "read-only", "n-th write", "size"],
+    ("whole", "faults"), [*(("flow", name) for name in FAULTS), ("re-noised", "full")], indirect=["whole"]
 )
 def test_faults_in_a_row_lose_nothing(whole, attempt, tmp_path, command, faults):
-    """A number is a limit of the operating system, which every library meets in the middle of a write."""
     out = tmp_path / "run"
     recipe = whole.recipe(out)
-    for fault in faults:
+    for fault in FAULTS[faults]:
         attempt(limited(fault) if isinstance(fault, int) else failing(out, fault), "train", recipe)
         assert_kept(out, saved=isinstance(fault, Fault) and fault.times == 1)
     assert command("train", recipe)[0] == 0
@@ -200,6 +200,7 @@ PARTS = (
 )
 
 
+@pytest.mark.parametrize("whole", ["flow"], indirect=True)
 def test_a_comparison_goes_on_after_each_write_that_failed(whole, attempt, command, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Here)
     recipe, folder = whole.recipe(tmp_path / "run"), tmp_path / "compared"

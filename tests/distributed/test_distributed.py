@@ -230,8 +230,8 @@ def assert_close(found: dict, expected: dict) -> None:
 
 
 def test_a_run_on_two_processes_writes_one_run_directory(nursery, recipe, tmp_path):
-    alone = Path(nursery.run("train", recipe, f"out={tmp_path}/alone"))
-    two = Path(nursery.run("train", recipe, f"out={tmp_path}/two", size=2))
+    alone = Path(nursery.run("train", recipe, f"out={tmp_path}/alone", "evaluation.videos=1"))
+    two = Path(nursery.run("train", recipe, f"out={tmp_path}/two", "evaluation.videos=1", size=2))
     assert {path.name for path in two.iterdir()} == {path.name for path in alone.iterdir()}
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         for line, expected in zip(read_lines(two / name), read_lines(alone / name), strict=True):

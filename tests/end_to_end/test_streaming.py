@@ -21,7 +21,8 @@ SMALL = [
     "rollout.micro_batch=3",
     "optim.micro_batch=3",
     "evaluation.videos=1",
-    "evaluation.every=2",
+    "evaluation.samples_per_prompt=1",
+    "evaluation.every=100",
     "tracking.progress=false",
     "tracking.preflight=skip",
 ]
@@ -53,6 +54,8 @@ def test_a_run_goes_on_where_it_was_left_bit_for_bit(preset, recipe, tmp_path):
         assert {**one, **dict.fromkeys(OF_THE_MACHINE)} == {**other, **dict.fromkeys(OF_THE_MACHINE)}
     assert any(line["grad_norm"] > 0 for line in read_lines(whole / "metrics.jsonl"))
     assert RunDirectory(whole).result()["difference"] == RunDirectory(parted).result()["difference"]
+    if preset != "kvpo":
+        return  # what a run leaves behind does not depend on how it learnt
     page = write_report(whole).read_text()
     assert "<video" in page
     assert "from frame 45" in page

@@ -52,7 +52,7 @@ def without_seconds(file: Path) -> list[dict]:
 def finished(tmp_path_factory):
     """An uninterrupted run of six updates."""
 
-    config = small_run(tmp_path_factory.mktemp("finished") / "run", "updates=6")
+    config = small_run(tmp_path_factory.mktemp("finished") / "run", "updates=6", "evaluation.videos=1")
     return config, train(config)
 
 
@@ -196,7 +196,7 @@ def assert_same_run(run: Path, expected: Path, update: int) -> None:
 def test_killed_at_any_write_the_run_ends_with_the_same_weights(finished, recipe, tmp_path, nursery, writes):
     """Deaths in a row, at chosen changes of the run directory, as kill -9 would have it."""
     _, uninterrupted = finished
-    settings, run = recipe("updates=6"), tmp_path / "run"
+    settings, run = recipe("updates=6", "evaluation.videos=1"), tmp_path / "run"
     for write in writes:
         nursery.start("train_and_die", settings, write).wait()
         for update in checkpoint.updates(run / "checkpoints"):
@@ -252,10 +252,10 @@ def test_a_failing_evaluation_loses_no_update_and_is_made_up_for(finished, make_
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "__call__", refuse_after(evaluations))
         with pytest.raises(UserError, match="no more"):
-            train(make_run("updates=6", "checkpoint.every=100"))
+            train(make_run("updates=6", "evaluation.videos=1", "checkpoint.every=100"))
     run = Path(make_run().out)
     assert checkpoint.updates(run / "checkpoints")[-1] == done
-    train(make_run("updates=6", "checkpoint.every=1"))
+    train(make_run("updates=6", "evaluation.videos=1", "checkpoint.every=1"))
     assert same(weights(run, 6), weights(uninterrupted, 6))
     assert without_seconds(run / "evaluations.jsonl") == without_seconds(uninterrupted / "evaluations.jsonl")
     progress, expected = (checkpoint.read_progress(folder / "checkpoints", 6) for folder in (run, uninterrupted))

@@ -96,7 +96,7 @@ def stand_in(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["wandb", "trackio", "swanlab"])
 def test_what_a_tracker_is_told(make_run, stand_in, name):
     told = stand_in(name)
-    run = train(make_run(f"tracking.trackers=[{name}]", "tracking.project=mine"))
+    run = train(make_run(f"tracking.trackers=[{name}]", "tracking.project=mine", "evaluation.videos=1"))
     begin, config, *logged = told()
     assert begin["init"]["project"] == "mine"
     assert begin["init"].get("mode", "offline") == "offline"

@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ def highest_with(
     return before, live.peak
 
 
+@no_type_check  # its methods are called for each tensor of each operation, and shapes that tests check are none here
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive at a time and were made inside of this context.
 
@@ -87,6 +88,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._known.pop(key)
 
 
+@no_type_check
 def _look(value: Any, tensors: list[Tensor]) -> Any:
     """Return all of an argument that decides what the meta device makes of it; its tensors go into the list."""
     if isinstance(value, Tensor):
@@ -99,6 +101,7 @@ def _look(value: Any, tensors: list[Tensor]) -> Any:
     return type(value), value
 
 
+@no_type_check
 def _makes_the_same(function: Any, given: list[Tensor], came: list[Tensor], result: Any) -> bool:
     """Tell whether the same call on the meta device makes the same again: blocks are alike, and its kernels are slow.
 
