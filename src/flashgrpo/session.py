@@ -86,19 +86,19 @@ class Session:
         if not self._evaluations:
             self.reporter.say("scoring the base model")
             self._evaluate(0)
+        elif not saved:
+            self.reporter.say(f"{self.directory.path} has no checkpoint: from update 1, with the base model's score")
         self.parts.rewards.began_with([*self._evaluations[0]["rewards"], *self._evaluations[0]["watched"]])
         self.progress = self._saved = self._begun = self._as_evaluated(Progress())
         if saved:
-            state, folder = self.parts.state(), self.directory.path
-            known = Progress.of(saved)
+            known, state, folder = Progress.of(saved), self.parts.state(), self.directory.path
             checkpoint.read_into(self.directory.checkpoints, known.update, state, self.world)
             self.optimizer.restored(state, known.skipped_in_a_row)
             self.progress = self._as_evaluated(known)
             self._saved = self._begun = replace(known, evaluated=self.progress.evaluated)
-            update = known.update
-            more = f"is complete; updates={2 * update} goes on, another `out` begins anew"
-            done = update >= self.config.updates
-            self.reporter.say(f"{folder} {more}" if done else f"continuing {folder} after update {update}")
+            more = f"is complete; updates={2 * known.update} goes on, another `out` begins anew"
+            done = known.update >= self.config.updates
+            self.reporter.say(f"{folder} {more}" if done else f"continuing {folder} after update {known.update}")
         self._export_again()
         self.world.check_replicas(self.optimizer.weights())
 

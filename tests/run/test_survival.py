@@ -1,5 +1,6 @@
 """What a run survives: holes in its lines, shards that are missing, an export that failed, a system without locks."""
 
+import io
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from flashgrpo.config import RunConfig
@@ -15,6 +17,7 @@ from flashgrpo.files import append_line, lock, write_text
 from flashgrpo.processes.flow.process import FlowProcess
 from flashgrpo.run import checkpoint
 from flashgrpo.run.lines import read_lines
+from flashgrpo.run.progress import Reporter
 from flashgrpo.train import train
 from tests.conftest import small_run
 from tests.end_to_end.test_train import same, weights
@@ -82,6 +85,20 @@ def test_lines_that_a_power_cut_took_are_computed_again(run, finished, capsys, n
             line["update"] for line in read_lines(finished / file)
         ]
     assert same(weights(run, 2), weights(finished, 2))
+
+
+def test_where_a_run_goes_on_is_said(tmp_path):
+    """Also of one that was killed before its first checkpoint: it begins anew, and does not score the base twice."""
+    told, settings = io.StringIO(), ("updates=1", "tracking.preflight=skip")
+    config, reporter = small_run(tmp_path / "run", *settings), Reporter(Console(file=told, width=500))
+    shutil.rmtree(train(config) / "checkpoints")
+    (tmp_path / "run/confirmation.json").unlink(missing_ok=True)
+    train(config, reporter)
+    assert f"{tmp_path}/run has no checkpoint: from update 1, with the base model's score" in told.getvalue()
+    assert "scoring the base model" not in told.getvalue()
+    train(small_run(tmp_path / "run", *settings, "updates=2"), reporter)
+    assert f"continuing {tmp_path}/run after update 1" in told.getvalue()
+    assert [line["update"] for line in read_lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
 
 
 def test_a_hole_that_no_checkpoint_is_older_than(run, finished, capsys):
