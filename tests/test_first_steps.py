@@ -1,6 +1,7 @@
 """What a newcomer types first: what there is, a recipe of one's own, and a run that is only rehearsed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,9 @@ def test_every_reward_that_is_listed_can_be_named_in_a_recipe():
 def test_list_prints_one_part_or_all():
     assert set(json.loads(invoke("list", "presets", "--json").stdout)) == {"presets"}
     assert "tiny-sudoku" in invoke("list", "recipes").stdout
+    models = CliRunner(env={"COLUMNS": "40"}).invoke(app, ["list", "models"]).stdout
+    assert all(name in models for name in listing()["models"])  # whole, to be copied
+    assert len(models.splitlines()) == 1 + len(listing()["models"])
     with pytest.raises(UserError, match="list: there is no part 'recipe'; did you mean 'recipes'"):
         app(["list", "recipe"], standalone_mode=False)
 
@@ -71,6 +75,7 @@ def test_init_writes_a_commented_recipe_that_can_be_read(tmp_path: Path):
     result = invoke("init", str(out), "--model", "tiny", *given)
     assert result.exit_code == 0, result.output
     assert "fits a card of 24 GiB" in result.output
+    assert re.search(r"before it trains: .*my prompts\.txt", result.output)
     config, shipped = RunConfig.load(out), RunConfig.load("tiny")
     assert config.rewards["amount"].call == "flashgrpo.rewards.motion:amount"
     assert (config.prompts.train, config.prompts.heldout) == ("my prompts.txt", shipped.prompts.heldout)

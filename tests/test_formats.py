@@ -63,7 +63,7 @@ def test_the_last_words_of_a_run():
     run = Path("runs/a b")
     found, page = last_words(run, [base, better, worse], None, None).splitlines()
     assert found == f"best update 4: {describe(better)}"
-    assert page == "its page: flashgrpo report 'runs/a b'"
+    assert page == "for its page: flashgrpo report 'runs/a b'"
     confirmed = record(selected_from=2, difference=0.3, interval=[0.2, 0.4])
     said = last_words(run, [base, better, worse], confirmed, "after update 8: interrupted")
     assert said.startswith(f"stopped after update 8: interrupted; best update 4: {describe(confirmed)}\n")

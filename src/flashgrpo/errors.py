@@ -2,6 +2,10 @@
 
 import difflib
 import os
+import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -55,6 +59,11 @@ def first_line(error: BaseException) -> str:
     return " ".join(str(error).split("\n")[0].split())
 
 
+def shorten(text: str, most: int) -> str:
+    """Cut a text of more letters between two words."""
+    return textwrap.shorten(text, most, placeholder=" ...")
+
+
 def system_reason(error: BaseException) -> str:
     """Return what the operating system, or a library that passed it on, gives as the reason, in lower case."""
     reason = getattr(error, "strerror", None) or first_line(error) or type(error).__name__
@@ -86,6 +95,12 @@ def install_hint(extra: str) -> str:
         return f"pip install -e '{folder}[{extra}]'"
     lines = [line.partition(";") for line in metadata.requires("flash-grpo") or ()]
     return f"pip install {' '.join(repr(line[0].strip()) for line in lines if f'extra == {extra!r}' in line[2])}"
+
+
+def this_command() -> str:
+    """Return what has to be typed to call `flashgrpo` again: its path, where the shell would not find it."""
+    called = sys.argv[0] if Path(sys.argv[0]).name == "flashgrpo" else "flashgrpo"
+    return shlex.quote("flashgrpo" if shutil.which("flashgrpo") else called)
 
 
 def is_text(text: str) -> bool:

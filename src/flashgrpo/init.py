@@ -5,6 +5,7 @@ say of hardware and settings stays beside them.
 """
 
 import re
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 from flashgrpo.config import RunConfig
 from flashgrpo.config.reading import read_yaml
 from flashgrpo.config.recipe import shipped_recipes
-from flashgrpo.errors import UserError, suggest
+from flashgrpo.errors import UserError, suggest, this_command
 from flashgrpo.files import write_text
 from flashgrpo.jsontext import to_json
 from flashgrpo.outlets import check_arrived
@@ -98,6 +99,7 @@ def write_recipe(out: Path, answers: Answers) -> bool:
         UserError: the file exists, or the recipe would be refused; then nothing is written.
     """
     from flashgrpo.doctor.verdict import print_estimate  # brings torch
+    from flashgrpo.prompts import read_prompts
 
     if out.exists():
         raise UserError(f"{out} exists; name another file, or remove it")
@@ -106,7 +108,12 @@ def write_recipe(out: Path, answers: Answers) -> bool:
     write_text(out, text)
     print(f"wrote {out}")
     fits = print_estimate(config, answers.gpus, answers.card or None, as_json=False)
-    print(f"next: flashgrpo train {out} --dry-run")
+    for key, file in (("prompts.train", config.prompts.train), ("prompts.heldout", config.prompts.heldout)):
+        try:
+            read_prompts(file, key)
+        except UserError as error:
+            print(f"before it trains: {error}")
+    print(f"next: {this_command()} train {shlex.quote(str(out))} --dry-run")
     return fits
 
 

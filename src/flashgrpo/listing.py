@@ -14,7 +14,6 @@ from typing import Annotated, Any, get_args
 import typer
 from pydantic import TypeAdapter
 from rich.console import Console
-from rich.table import Table
 
 from flashgrpo.config.processes import process_of
 from flashgrpo.config.reading import read_yaml
@@ -48,10 +47,10 @@ def print_listing(
         return check_arrived()
     console = Console()
     for name, lines in parts.items():
-        table = Table("", "", title=name, title_justify="left", show_header=False, box=None)
-        for key, line in lines.items():
-            table.add_row(cell(key, "bold"), cell(line))
-        console.print(table)
+        console.print(cell(name, "italic"))
+        width = max(map(len, lines), default=0)
+        for key, line in lines.items():  # whole, however narrow the window: names are there to be copied
+            console.print(cell(f" {key:{width}}", "bold") + cell(f"  {line}"), soft_wrap=True)
     check_arrived()
 
 

@@ -60,7 +60,8 @@ class Pair:
         """Return the base model's frames beside the tuned model's; some of them in a row where it is to be a strip."""
         shown = frames_of(self.base), frames_of(self.tuned)
         picture = side_by_side(*map(strip, shown) if as_strip else shown)
-        return labelled(picture, f"{self.facts}: {self.prompt.text}") if label else picture  # long prompts are cut
+        text = f"base | tuned, {self.facts}: {self.prompt.text}"  # long prompts are cut
+        return labelled(picture, text) if label else picture
 
     def film(self, label: bool) -> Video | Film:
         """Return the same with both sounds, where there are some: the base model's on the left."""

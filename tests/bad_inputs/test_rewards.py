@@ -15,6 +15,7 @@ def none(videos, prompts, **columns): return {}
 def narrow(videos, prompts): return [1.0] * len(prompts)
 def changes(videos, prompts, **columns): return videos.mul_(2).mean((1, 2, 3, 4))
 def mean(videos, prompts, **columns): return videos.mean()
+def table(videos, prompts, **columns): return videos.mean((2, 3, 4))
 def text(videos, prompts, **columns): return ["good"] * len(prompts)
 """
 
@@ -47,6 +48,7 @@ CASES = [
     of_call("mine:inf", "reward mine is not finite for 2 of 2 samples", begun=True),
     of_call("mine:text", "reward mine must be 2 numbers", begun=True),
     of_call("mine:mean", "reward mine must be 2 numbers, one for each video, not one for all of them", begun=True),
+    of_call("mine:table", "reward mine must be 2 numbers, one for each video, not of shape (2, 9)", begun=True),
     of_call("mine:none", "reward mine returned an empty mapping", begun=True),
     of_call("mine:changes", "changed the videos in place", begun=True),
 ]

@@ -59,7 +59,7 @@ def test_a_run_directory_resumes_and_its_last_words_name_the_best(run):
     assert re.match(
         r"best update \d: evaluation reward|no evaluated update was above the base model; the last, 2", found
     )
-    assert page == f"its page: flashgrpo report {run}"
+    assert page == f"for its page: flashgrpo report {run}"
 
 
 def test_the_prompts_that_a_run_noted_count_where_their_file_is_gone(run):

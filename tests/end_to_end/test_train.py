@@ -146,9 +146,9 @@ def test_old_checkpoints_go_but_not_the_newest_or_the_best(finished):
 
 def test_a_finished_run_is_left_as_it_is(finished):
     config, run = finished
-    before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}
+    before = {path: path.read_bytes() for path in run.rglob("*.json*")}
     train(config)
-    assert before == {path: path.read_bytes() for path in run.rglob("*.jsonl")}
+    assert before == {path: path.read_bytes() for path in run.rglob("*.json*")}
 
 
 def test_a_run_made_longer_equals_a_long_one(finished, make_run):

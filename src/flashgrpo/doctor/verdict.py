@@ -60,13 +60,17 @@ def print_estimate(config: RunConfig, processes: int | None, card: float | None,
         sizes = (*(parts.get(name, 0) for name in names), result.totals[phase])
         table.add_row(phase, *(f"{size / GIB:.2f}" for size in sizes))
     Console().print(table)
-    counts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in result.parameters.items())
+    counts = ", ".join(f"{name} {_count(count)}" for name, count in result.parameters.items())
     print(f"parameters: {counts}; {result.highest / GIB:.1f} GiB a process at the highest, {told(result.processes)}")
     held = ", ".join(f"{name} {size / GIB:.1f}" for name, size in result.host.items())
     print(f"in the host's memory, for videos, GiB a process: {held}")
     if judged:
         print(judged.sentence)
     return not judged or judged.fits
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number / 1e3:,.1f} thousand"
 
 
 def _changes(config: RunConfig, processes: int) -> Iterator[tuple[str, RunConfig, int]]:

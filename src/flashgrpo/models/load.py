@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flashgrpo.distributed.world import World
-from flashgrpo.errors import UserError, first_line
+from flashgrpo.errors import UserError, first_line, shorten
 from flashgrpo.files import resolve_path
 from flashgrpo.models.architectures import Architecture
 from flashgrpo.models.families import FAMILIES
@@ -110,7 +110,8 @@ def _download(repository: str) -> Path:
         return Path(DiffusionPipeline.download(repository))
     except Exception as error:  # the hub's client raises a dozen kinds, and all mean this
         raise UserError(
-            f"model.path: {repository} is no folder here and could not be had from the hub: {first_line(error)[:200]}"
+            f"model.path: {repository} is no folder here and could not be had from the hub; without one, give the "
+            f"folder of a checkpoint: {shorten(first_line(error), 200)}"
         ) from error
 
 

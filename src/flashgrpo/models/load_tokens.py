@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashgrpo.distributed.world import World
-from flashgrpo.errors import UserError, first_line
+from flashgrpo.errors import UserError, first_line, shorten
 from flashgrpo.files import resolve_path
 from flashgrpo.models.load import META, Say
 from flashgrpo.models.settings import ModelConfig
@@ -110,5 +110,6 @@ def find_folder(path: str, random_init: bool) -> Path:
         return Path(snapshot_download(path, allow_patterns=list(FILES)))
     except Exception as error:  # the hub's client raises a dozen kinds, and all mean this
         raise UserError(
-            f"model.path: {path} is no folder here and could not be had from the hub: {first_line(error)[:200]}"
+            f"model.path: {path} is no folder here and could not be had from the hub; without one, give the "
+            f"folder of a checkpoint: {shorten(first_line(error), 200)}"
         ) from error

@@ -133,7 +133,9 @@ def reward_charts(run: Run, shown: Row | None) -> dict[str, Any]:
             }
         )
     curves = both_shapes(lambda size: charts.reward_curves(run.metrics, run.evaluations, best, size), (740, 300))
-    return {"curves": curves, "difference": Markup(charts.difference_curve(run.evaluations)), "panels": panels}
+    difference = Markup(charts.difference_curve(run.evaluations))
+    confirmed = shown is not None and "selected_from" in shown
+    return {"curves": curves, "difference": difference, "panels": panels, "confirmed": confirmed}
 
 
 def watch_note(evaluations: Sequence[Row]) -> str:

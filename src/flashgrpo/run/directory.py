@@ -134,12 +134,16 @@ class RunDirectory:
         if self._has_lines():
             self._note_changes(config)
         write_text(self.config_file, config.to_yaml())  # first, for it is what marks the folder as a run
-        write_json(self.environment_file, environment, indent=2)
+        if not self.environment_file.is_file() or self._done() < config.updates:  # nothing is run where all is done
+            write_json(self.environment_file, environment, indent=2)
+
+    def _done(self) -> int:
+        return max((line["update"] for line in whole_lines(self.metrics_file)), default=0)
 
     def _note_changes(self, config: RunConfig) -> None:
         """Keep what a later start has changed of how is learnt: setting, values, and the updates done until then."""
         before, now = RunConfig.load(self.config_file).model_dump(mode="json"), config.model_dump(mode="json")
-        done = max((line["update"] for line in whole_lines(self.metrics_file)), default=0)
+        done = self._done()
         for key in (key for key in differences(before, now) if key in NOTED):
             change = {"after_update": done, "setting": key, "before": value_at(before, key), "now": value_at(now, key)}
             append_line(self.path / "changes.jsonl", to_json(change))

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flashgrpo.distributed.memory import peak, wait_for_device
 from flashgrpo.distributed.world import World
+from flashgrpo.errors import this_command
 from flashgrpo.formats import Numbers, called, not_held_out
 from flashgrpo.terminal import cell
 
@@ -159,7 +160,8 @@ def last_words(
         found = f"best update {best['update']}: {describe(best)}"
     elif tuned:
         found = f"no evaluated update was above the base model; the last, {tuned[-1]['update']}: {describe(tuned[-1])}"
-    return f"{f'stopped {stopped}; ' if stopped else ''}{found}\nits page: flashgrpo report {shlex.quote(str(path))}"
+    page = f"for its page: {this_command()} report {shlex.quote(str(path))}"
+    return f"{f'stopped {stopped}; ' if stopped else ''}{found}\n{page}"
 
 
 class Clock:

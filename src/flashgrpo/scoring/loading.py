@@ -192,6 +192,8 @@ def _column(numbers: Any, count: int, what: str) -> list[float]:
         raise ValueError(f"{what} must be {count} numbers, one for each video, not one for all of them")
     if not isinstance(column, Sequence) or isinstance(column, str):
         raise ValueError(f"{what} must be {count} numbers, not {type(numbers).__name__}")
+    if len(getattr(numbers, "shape", ())) > 1:
+        raise ValueError(f"{what} must be {count} numbers, one for each video, not of shape {tuple(numbers.shape)}")
     if len(column) != count:
         raise ValueError(f"{what} has {len(column)} numbers for {count} videos")
     column = [math.nan if value is None else value for value in column]
