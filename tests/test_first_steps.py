@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from flashgrpo.cli import app
 from flashgrpo.config import RunConfig
 from flashgrpo.config.recipe import shipped_recipes
 from flashgrpo.doctor.estimate import MemoryEstimate
-from flashgrpo.errors import UserError
+from flashgrpo.errors import UserError, this_command
 from flashgrpo.listing import PARTS, listing
 from flashgrpo.presets import PRESETS
 from flashgrpo.scoring.loading import load_reward
@@ -63,6 +64,18 @@ def test_list_prints_one_part_or_all():
     assert len(models.splitlines()) == 1 + len(listing()["models"])
     with pytest.raises(UserError, match="list: there is no part 'recipe'; did you mean 'recipes'"):
         app(["list", "recipe"], standalone_mode=False)
+
+
+def test_the_next_command_is_one_that_the_shell_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    called = tmp_path / "a folder/flashgrpo"
+    monkeypatch.setattr("sys.argv", [str(called), "init"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert shlex.split(this_command()) == [str(called)]
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    assert this_command() == "flashgrpo"
+    monkeypatch.setattr("sys.argv", [str(called), "init"])
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert this_command() == "flashgrpo"
 
 
 # ---- init ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flashgrpo.config.recipe import parse_override
 from flashgrpo.errors import UserError
 from flashgrpo.formats import Numbers
 from flashgrpo.jsontext import to_json
@@ -25,7 +26,7 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), checkpoint_updat
     """
     is_run = Path(target).is_dir()
     for override in overrides if is_run else ():
-        if override.split(".")[0] not in ("evaluation", "rewards", "prompts", "parallel"):
+        if not parse_override(override).keys() & {"evaluation", "rewards", "prompts", "parallel"}:
             raise UserError(f"override {override!r} has no effect on an evaluation")
     if checkpoint_update is not None and not is_run:
         raise UserError(f"--checkpoint: {target} is no run directory, so it has no checkpoints")
