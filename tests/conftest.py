@@ -7,6 +7,7 @@ os.environ["FLASHGRPO_CACHE"] = tempfile.mkdtemp(prefix="flashgrpo-test-")  # no
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -72,6 +73,14 @@ def nursery(tmp_path_factory):
     nursery = Nursery(tmp_path_factory.mktemp("jobs"))
     yield nursery
     nursery.close()
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """Leave out the checks of types and shapes: for an experiment, which repeats for minutes what others check."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
