@@ -213,3 +213,13 @@ def test_readers_of_a_damaged_comparison(compared):
         survives(compared.path, damaged, lambda: write_report(compared.path), lambda: compare(compared))
 
     holds()
+
+
+def test_a_page_of_a_comparison_that_lacks_anything(compared):
+    """One thing after the other is gone: one sentence each, or a page that does without."""
+    whole = json.loads((compared.path / "comparison.json").read_bytes())
+    for place in nodes(whole):
+        if not place or "settings" in place or any(isinstance(key, int) and key for key in place):
+            continue  # settings are shown as they are; and of a list the first
+        harm = [lambda old, place=place: json.dumps(changed(json.loads(old), place, lambda _: ...)).encode()]
+        survives(compared.path, {"comparison.json": harm}, lambda: write_report(compared.path))

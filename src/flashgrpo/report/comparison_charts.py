@@ -50,19 +50,18 @@ def reward_by(axis: str) -> Callable[[Axes, Row, Palette], bool]:
         for number, row in enumerate(comparison["summary"]):
             style, curve = palette.style(number), row["curves"][axis]
             if curve["x"]:
-                axes.fill_between(
-                    curve["x"], curve["low"], curve["high"], color=style["color"], alpha=0.14, linewidth=0
-                )
-                axes.plot(curve["x"], curve["mean"], label=row["algorithm"], linewidth=1.8, markersize=5, **style)
+                x, mean, low, high = (np.array(curve[name], float) for name in ("x", "mean", "low", "high"))
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.14, linewidth=0)
+                axes.plot(x, mean, label=row["algorithm"], linewidth=1.8, markersize=5, **style)
                 drawn = True
             for run in comparison["runs"]:
                 if run["algorithm"] == row["algorithm"] and run["status"] in ("failed", "unfinished") and run["points"]:
-                    x, y = ([point[key] for point in run["points"]] for key in (axis, "reward"))
+                    x, y = (np.array([point[key] for point in run["points"]], float) for key in (axis, "reward"))
                     axes.plot(x, y, color=style["color"], linewidth=0.9, alpha=0.8)
                     axes.plot(x[-1:], y[-1:], "x", color=style["color"], markersize=7, markeredgewidth=1.6)
                     drawn = True
         if comparison["base_reward"] is not None:
-            base = comparison["base_reward"]
+            base = float(comparison["base_reward"])
             axes.axhline(base, color=palette.muted, linewidth=1, dashes=(4, 3), label="base model")
         axes.set_xlabel("network forwards" if axis == "compute" else "seconds of training", loc="right")
         axes.set_xlim(left=0)
@@ -104,7 +103,7 @@ def gradient_by_step(axes: Axes, comparison: Row, palette: Palette) -> bool:
     drawn = False
     for number, row in enumerate(comparison["summary"]):
         norms = row["gradient_spread"]["by_step"]
-        values = np.array(list(norms.values()))
+        values = np.array(list(norms.values()), float)
         if len(values) and values.mean() > 0:
             steps = [int(step) for step in norms]
             style = palette.style(number)
