@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.streaming import build, data, measure
-from tools.streaming.world import BLOCK, BLOCKS, LATENT_FRAMES, Script, draw_scripts
+from tools.streaming import blocks, build, data, measure
+from tools.streaming.world import BLOCK, BLOCKS, FRAMES, LATENT_FRAMES, Script, draw_scripts, first_video_frame
 from tools.tiny.world import heldout_combinations, train_combinations
 
 
@@ -96,3 +96,20 @@ def test_the_world_gives_at_least_eight_branches() -> None:
     """A fork at frame 12 of which the 4 nearest stay: frames 3 to 7 are free, and 2 of 5 are 10 branches."""
     pairs = itertools.combinations(range(3, 8), 2)
     assert len({build.WINDOW.routed(12, pair, nearest=4) for pair in pairs}) == 10
+
+
+def test_blocks_are_judged_under_the_caption_that_holds_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+
+    def note(clips: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+        judged.append((clips.shape[1], captions))
+        return {"one": torch.zeros(len(clips)), "two": torch.ones(len(clips))}
+
+    monkeypatch.setattr(blocks, "agreement", note)
+    switches = [[{"frame": first_video_frame(4), "prompt": "later"}], None]
+    found = blocks.by_block(torch.zeros(2, FRAMES, 3, 8, 8), ["first", "only"], switches)
+    assert list(found) == [f"block{block}" for block in range(BLOCKS)]
+    assert all(values.tolist() == [0.5, 0.5] for values in found.values())
+    sizes = [first_video_frame(block + 1) - first_video_frame(block) for block in range(BLOCKS)]
+    assert [size for size, _ in judged] == sizes
+    assert [captions for _, captions in judged] == 4 * [["first", "only"]] + 4 * [["later", "only"]]
