@@ -654,8 +654,11 @@ def test_i7_the_micro_batch_changes_scores_and_gradients_by_rounding_only(case):
     process, other = trained(case), trained(case, micro_batch=2)
     _, record = draw(process)
     torch.testing.assert_close(replayed(other, record), record.old, rtol=1e-5, atol=1e-5)
-    expected, _ = gradients(process, case.objective, judged(record))
-    gradient, _ = gradients(other, case.objective, judged(record))
+    objective = case.objective
+    if isinstance(objective, KlMasked):  # with tau 0 it masks by the sign of a ratio's rounding
+        objective = replace(objective, tau=KlMasked().tau)
+    expected, _ = gradients(process, objective, judged(record))
+    gradient, _ = gradients(other, objective, judged(record))
     assert_close(gradient, expected, relative=1e-3)
 
 
