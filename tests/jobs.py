@@ -42,9 +42,10 @@ from flashgrpo.processes.calls import number_of_calls
 from flashgrpo.processes.flow.rollout import calls_of
 from flashgrpo.processes.tokens import chunks
 from flashgrpo.prompts import prompt_groups
-from flashgrpo.run.checkpoint import Progress, Writer, read_into
+from flashgrpo.run.checkpoint import Progress, read_into
 from flashgrpo.run.checkpoint import updates as saved_updates
 from flashgrpo.run.progress import Clock
+from flashgrpo.run.writer import Writer
 from flashgrpo.scoring.fit import check_process
 from flashgrpo.scoring.rewards import Rewards
 from flashgrpo.scoring.scoring import Scoring

@@ -194,6 +194,13 @@ def remove(path: Path) -> None:
         _delete(aside)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left below a folder, as far as that is possible."""
+    for leftover in (*folder.rglob(".partial-*"), *folder.rglob(".removed-*")):
+        with contextlib.suppress(OSError):
+            _delete(leftover)
+
+
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses (no room, no permission, not a folder) into one sentence about `path`."""

@@ -27,6 +27,7 @@ from flashgrpo.run.gallery import Gallery
 from flashgrpo.run.progress import Clock, Interrupt, Reporter, last_words, machine_of, traced
 from flashgrpo.run.shared import refuse_unshared
 from flashgrpo.run.trackers import Trackers, check_installed
+from flashgrpo.run.writer import Writer
 from flashgrpo.scoring.heldout import evaluation_record, guard, selected
 
 
@@ -50,7 +51,6 @@ class Session:
         self.clock = Clock()
         self._interrupt = Interrupt(patient=world.size > 1)
         self._evaluations: list[dict[str, Any]] = []
-        self._saved = self._begun = Progress()  # of the newest checkpoint on disk, and of the one that is being written
         self.directory = RunDirectory(Path(config.out))
         world.on_main(lambda: check_installed(config.tracking))
         world.on_main(lambda: self.directory.check(config))
@@ -58,7 +58,7 @@ class Session:
         self.parts = Assembly(config, world, reporter.say, reporter.watch)
         self.optimizer = self.parts.optimizer
         self.gallery = Gallery(self.directory.path, self.parts.evaluator, self.parts.process, world, config.model.fps)
-        self.writer = checkpoint.Writer(self.directory.checkpoints, config.checkpoint.keep, world)
+        self.writer = Writer(self.directory.checkpoints, config.checkpoint.keep, world)
         process = self.parts.process
         prompts = {"prompts.train": self.parts.prompts, "prompts.heldout": self.parts.heldout}
         begin = partial(self.directory.begin, config, world, prompts, process.identity, process.takes_image)
@@ -89,13 +89,14 @@ class Session:
         elif not saved:
             self.reporter.say(f"{self.directory.path} has no checkpoint: from update 1, with the base model's score")
         self.parts.rewards.began_with([*self._evaluations[0]["rewards"], *self._evaluations[0]["watched"]])
-        self.progress = self._saved = self._begun = self._as_evaluated(Progress())
+        self.progress = self._as_evaluated(Progress())
+        self.writer.resumed(self.progress)
         if saved:
             known, state, folder = Progress.of(saved), self.parts.state(), self.directory.path
             checkpoint.read_into(self.directory.checkpoints, known.update, state, self.world)
             self.optimizer.restored(state, known.skipped_in_a_row)
             self.progress = self._as_evaluated(known)
-            self._saved = self._begun = replace(known, evaluated=self.progress.evaluated)
+            self.writer.resumed(replace(known, evaluated=self.progress.evaluated))
             more = f"is complete; updates={2 * known.update} goes on, another `out` begins anew"
             done = known.update >= self.config.updates
             self.reporter.say(f"{folder} {more}" if done else f"continuing {folder} after update {known.update}")
@@ -138,17 +139,17 @@ class Session:
         try:
             if kind is None:
                 self.save()
-                self._finish_writing()
+                self.writer.wait()
             elif self.world.size == 1 or issubclass(kind, SharedError):
                 try:
                     self.save()
-                    self._finish_writing()
+                    self.writer.wait()
                 except UserError as error:
                     self.reporter.warn(str(error))
         finally:
             self._close()
-        if self._saved.update < self.progress.update:
-            self.reporter.warn(f"updates after {self._saved.update} could not be saved and will be done again")
+        if self.writer.saved.update < self.progress.update:
+            self.reporter.warn(f"updates after {self.writer.saved.update} could not be saved and will be done again")
         if kind is None and self.world.is_main:
             why = f"after update {self.progress.update}: {self.ending or 'interrupted'}"
             stopped = why if self.progress.update < self.config.updates else None
@@ -202,10 +203,15 @@ class Session:
 
     def evaluate_if_due(self) -> None:
         """Evaluate the averaged weights when it is due and after the last update, once; export a new best."""
-        update, every = self.progress.update, self.config.evaluation.every
-        if (update % every == 0 or update == self.config.updates) and self._evaluations[-1]["update"] < update:
+        if self._evaluation_due:
             with self.clock("evaluate"):
-                self._evaluate_average(update)
+                self._evaluate_average(self.progress.update)
+            self.save()
+
+    @property
+    def _evaluation_due(self) -> bool:
+        update, every = self.progress.update, self.config.evaluation.every
+        return (update % every == 0 or update == self.config.updates) and self._evaluations[-1]["update"] < update
 
     def _evaluate_average(self, update: int) -> None:
         with weights_replaced(self.parts.process.network, self.optimizer.ema):
@@ -263,7 +269,7 @@ class Session:
             self.reporter.say(f"update {update} is the best of several: `flashgrpo evaluate` scores it on other noise")
             return
         self.save()
-        self._finish_writing()
+        self.writer.wait()
         try:
             self.world.on_main(lambda: asdict(checkpoint.read_progress(self.directory.checkpoints, update)))
         except UserError as error:
@@ -274,9 +280,8 @@ class Session:
         self.world.on_main(lambda: self.directory.write_confirmation(record))
 
     def save_if_due(self) -> None:
-        """Write a checkpoint when it is due and after every evaluation."""
-        update = self.progress.update
-        if update % self.config.checkpoint.every == 0 or self._evaluations[-1]["update"] == update:
+        """Begin a checkpoint when it is due, and before every evaluation, which may take longer than updates."""
+        if self.progress.update % self.config.checkpoint.every == 0 or self._evaluation_due:
             with self.clock("checkpoint"):
                 self.save()
 
@@ -284,17 +289,6 @@ class Session:
         """Begin a checkpoint, unless there is one of this update or an update was broken off in the middle."""
         steps = self.config.optim.steps(self.progress.update)
         whole_update = self.optimizer.whole and self.optimizer.steps == steps
-        if whole_update and self.progress != self._begun:
-            self._finish_writing()
+        if whole_update and self.progress != self.writer.begun:
             self.world.check_replicas(self.optimizer.weights())
             self.writer.save(self.parts.state(), self.progress)
-            self._begun = self.progress
-
-    def _finish_writing(self) -> None:
-        """Wait for the checkpoint that is being written."""
-        try:
-            self.writer.wait()
-        except UserError:
-            self._begun = self._saved
-            raise
-        self._saved = self._begun

@@ -32,8 +32,8 @@ def train(config: RunConfig, reporter: "Reporter | None" = None) -> Path:
             groups = session.parts.prompt_groups(update)
             metrics = one_update(session.parts, groups, session.clock)
             session.log(metrics)
-            session.evaluate_if_due()
             session.save_if_due()
+            session.evaluate_if_due()
         session.confirm()
         number = 0 if session.done else session.interrupted
     if number:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -279,6 +280,32 @@ def test_what_a_killed_process_left_is_cleared_away(make_run):
         (run / "checkpoints" / leftover).mkdir()
     train(make_run("updates=2"))
     assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_kill_in_an_evaluation_loses_no_update(finished, make_run, tmp_path, monkeypatch):
+    """What a kill would have left is a copy, made in the evaluation of update 2, when its checkpoint is on disk."""
+    _, uninterrupted = finished
+    real, config = Evaluator.__call__, make_run("updates=6", "evaluation.videos=1", "checkpoint.every=100")
+    run, left = Path(config.out), tmp_path / "left"
+
+    def call(self, **options):
+        if not read_lines(run / "metrics.jsonl"):
+            return real(self, **options)
+        while not checkpoint.updates(run / "checkpoints"):
+            time.sleep(0.01)
+        shutil.copytree(run, left)
+        raise UserError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", call)
+        with pytest.raises(UserError, match="no more"):
+            train(config)
+    assert checkpoint.updates(left / "checkpoints") == [2]
+    assert [line["update"] for line in read_lines(left / "evaluations.jsonl")] == [0]
+    train(RunConfig.load(left / "config.yaml", [f"out={left}"]))
+    assert same(weights(left, 6), weights(uninterrupted, 6))
+    assert without_seconds(left / "evaluations.jsonl") == without_seconds(uninterrupted / "evaluations.jsonl")
+    assert checkpoint.read_progress(left / "checkpoints", 6).evaluated == (0, 2, 4, 6)
 
 
 def refuse_after(calls: int):

@@ -15,6 +15,7 @@ from flashgrpo.learning.update import policy_update
 from flashgrpo.models.lora import trained_parameters
 from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
+from flashgrpo.run.writer import Writer
 from flashgrpo.types import Prompt, PromptGroup, RewardTable
 from tests.fakes import Colour, Program
 from tests.streams import Stream, number_of
@@ -88,7 +89,7 @@ def test_a_resumed_run_ends_with_the_same_bits(kind, tmp_path):
     process, optimizer = made(kind, config)
     for update in range(2):
         one_update(process, optimizer, update, config, objective)
-    writer = checkpoint.Writer(tmp_path, 2, WORLD)
+    writer = Writer(tmp_path, 2, WORLD)
     writer.save(optimizer.state(), Progress(2))
     one_update(process, optimizer, 2, config, objective)
     writer.wait()

@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import resource
+import shutil
 import threading
 import time
 
@@ -13,7 +14,7 @@ import torch
 from flashgrpo.distributed.world import single_process
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, write_aside
-from flashgrpo.run import checkpoint
+from flashgrpo.run import checkpoint, writer
 from flashgrpo.run.checkpoint import Progress
 from flashgrpo.run.lines import read_lines
 
@@ -21,9 +22,9 @@ TENSORS = {"policy": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)
 
 
 def save(folder, update, best=0, keep=2, tensors=TENSORS):
-    writer = checkpoint.Writer(folder, keep, single_process())
-    writer.save(tensors, Progress(update, best, 1))
-    writer.wait()
+    writes = writer.Writer(folder, keep, single_process())
+    writes.save(tensors, Progress(update, best, 1))
+    writes.wait()
     return folder / f"{update:06d}"
 
 
@@ -34,6 +35,32 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     for kind, named in TENSORS.items():
         for name, tensor in named.items():
             assert torch.equal(tensors[kind][name], tensor)
+
+
+def test_what_an_evaluation_says_is_written_into_the_checkpoint_that_is_there(tmp_path):
+    writes = writer.Writer(tmp_path, 1, single_process())
+    writes.save(TENSORS, Progress(1))
+    writes.save(TENSORS, Progress(2))
+    writes.wait()
+    shard = next((tmp_path / "000002").glob("*.distcp"))
+    before = shard.stat().st_mtime_ns
+    writes.save(TENSORS, Progress(2, best_update=2, evaluated=(2,)))
+    assert checkpoint.read_progress(tmp_path, 2) == writes.saved == Progress(2, best_update=2, evaluated=(2,))
+    assert shard.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("file", ["state.json", "."])
+def test_a_checkpoint_that_has_gone_or_changed_since_is_written_anew(tmp_path, file):
+    writes = writer.Writer(tmp_path, 2, single_process())
+    writes.save(TENSORS, Progress(2))
+    writes.wait()
+    if file == ".":
+        shutil.rmtree(tmp_path / "000002")
+    else:
+        (tmp_path / "000002" / file).write_text('{"progress": {}}', "utf-8")
+    writes.save(TENSORS, Progress(2, stale=1))
+    writes.wait()
+    assert checkpoint.read_progress(tmp_path, 2) == Progress(2, stale=1)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -114,13 +141,13 @@ def test_a_save_does_not_see_what_training_changes_meanwhile(tmp_path, monkeypat
         gate.wait(300)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint.dcp, "save", slow)
-    writer = checkpoint.Writer(tmp_path, 2, single_process())
-    writer.save({"policy": {"w": weights}}, Progress(1))
+    monkeypatch.setattr(writer.dcp, "save", slow)
+    writes = writer.Writer(tmp_path, 2, single_process())
+    writes.save({"policy": {"w": weights}}, Progress(1))
     assert checkpoint.updates(tmp_path) == []  # not whole yet, and training is not held up
     weights += 1
     gate.set()
-    writer.wait()
+    writes.wait()
     assert torch.equal(checkpoint.load(tmp_path, 1)["policy"]["w"], torch.zeros(4))
 
 
@@ -135,7 +162,7 @@ def test_the_thread_that_writes_has_gone_when_its_result_is_there():
 
     def background():
         held = Slow()
-        return checkpoint._Background(lambda: held and None)
+        return writer._Background(lambda: held and None)
 
     background().result()
     assert freed.is_set()

@@ -15,7 +15,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.errors import UserError
 from flashgrpo.files import append_line, lock, write_text
 from flashgrpo.processes.flow.process import FlowProcess
-from flashgrpo.run import checkpoint
+from flashgrpo.run import checkpoint, writer
 from flashgrpo.run.lines import read_lines
 from flashgrpo.run.progress import Reporter
 from flashgrpo.train import train
@@ -45,7 +45,7 @@ def resume(run: Path, updates: int = 2) -> None:
 @pytest.mark.parametrize("damage", ["missing", "short"])
 def test_a_checkpoint_is_whole_only_with_all_shards_that_its_index_names(tmp_path, monkeypatch, damage):
     """Two machines with a folder each: every rank has written, and nothing that is there is damaged."""
-    real = checkpoint._write_shards
+    real = writer._write_shards
 
     def write(tensors, folder, group):
         real(tensors, folder, group)
@@ -53,11 +53,11 @@ def test_a_checkpoint_is_whole_only_with_all_shards_that_its_index_names(tmp_pat
         os.truncate(shard, 10) if damage == "short" else shard.unlink()
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_shards", write)
+        patch.setattr(writer, "_write_shards", write)
         with pytest.raises(UserError, match=r"__0_0.distcp is missing or too short; do all machines see the same"):
             save(tmp_path, 1)
         assert list(tmp_path.iterdir()) == []
-        patch.setattr(checkpoint, "check_shards", lambda folder: None)
+        patch.setattr(writer, "check_shards", lambda folder: None)
         save(tmp_path, 1)  # as an earlier version did
     with pytest.raises(UserError, match=r"000001 is not whole: __0_0.distcp"):
         checkpoint.choose(tmp_path, 1, print)

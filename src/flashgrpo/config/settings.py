@@ -64,7 +64,7 @@ AnyEvaluation = Annotated[
 
 
 class CheckpointConfig(Part):
-    """When the run is saved; every evaluation is followed by a checkpoint as well."""
+    """When the run is saved; before every evaluation there is a checkpoint as well."""
 
     every: Count = 10
     """Updates between two checkpoints."""

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -20,7 +19,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.config.recipe import differences, value_at
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
-from flashgrpo.files import append_line, explain_os_errors, lock, read_object, write_json, write_text
+from flashgrpo.files import append_line, explain_os_errors, lock, read_object, remove_leftovers, write_json, write_text
 from flashgrpo.jsontext import to_json
 from flashgrpo.run import checkpoint
 from flashgrpo.run.checkpoint import Progress
@@ -120,8 +119,7 @@ class RunDirectory:
         if not lock(self._lock, warn):
             self.close()
             raise UserError(f"out: another process is training into {self.path}")
-        for leftover in (*self.checkpoints.glob(".partial-*"), *self.checkpoints.glob(".removed-*")):
-            shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed while it wrote
+        remove_leftovers(self.checkpoints)
         environment = {**_environment(world), "prompts": {key: _digest(file, images) for key, file in prompts.items()}}
         environment["model"] = model
         try:
