@@ -1,5 +1,6 @@
 """What a newcomer types first: what there is, a recipe of one's own, and a run that is only rehearsed."""
 
+import io
 import json
 import re
 import shlex
@@ -115,13 +116,35 @@ def test_init_begins_with_any_recipe(name: str):
     assert (config.prompts.train, config.prompts.heldout) == ("a.txt", 'b "quoted".txt')
 
 
-def test_init_asks_in_a_terminal(monkeypatch: pytest.MonkeyPatch):
+ANSWERED = {
+    ("tinny", "wan21-1.3b", "motion:amount", "", "", "-1", "nan", "80", "0", "many", "8"): (
+        ("wan21-1.3b", None, "motion:amount", "", "", 8, 80.0),
+        [
+            "no recipe 'tinny'; did you mean 'tiny'",
+            "'-1' is no number of GiB",
+            "'nan' is no",
+            "'0' is no number of GPUs",
+        ],
+    ),
+    ("", "", "", "", "24.5", ""): (("tiny", None, "", "", "", 1, 24.5), []),
+    ("", "", "", "", ""): (("tiny", None, "", "", "", None, 0.0), []),
+}
+
+
+@pytest.mark.parametrize("said", ANSWERED)
+def test_init_asks_in_a_terminal_until_it_can_read_the_answer(
+    said: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     from flashgrpo.init import Answers, ask
 
-    said = iter(["wan21-1.3b", "motion:amount", "", "", 80.0, 8])
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    monkeypatch.setattr("typer.prompt", lambda question, **_: next(said))
-    assert ask(Answers()) == Answers("wan21-1.3b", None, "motion:amount", "", "", 8, 80.0)
+    answers, told = ANSWERED[said]
+    terminal = io.StringIO("".join(f"{line}\n" for line in said))
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert ask(Answers()) == Answers(*answers)
+    shown = capsys.readouterr().out
+    assert all(sentence in shown for sentence in told)
+    assert ("Error" in shown) == bool(told)
 
 
 def test_init_refuses_in_a_sentence_and_writes_nothing(tmp_path: Path):

@@ -7,9 +7,10 @@ say of hardware and settings stays beside them.
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -21,6 +22,8 @@ from flashgrpo.files import write_text
 from flashgrpo.jsontext import to_json
 from flashgrpo.outlets import check_arrived
 from flashgrpo.terminal import PATH_TEXT, path
+
+Value = TypeVar("Value", str, int, float)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ def init(
     card: Annotated[float | None, typer.Option(min=0, help="GiB of a GPU; 0 for the CPU.")] = None,
 ) -> None:
     """Write a commented recipe from a few answers, and count the memory that it needs."""
+    if out.exists():
+        raise UserError(f"{out} exists; name another file, or remove it")
     fits = write_recipe(out, ask(Answers(model, weights, reward, prompts, heldout, gpus, card)))
     check_arrived()
     raise typer.Exit(0 if fits else 1)
@@ -69,13 +74,14 @@ def ask(answers: Answers) -> Answers:
         UserError: there is no terminal and no model was named, or it is not one that ships.
     """
     asks = sys.stdin.isatty()
-    model = answers.model or (typer.prompt("Model, the name of a recipe", default="tiny") if asks else None)
-    names = sorted(shipped_recipes())
-    if model is None:
-        raise UserError(f"--model: name a recipe to begin with, one of: {', '.join(names)}")
-    if model not in names:
-        raise UserError(f"--model: there is no recipe {model!r}; {suggest(model, names)}")
-    answers = replace(answers, model=model)
+    if answers.model is None and not asks:
+        raise UserError(f"--model: name a recipe to begin with, one of: {', '.join(sorted(shipped_recipes()))}")
+    if answers.model is None:
+        answers = replace(answers, model=asked("Model, the name of a recipe", "tiny", _recipe))
+    try:
+        _recipe(answers.model or "")
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from error
     if not asks:
         return answers
     for key, question in (
@@ -86,23 +92,51 @@ def ask(answers: Answers) -> Answers:
         if getattr(answers, key) is None:
             answers = replace(answers, **{key: typer.prompt(question, default="", show_default=False)})
     if answers.card is None:
-        answers = replace(answers, card=typer.prompt("GiB of a GPU, 0 for the CPU", default=0.0))
+        answers = replace(answers, card=asked("GiB of a GPU, 0 for the CPU", "0", _gib))
     if answers.gpus is None and answers.card:
-        answers = replace(answers, gpus=typer.prompt("Number of GPUs", default=1))
+        answers = replace(answers, gpus=asked("Number of GPUs", "1", _count))
     return answers
+
+
+def asked(question: str, default: str, read: Callable[[str], Value]) -> Value:
+    """Ask until an answer can be read; `read` raises a ValueError that says why one cannot. Enter is the default."""
+
+    def value(answer: str) -> Value:
+        try:
+            return read(answer)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    return typer.prompt(question, default=default, value_proc=value)
+
+
+def _recipe(name: str) -> str:
+    if name not in (names := sorted(shipped_recipes())):
+        raise ValueError(f"there is no recipe {name!r}; {suggest(name, names)}")
+    return name
+
+
+def _gib(answer: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", answer):
+        raise ValueError(f"{answer!r} is no number of GiB")
+    return float(answer)
+
+
+def _count(answer: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", answer):
+        raise ValueError(f"{answer!r} is no number of GPUs")
+    return int(answer)
 
 
 def write_recipe(out: Path, answers: Answers) -> bool:
     """Write the recipe and print the estimate of its memory; returns whether that fits the card, where one is given.
 
     Raises:
-        UserError: the file exists, or the recipe would be refused; then nothing is written.
+        UserError: the recipe would be refused; then nothing is written.
     """
     from flashgrpo.doctor.verdict import print_estimate  # brings torch
     from flashgrpo.prompts import read_prompts
 
-    if out.exists():
-        raise UserError(f"{out} exists; name another file, or remove it")
     text = recipe_text(out, answers)
     config = RunConfig.parse(read_yaml(text), str(out))
     write_text(out, text)
