@@ -96,7 +96,9 @@ def test_init_writes_a_commented_recipe_that_can_be_read(tmp_path: Path):
     assert config.out == "runs/mine"
     same = ("model", "algorithm", "rollout", "optim", "evaluation", "parallel")
     assert all(getattr(config, part) == getattr(shipped, part) for part in same)
-    assert "# Flash-GRPO with two changes" in out.read_text("utf-8")
+    written = out.read_text("utf-8")
+    assert "# Flash-GRPO with two changes" in written
+    assert written.splitlines()[1].startswith("# Begun from the recipe tiny by `flashgrpo init`")
 
 
 @pytest.mark.usefixtures("counted")

@@ -156,6 +156,8 @@ def recipe_text(out: Path, answers: Answers) -> str:
     assert answers.model is not None
     text = shipped_recipes()[answers.model].read_text("utf-8")
     recipe = read_yaml(text)
+    origin = f"# Begun from the recipe {answers.model} by `flashgrpo init`, of whose runs the comments tell.\n"
+    text = re.sub(r"\A(# yaml-language-server.*\n)?", lambda head: head[0] + origin, text)
     text = _with_block(text, "out", f"out: {to_json(f'runs/{out.stem}')}\n")
     if answers.weights:
         text = re.sub(r"(?m)^  path: .*$", lambda _: f"  path: {to_json(answers.weights)}", text, count=1)
