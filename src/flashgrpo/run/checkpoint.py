@@ -146,7 +146,7 @@ def read_state(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has format {state['format']} and this version of flashgrpo reads {FORMAT}; "
             "take the version that wrote it"
         )
-    if state != signed(state):
+    if state != with_digest(state):
         raise UserError(f"checkpoint {path} is damaged: state.json has changed since it was written")
     return state
 
@@ -193,7 +193,7 @@ def path_of(folder: Path, update: int) -> Path:
     return folder / f"{update:06d}"
 
 
-def signed(state: Mapping[str, Any]) -> dict[str, Any]:
+def with_digest(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what state.json holds with the digest of the rest, by which a change is noticed."""
     known = {key: value for key, value in state.items() if key != "digest"}
     return {**known, "digest": hashlib.sha256(to_json(known, sort_keys=True).encode()).hexdigest()}

@@ -15,7 +15,7 @@ from flashgrpo.distributed.world import World, use_in_thread
 from flashgrpo.errors import UserError
 from flashgrpo.files import discard_aside, explain_os_errors, make_room_aside, publish, remove, write_json
 from flashgrpo.jsontext import to_json
-from flashgrpo.run.checkpoint import FORMAT, Progress, path_of, read_state, signed, updates
+from flashgrpo.run.checkpoint import FORMAT, Progress, path_of, read_state, updates, with_digest
 from flashgrpo.run.index import check_shards
 from flashgrpo.run.shards import Tensors, digests, flush_shards, own_part
 
@@ -76,7 +76,7 @@ class Writer:
             state = read_state(path)
         except UserError:
             return False
-        write_json(path / "state.json", signed({**state, "progress": asdict(progress)}), indent=2)
+        write_json(path / "state.json", with_digest({**state, "progress": asdict(progress)}), indent=2)
         _prune(self._folder, progress, self._keep)
         return True
 
@@ -149,7 +149,7 @@ def _seal(folder: Path, progress: Progress, world: World) -> None:
     names = world.on_main(written)
     state = {"format": FORMAT, "files": digests(folder, names, world), "progress": asdict(progress)}
     if world.is_main:
-        (folder / "state.json").write_text(to_json(signed(state), indent=2) + "\n", encoding="utf-8")
+        (folder / "state.json").write_text(to_json(with_digest(state), indent=2) + "\n", encoding="utf-8")
 
 
 def _prune(folder: Path, progress: Progress, keep: int) -> None:
