@@ -98,7 +98,7 @@ class Session:
             self.progress = self._as_evaluated(known)
             self.writer.resumed(replace(known, evaluated=self.progress.evaluated))
             more = f"is complete; updates={2 * known.update} goes on, another `out` begins anew"
-            done = known.update >= self.config.updates
+            done = known.update >= self.config.updates and not self._evaluation_due
             self.reporter.say(f"{folder} {more}" if done else f"continuing {folder} after update {known.update}")
         self._export_again()
         self.world.check_replicas(self.optimizer.weights())

@@ -282,7 +282,7 @@ def test_what_a_killed_process_left_is_cleared_away(make_run):
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_a_kill_in_an_evaluation_loses_no_update(finished, make_run, tmp_path, monkeypatch):
+def test_a_kill_in_an_evaluation_loses_no_update(finished, make_run, tmp_path, monkeypatch, capsys):
     """What a kill would have left is a copy, made in the evaluation of update 2, when its checkpoint is on disk."""
     _, uninterrupted = finished
     real, config = Evaluator.__call__, make_run("updates=6", "evaluation.videos=1", "checkpoint.every=100")
@@ -302,7 +302,12 @@ def test_a_kill_in_an_evaluation_loses_no_update(finished, make_run, tmp_path, m
             train(config)
     assert checkpoint.updates(left / "checkpoints") == [2]
     assert [line["update"] for line in read_lines(left / "evaluations.jsonl")] == [0]
-    train(RunConfig.load(left / "config.yaml", [f"out={left}"]))
+    train(RunConfig.load(left / "config.yaml", [f"out={left}", "updates=2", "tracking.progress=true"]))
+    assert [line["update"] for line in read_lines(left / "evaluations.jsonl")] == [0, 2]
+    said = "".join(capsys.readouterr())
+    assert "after update 2" in said
+    assert "is complete" not in said
+    train(RunConfig.load(left / "config.yaml", [f"out={left}", "updates=6"]))
     assert same(weights(left, 6), weights(uninterrupted, 6))
     assert without_seconds(left / "evaluations.jsonl") == without_seconds(uninterrupted / "evaluations.jsonl")
     assert checkpoint.read_progress(left / "checkpoints", 6).evaluated == (0, 2, 4, 6)
