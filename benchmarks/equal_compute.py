@@ -106,7 +106,13 @@ METHODS = {
     "mix-grpo": Method("mix-grpo", "1e-2", CPS, (*CPS, *SHORT_WALK), steady="6e-3"),
     "dance-grpo": Method("dance-grpo", "1e-2", (*CPS, *TWO_STEPS), (*CPS, *TWO_STEPS, *free(8))),
     "flow-dppo": Method("flow-dppo", "6e-3", (*CPS, *TWO_STEPS, "rollout.num_steps=10"), (*CPS, *TWO_STEPS, *free(6))),
-    "awm": Method("awm", "1e-2", dpm(14), dpm(4, *FEW_LEVELS), lean=dpm(4, "algorithm.score.times=4")),
+    "awm": Method(
+        "awm",
+        "1e-2",
+        dpm(14),
+        dpm(4, *FEW_LEVELS),
+        lean=dpm(4, "algorithm.score.times=4", "algorithm.score.draw=stratified"),
+    ),
     "v-grpo": Method(
         "v-grpo", "6e-3", dpm(10), dpm(4, "algorithm.score.times=1"), lean=dpm(4, "algorithm.score.times=3")
     ),
