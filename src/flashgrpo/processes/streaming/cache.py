@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flashgrpo.types import Latents
+
 KeysOrValues = Float[Tensor, "batch tokens heads head_dim"]
 
 
@@ -15,10 +17,14 @@ class Context:
     """Keys and values of some frames, (B, L, heads, head_dim) for each layer: what a block attends to beside itself.
 
     One row serves a batch of any size. Keys have their positions in them (rope).
+
+    Args:
+        frames: which frames they are of, for each row, where that is known.
     """
 
     keys: tuple[KeysOrValues, ...]
     values: tuple[KeysOrValues, ...]
+    frames: tuple[tuple[int, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -30,21 +36,50 @@ class Context:
         rows = slice(None) if len(self.keys[0]) == 1 else slice(number, number + 1)
         return Context(tuple(key[rows] for key in self.keys), tuple(value[rows] for value in self.values))
 
+    def tokens(self, part: slice) -> "Context":
+        """Return that of some tokens."""
+        return Context(tuple(key[:, part] for key in self.keys), tuple(value[:, part] for value in self.values))
+
     @staticmethod
     def stack(contexts: Sequence["Context"]) -> "Context":
         """Join contexts of equal length along the batch: a row for each branch."""
         return Context(
             tuple(torch.cat(layer) for layer in zip(*(context.keys for context in contexts), strict=True)),
             tuple(torch.cat(layer) for layer in zip(*(context.values for context in contexts), strict=True)),
+            tuple(frames for context in contexts for frames in context.frames),
         )
 
 
 @dataclass(frozen=True)
 class CachedBlock:
-    """The keys and values that one finished block wrote, layer by layer, and the frames that it is."""
+    """The keys and values that one finished block wrote, layer by layer, and the frames that it is.
+
+    Args:
+        latents: (B, C, F, H, W) of the block, where it will be written again.
+    """
 
     frames: range
     written: Context
+    latents: Latents | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.written.nbytes + (0 if self.latents is None else self.latents.nbytes)
+
+    def row(self, number: int) -> "CachedBlock":
+        """Return that of one row; where there is but one, of that."""
+        latents = self.latents
+        if latents is not None and len(latents) > 1:
+            latents = latents[number : number + 1]
+        return CachedBlock(self.frames, self.written.row(number), latents)
+
+    @staticmethod
+    def stack(blocks: Sequence["CachedBlock"]) -> "CachedBlock":
+        """Join blocks of the same frames along the batch."""
+        latents = [block.latents for block in blocks if block.latents is not None]
+        joined = torch.cat(latents) if latents else None
+        return CachedBlock(blocks[0].frames, Context.stack([block.written for block in blocks]), joined)
 
 
 @dataclass(frozen=True)
@@ -65,7 +100,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors; those that several caches share are counted in each."""
-        return sum(block.written.nbytes for block in self.blocks)
+        return sum(block.nbytes for block in self.blocks)
 
     @property
     def rows(self) -> int:
@@ -74,17 +109,14 @@ class KVCache:
 
     def row(self, number: int) -> "KVCache":
         """Return the cache of one video."""
-        return KVCache(tuple(CachedBlock(block.frames, block.written.row(number)) for block in self.blocks))
+        return KVCache(tuple(block.row(number) for block in self.blocks))
 
     @staticmethod
     def stack(caches: Sequence["KVCache"]) -> "KVCache":
         """Join caches of one row and the same frames along the batch; one of which all are the same serves as it is."""
         if all(cache is caches[0] for cache in caches):
             return caches[0]
-        blocks = zip(*(cache.blocks for cache in caches), strict=True)
-        return KVCache(
-            tuple(CachedBlock(each[0].frames, Context.stack([block.written for block in each])) for each in blocks)
-        )
+        return KVCache(tuple(map(CachedBlock.stack, zip(*(cache.blocks for cache in caches), strict=True))))
 
     def append(self, block: CachedBlock) -> "KVCache":
         """Return the cache with one block more, which begins where the last one ends."""
@@ -115,7 +147,15 @@ class KVCache:
         rows = max(len(context.keys[0]) for context, _ in pieces)
         keys = zip(*([layer[:, tokens] for layer in context.keys] for context, tokens in pieces), strict=True)
         values = zip(*([layer[:, tokens] for layer in context.values] for context, tokens in pieces), strict=True)
-        return Context(tuple(_joined(layer, rows) for layer in keys), tuple(_joined(layer, rows) for layer in values))
+        joined = (tuple(_joined(layer, rows) for layer in layers) for layers in (keys, values))
+        return Context(*joined, (tuple(frames),))
+
+    def contexts(self, frames: Sequence[Sequence[int]]) -> Context | None:
+        """Return the context of rows that attend to different frames, equally many each; see `context`."""
+        if len(frames) == 1 or not frames[0]:
+            return self.context(frames[0])
+        found = [self.row(number).context(of_row) for number, of_row in enumerate(frames)]
+        return Context.stack([context for context in found if context is not None])
 
 
 def _joined(pieces: Sequence[Tensor], rows: int) -> Tensor:

@@ -16,7 +16,7 @@ from flashgrpo.processes.calls import fixed_batches
 from flashgrpo.processes.streaming.drawing import Script, Stream, block_noise
 from flashgrpo.processes.streaming.model import StreamingModel
 from flashgrpo.processes.streaming.settings import Energy, Routing
-from flashgrpo.processes.streaming.source import Addend, Fork, Source, StreamState, routed_context, starts
+from flashgrpo.processes.streaming.source import Addend, Fork, Source, StreamState, starts
 from flashgrpo.seeds import keyed_bits
 from flashgrpo.types import Sample, index_rows, to_device
 
@@ -72,7 +72,7 @@ class RoutedBranches(Source):
         for _ in range(self.routing.blocks):
             window = self.model.window
             frames = [window.routed(stream.frame, route, self.routing.nearest) for route in routes]
-            context = routed_context(stream.cache, frames)
+            context = stream.cache.contexts(frames)
             _, predictions = stream.levels(context, stream.noise([fork.shared]))
             drawn.append(torch.stack(predictions, dim=1))
             stream = stream.followed_by(predictions[-1], context)

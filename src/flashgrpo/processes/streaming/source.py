@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from flashgrpo.process import Columns, Record
-from flashgrpo.processes.streaming.cache import Context, KVCache
+from flashgrpo.processes.streaming.cache import KVCache
 from flashgrpo.processes.streaming.drawing import BlockName, Script, Stream
 from flashgrpo.processes.streaming.model import StreamingModel
 from flashgrpo.types import Condition, Latents, Sample, index_rows
@@ -158,11 +158,3 @@ class Source(ABC):
         """Return a block of zeros."""
         channels, _, height, width = self.model.latent_shape
         return torch.zeros(1, channels, self.model.window.block, height, width, device=self.model.device)
-
-
-def routed_context(cache: KVCache, frames: Sequence[Sequence[int]]) -> Context | None:
-    """Return the context of rows that attend to different frames, equally many each."""
-    if not frames[0]:
-        return None
-    found = [cache.row(row).context(of_row) for row, of_row in enumerate(frames)]
-    return Context.stack([context for context in found if context is not None])
