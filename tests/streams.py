@@ -40,6 +40,7 @@ class StreamDouble:
 
     identity = "stream double"
     recomputes = False
+    renoises = True
     stride = 1
 
     def __init__(self):

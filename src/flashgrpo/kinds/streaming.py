@@ -12,16 +12,17 @@ from torch import nn
 from flashgrpo.config import RunConfig
 from flashgrpo.distributed.live import highest, size_of
 from flashgrpo.distributed.world import World
+from flashgrpo.errors import UserError
 from flashgrpo.files import resolve_path
 from flashgrpo.models.causal_wan import CausalWan, load_causal_wan
 from flashgrpo.models.load import META, Say
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.process import Cost
-from flashgrpo.processes.streaming.cache import Context, KVCache
+from flashgrpo.processes.streaming.cache import KVCache
 from flashgrpo.processes.streaming.cost import recorded_blocks, update_cost
 from flashgrpo.processes.streaming.process import StreamingProcess
 from flashgrpo.processes.streaming.scenes import scenes_of, texts_of
-from flashgrpo.processes.streaming.settings import StreamExplore, StreamRollout, StreamScore
+from flashgrpo.processes.streaming.settings import OneLevel, Routing, StreamExplore, StreamRollout, StreamScore
 from flashgrpo.processes.streaming.window import Window
 from flashgrpo.types import Condition, Prompt
 
@@ -35,8 +36,9 @@ def make_process(
     every = [scene for prompt in prompts for scene in texts_of(prompt)]
     generator = config.model.generator and Path(resolve_path(config.model.generator))
     model = load_causal_wan(config.model, world, config.seed, every, keep, say, rollout.window, generator or None)
+    _check_explorer(config, model)
     for prompt in prompts:  # a switch that cannot be is refused before anything is drawn
-        scenes_of(prompt, model.latent_shape[1], rollout.block, model.stride)
+        scenes_of(prompt, model.latent_shape[1], rollout.window, model.stride)
     batch, whole = config.optim.micro_batch, _whole(config)
     return StreamingProcess(model, *_chosen(config), rollout, batch, credit.anchored, whole, world)
 
@@ -44,6 +46,7 @@ def make_process(
 def planned_cost(config: RunConfig, update: int) -> Cost:
     """Return what an update will cost, before weights are loaded."""
     model = _weightless(config.model, _rollout(config).window)
+    _check_explorer(config, model)
     return update_cost(
         *_chosen(config),
         _rollout(config),
@@ -126,17 +129,19 @@ class StreamMemory:
         channels, _, height, width = model.latent_shape
         x = torch.zeros(rows, channels, block, height, width, device=META)
         condition = Condition({n: t.expand(rows, *t.shape[1:]) for n, t in model.nothing().tensors.items()})
-        written = model.commit(KVCache(), x[:1], None, model.nothing()).blocks[0].written
-        repeats = -(-(window.frames - block) // block)
-        keys, values = (tuple(torch.cat([t] * repeats, dim=1) for t in s) for s in (written.keys, written.values))
-        context = Context(keys, values)
+        cache = KVCache()
+        while cache.end < min(window.frames, model.latent_shape[1]) - block:
+            first = x[:1, :, : window.size(cache.end)]
+            cache = model.commit(cache, first, cache.context(range(cache.end)), model.nothing())
+        context = cache.context(range(cache.end))
 
         def call() -> None:
-            v = model.velocity(x, 1.0, window.frames, context if repeats else None, condition)
+            v = model.velocity(x, 1.0, cache.end, context, condition)
             if backward:
                 v.square().mean().backward()
 
-        outside = [*self.network.parameters(), x, *condition.tensors.values(), *context.keys, *context.values]
+        outside = [*self.network.parameters(), x, *condition.tensors.values()]
+        outside += [] if context is None else [*context.keys, *context.values]
         return highest(call, outside, backward)
 
 
@@ -146,6 +151,21 @@ memory = StreamMemory
 def _rollout(config: RunConfig) -> StreamRollout:
     assert isinstance(config.rollout, StreamRollout)
     return config.rollout
+
+
+def _check_explorer(config: RunConfig, model: CausalWan) -> None:
+    """Refuse an explorer that a model gives nothing to explore, or one whose branches would see unlike past."""
+    explore, path = config.algorithm.explore, config.model.path
+    if isinstance(explore, OneLevel) and not model.renoises:
+        raise UserError(
+            f"algorithm.explore: {path} draws a block without noise between its levels, so one-level has nothing to "
+            "draw; take algorithm.explore.kind=routing (preset kvpo)"
+        )
+    if isinstance(explore, Routing) and explore.nearest < (least := model.in_full + model.window.block):
+        raise UserError(
+            f"algorithm.explore.nearest: {path} looks at its last {model.in_full} frames in full, and at older ones in "
+            f"large patches, which alone may be routed; with the block's own {least} or more"
+        )
 
 
 def _whole(config: RunConfig) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from flashgrpo.errors import UserError
-from flashgrpo.models.families import FAMILIES, guidance_kind, refusal
+from flashgrpo.models.families import FAMILIES, STREAMING, guidance_kind, refusal
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.processes.flow.choices import GuidanceKind
 
@@ -64,7 +64,7 @@ class Architecture:
         family = content.get("_class_name")
         if not isinstance(family, str):
             raise UserError(f"model.path: {index} is no readable model_index.json")
-        if family not in FAMILIES:
+        if family not in (*FAMILIES, *STREAMING):
             raise UserError(f"model.path: {folder} is a {refusal(family)}")
         components = {}
         for name in BUILT:

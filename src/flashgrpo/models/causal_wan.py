@@ -4,6 +4,7 @@
 |---|---|
 | a folder of Wan text to video with one transformer, trained to stream | `load_causal_wan(config, ...)` |
 | Self-Forcing, LongLive and relatives: one file, beside Wan 2.1's folder | `generator=Path("self_forcing_dmd.pt")` |
+| AnyFlow-FAR, whose transformer is Wan's with two times and two sizes of patches | `load_causal_wan(config, ...)` |
 
 A block is drawn from the past frames that its window names (`Window`), or from others: which frames a call attends to
 is an argument of the call. The parts are in `models/causal/` and `processes/streaming/`.
@@ -19,10 +20,13 @@ from torch import Tensor, nn
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
+from flashgrpo.models.architectures import Architecture
 from flashgrpo.models.causal.checkpoint import GeneratorSource
 from flashgrpo.models.causal.decoder import DecoderState, StreamDecoder
+from flashgrpo.models.causal.flow_map import FarNetwork
 from flashgrpo.models.causal.network import CausalNetwork
 from flashgrpo.models.conditions import fingerprint
+from flashgrpo.models.families import STREAMING
 from flashgrpo.models.load import fast_dtype, find_architecture
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.source import Source
@@ -45,16 +49,25 @@ class CausalWan:
         levels: noise levels that a block is drawn at, the first is 1.
         latent_shape: (C, F, H, W) of a whole video.
         stride: video frames of a latent frame, but for the first, which has one.
+        renoises: whether a prediction is noised again between levels.
+        in_full: last frames before a block that are cached in another way than older ones; 0 where all are alike.
     """
 
     def __init__(self, wan: WanModel, window: Window, file: Path | None = None) -> None:
         self._wan = wan
         self._file = file
         self.window = window
-        self.levels = shifted_levels(SHIFT if wan.config.shift is None else wan.config.shift)
+        is_far = wan.source.architecture.family in STREAMING
+        own = wan.pipeline.scheduler.config.shift if is_far else SHIFT
+        self.levels = shifted_levels(own if wan.config.shift is None else wan.config.shift)
         self.latent_shape = wan.latent_shape
         self.stride = int(wan.pipeline.vae.config.scale_factor_temporal)
-        self._causal = CausalNetwork(wan.network, wan.dtype)
+        self._causal: CausalNetwork | FarNetwork
+        self._causal = (
+            FarNetwork(wan.network, self.levels, wan.dtype) if is_far else CausalNetwork(wan.network, wan.dtype)
+        )
+        self.renoises = self._causal.renoises
+        self.in_full = self._causal.in_full * window.block
         self._decoder = StreamDecoder(wan.pipeline.vae)
 
     @property
@@ -118,7 +131,7 @@ class CausalWan:
     def commit(self, cache: KVCache, x0: Latents, context: Context | None, condition: Condition) -> KVCache:
         """Return the cache with a finished block behind its last: what it writes at exactly sigma 0, without noise."""
         self._wan.part("transformer")
-        return cache.append(self._causal.commit(x0, cache.end, context, condition.tensors["text"]))
+        return self._causal.commit(cache, x0, context, condition.tensors["text"])
 
     def recache(self, cache: KVCache, x0: Latents, condition: Condition) -> KVCache:
         """Return the cache with its last frames written anew, under another prompt.
@@ -129,19 +142,18 @@ class CausalWan:
         Args:
             x0: (B, C, F, H, W), the latents of the cache's last F frames, whole blocks; `window.frames` as published.
         """
-        first = cache.end - x0.shape[2]
+        window, first = self.window, cache.end - x0.shape[2]
         renewed = cache.before(first)
         assert renewed.end == first, f"frame {first} is in the middle of a block"
-        for block in x0.split(self.window.block, dim=2):
+        for block in x0.split([window.size(f) for f in window.starts(cache.end) if f >= first], dim=2):
             seen = [f for f in self.window.past(renewed.end) if f >= first or f < min(first, self.window.sink)]
             renewed = self.commit(renewed, block, renewed.context(seen), condition)
         return renewed
 
     def cache_bytes(self, frames: int) -> int:
         """Count the bytes of keys and values of that many latent frames of one video."""
-        sizes, per_frame = self._causal.network.config, self._wan.tokens() // self.latent_shape[1]
-        width = sizes.num_attention_heads * sizes.attention_head_dim
-        return 2 * sizes.num_layers * frames * per_frame * width * self._wan.dtype.itemsize
+        channels, _, height, width = self.latent_shape
+        return self._causal.cache_bytes(frames, self.window.block, (channels, height, width))
 
     def decode(self, latents: Latents, state: DecoderState | None = None) -> tuple[Videos, DecoderState]:
         """Decode the next latent frames to the next frames (B, F, 3, H, W) in [0, 1]; see `StreamDecoder`."""
@@ -185,15 +197,8 @@ def load_causal_wan(
     window = window or Window()
     if config.vae_dtype == "auto":
         config = config.model_copy(update={"vae_dtype": fast_dtype(world.device)})
-    for name in WITHOUT:
-        if getattr(config, name) != ModelConfig.model_fields[name].default:
-            raise UserError(f"model.{name}: a streaming model has no use for it; leave it out")
-    if world.context > 1:
-        raise UserError("parallel.context: a streaming model's blocks are too short to be split; leave it out")
     architecture, folder = find_architecture(config)
-    several = architecture.has("transformer_2") or architecture.settings.get("expand_timesteps")
-    if architecture.family != "WanPipeline" or several:
-        raise UserError(f"model.path: {config.path} does not stream; Wan text-to-video with one transformer does")
+    _check(config, world, window, architecture, generator)
     source: Source
     if generator is not None and not config.random_init:
         source = GeneratorSource(architecture, folder, config, generator)
@@ -201,11 +206,38 @@ def load_causal_wan(
         empty = world.device.type == "meta"
         source = Source(architecture, None if config.random_init else folder, config, empty=empty)
     wan = WanModel(source, config, world, seed, prompts, keep_reference, say)
-    if (frames := wan.latent_shape[1]) % window.block:
-        whole = max(1, round(frames / window.block)) * window.block
-        fits = 1 + (whole - 1) * wan.pipeline.vae.config.scale_factor_temporal
+    if window.whole(frames := wan.latent_shape[1]) != frames:
+        near = [window.next_start(frames), window.whole(frames)]
+        nearest = min((end for end in near if end), key=lambda end: abs(end - frames))
+        fits = 1 + (nearest - 1) * wan.pipeline.vae.config.scale_factor_temporal
+        behind = f" behind one of {window.first}" if window.first else ""
         raise UserError(
-            f"model.num_frames: {config.num_frames} are {frames} latent frames, no whole blocks of {window.block}; "
-            f"the nearest that fits is {fits}"
+            f"model.num_frames: {config.num_frames} are {frames} latent frames, no whole blocks of {window.block}"
+            f"{behind}; the nearest that fits is {fits}"
         )
     return CausalWan(wan, window, generator)
+
+
+def _check(
+    config: ModelConfig, world: World, window: Window, architecture: Architecture, generator: Path | None
+) -> None:
+    """Refuse what does not stream, before anything is loaded."""
+    for name in WITHOUT:
+        if getattr(config, name) != ModelConfig.model_fields[name].default:
+            raise UserError(f"model.{name}: a streaming model has no use for it; leave it out")
+    if world.context > 1:
+        raise UserError("parallel.context: a streaming model's blocks are too short to be split; leave it out")
+    several = architecture.has("transformer_2") or architecture.settings.get("expand_timesteps")
+    if architecture.family not in ("WanPipeline", *STREAMING) or several:
+        names = ", ".join(family.name for family in STREAMING.values())
+        raise UserError(
+            f"model.path: {config.path} does not stream; Wan text-to-video with one transformer does, and {names}"
+        )
+    if generator is not None and architecture.family in STREAMING:
+        raise UserError(f"model.generator: {config.path} has a generator of its own; leave it out")
+    first, block = architecture.of("transformer").get("chunk_partition", (window.size(0), window.block))[:2]
+    if (window.size(0), window.block) != (first, block):
+        raise UserError(
+            f"rollout.block: {config.path} was trained to draw {first} latent frame and then {block} at a time; set "
+            f"rollout.first_block={first} rollout.block={block}"
+        )

@@ -87,6 +87,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 """By the class that a checkpoint's model_index.json names."""
 
+STREAMING: Mapping[str, Family] = {
+    "AnyFlowFARPipeline": Family("AnyFlow-FAR", "causal_wan", "CausalWan", "text to streaming video", "UMT5", "none"),
+}
+"""Those that draw a video block by block, and nothing else; Wan's transformer may be trained to do so, too."""
+
 REFUSED: Mapping[str, str] = {
     "SkyReelsV2DiffusionForcingPipeline": "each of its frames has a noise level of its own",
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": "each of its frames has a noise level of its own",
@@ -104,7 +109,7 @@ REFUSED: Mapping[str, str] = {
 def refusal(pipeline: str) -> str:
     """Say why a pipeline is not taken, and which are."""
     reason = f" ({REFUSED[pipeline]})" if pipeline in REFUSED else ""
-    return f"{pipeline}, which is not supported{reason}; supported are {', '.join(FAMILIES)}"
+    return f"{pipeline}, which is not supported{reason}; supported are {', '.join((*FAMILIES, *STREAMING))}"
 
 
 def guidance_kind(pipeline: str, transformer: Mapping[str, Any], settings: Mapping[str, Any]) -> GuidanceKind:

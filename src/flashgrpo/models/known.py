@@ -190,6 +190,14 @@ KNOWN: Mapping[str, Architecture] = {
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _wan(
         "WanImageToVideoPipeline", _WAN_14B_IMAGE, experts=2, shift=5.0, boundary_ratio=0.9
     ),
+    "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers": Architecture(
+        "AnyFlowFARPipeline",
+        {
+            "transformer": ("AnyFlowFARTransformer3DModel", _WAN_1B),  # whose other sizes are those of its class
+            "vae": ("AutoencoderKLWan", {}),
+            "scheduler": ("FlowMapEulerDiscreteScheduler", {"shift": 5.0}),
+        },
+    ),
     **{
         f"Skywork/SkyReels-V2-{task}-14B-{size}-Diffusers": _wan(family, sizes, shift=1.0, kind=_SKYREELS)
         for task, family, sizes in (

@@ -12,7 +12,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError, first_line, shorten
 from flashgrpo.files import resolve_path
 from flashgrpo.models.architectures import Architecture
-from flashgrpo.models.families import FAMILIES
+from flashgrpo.models.families import FAMILIES, STREAMING
 from flashgrpo.models.known import KNOWN
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.processes.flow.choices import branches_of
@@ -48,6 +48,10 @@ def load_model(
     if config.vae_dtype == "auto":
         config = config.model_copy(update={"vae_dtype": fast_dtype(world.device)})
     architecture, folder = find_architecture(config)
+    if architecture.family in STREAMING:
+        raise UserError(
+            f"model.path: {config.path} draws a video block by block; take an algorithm for that, such as kvpo"
+        )
     if config.from_image and architecture.family != "WanImageToVideoPipeline":
         if not architecture.settings.get("expand_timesteps"):
             raise UserError(f"model.from_image: {config.path} makes videos from text only; leave it out")

@@ -70,7 +70,7 @@ def streamed(network: CausalNetwork, blocks: list[torch.Tensor], pasts: Sequence
     for x, past in zip(blocks, pasts, strict=True):
         context = cache.context(past)
         parts.append(network.velocity(x, 0.0, cache.end, context, TEXT))
-        cache = cache.append(network.commit(x, cache.end, context, TEXT))
+        cache = network.commit(cache, x, context, TEXT)
     return torch.cat(parts, dim=2)
 
 
@@ -119,7 +119,7 @@ def test_one_masked_pass_is_what_the_cache_gives(transformer, blocks):
     for level, x in zip(sigma.tolist(), blocks, strict=True):
         context = cache.context(window.past(cache.end))
         parts.append(network.velocity(x + 1, level, cache.end, context, TEXT))
-        cache = cache.append(network.commit(x, cache.end, context, TEXT))
+        cache = network.commit(cache, x, context, TEXT)
     clean, noisy = torch.cat(blocks, dim=2), torch.cat([x + 1 for x in blocks], dim=2)
     mask = frames_mask([window.past(3 * number) for number in range(BLOCKS)])
     past = mask & ~torch.block_diag(*[torch.ones(3, 3, dtype=torch.bool)] * BLOCKS)
@@ -133,16 +133,16 @@ def test_one_masked_pass_is_what_the_cache_gives(transformer, blocks):
 def test_a_commit_is_the_call_at_sigma_0(transformer, blocks):
     """What it writes is what any call at level 0 on the same block would; nothing is noised and nothing is drawn."""
     network = CausalNetwork(transformer)
-    first = network.commit(blocks[0], 0, None, TEXT)
-    context, state = KVCache((first,)).context((0, 1, 2)), torch.get_rng_state()
-    one, two = (network.commit(blocks[1], 3, context, TEXT) for _ in range(2))
+    cache = network.commit(KVCache(), blocks[0], None, TEXT)
+    context, state = cache.context((0, 1, 2)), torch.get_rng_state()
+    one, two = (network.commit(cache, blocks[1], context, TEXT).blocks[-1] for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert one.frames == range(3, 6)
     pairs = zip((*one.written.keys, *one.written.values), (*two.written.keys, *two.written.values), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     seen = []
     hook = transformer.condition_embedder.timesteps_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    network.commit(blocks[1], 3, context, TEXT)
+    network.commit(cache, blocks[1], context, TEXT)
     hook.remove()
     assert torch.equal(seen[0], torch.zeros(2))
 
@@ -156,11 +156,11 @@ def test_commits_have_no_gradient_and_velocities_have_one(transformer, blocks):
     network = CausalNetwork(transformer)
 
     def gradient() -> list[torch.Tensor]:
-        cache = KVCache().append(network.commit(blocks[0], 0, None, TEXT))
+        cache = network.commit(KVCache(), blocks[0], None, TEXT)
         context = cache.context((0, 1, 2))
         assert not any(key.requires_grad for key in context.keys)
         loss = network.velocity(blocks[1], 0.625, 3, context, TEXT).square().mean()
-        network.commit(blocks[2], 3, None, TEXT)
+        network.commit(cache, blocks[2], None, TEXT)
         return list(torch.autograd.grad(loss, list(trained_parameters(transformer).values())))
 
     plain = gradient()
@@ -175,7 +175,7 @@ def test_one_row_of_the_past_serves_a_batch_and_rows_may_differ(transformer, blo
     cache, text = KVCache(), TEXT[:1]
     for x in blocks[:4]:
         context = cache.context(EVERYTHING.past(cache.end))
-        cache = cache.append(network.commit(x[:1], cache.end, context, text))
+        cache = network.commit(cache, x[:1], context, text)
     one, other = cache.context((0, 4, 11)), cache.context((0, 7, 11))
     x = blocks[4]
     shared = network.velocity(x, 0.5, 12, one, text.expand(2, -1, -1))
@@ -197,7 +197,7 @@ def test_the_cost_of_a_block_does_not_grow_once_the_window_is_full(transformer, 
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             network.velocity(blocks[0], 0.5, cache.end, context, TEXT)
         operations.append(counter.get_total_flops())
-        cache = cache.append(network.commit(blocks[number % BLOCKS], cache.end, context, TEXT))
+        cache = network.commit(cache, blocks[number % BLOCKS], context, TEXT)
         cache = cache.only(window.past(cache.end))
         kept.append(cache.nbytes)
     assert operations[0] < operations[1] < operations[2]

@@ -184,13 +184,13 @@ def test_prompts_that_switch_are_drawn_and_scored_and_never_inside_of_a_fork():
 )
 def test_a_switch_that_cannot_be_is_refused_with_the_nearest_that_can(switches, sentence):
     with pytest.raises(UserError) as error:
-        scenes_of(Prompt("a", {"switches": switches}), 24, 3, 4)
+        scenes_of(Prompt("a", {"switches": switches}), 24, Window(), 4)
     assert sentence in str(error.value)
 
 
 def test_scenes_have_the_columns_of_their_own_entry():
     switch = {"frame": 45, "prompt": "b", "color": "red"}
-    first, second = scenes_of(Prompt("a", {"color": "blue", "shape": "x", "switches": [switch]}), 24, 3, 4)
+    first, second = scenes_of(Prompt("a", {"color": "blue", "shape": "x", "switches": [switch]}), 24, Window(), 4)
     assert (first.start, first.prompt) == (0, Prompt("a", {"color": "blue", "shape": "x"}))
     assert (second.start, second.prompt) == (12, Prompt("b", {"color": "red", "shape": "x"}))
 

@@ -5,6 +5,7 @@ leads from level t to r. Blocks look at the last ones in full, and at older ones
 a block is finished, those behind it are written again as that makes them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashgrpo.models.causal.network import TRAINING_TIMESTEPS, Written, context_of
+from flashgrpo.models.causal.network import TRAINING_TIMESTEPS, Written, bytes_of_token, context_of, tokens_of
 from flashgrpo.processes.streaming.cache import CachedBlock, Context, KVCache
 from flashgrpo.types import Latents
 
@@ -101,9 +102,7 @@ class FarAttention:
         for size in call.pieces or (query.shape[1],):
             stop = before + first + size
             zeros = 0 if call.pieces else -size % FILLED
-            attended.append(
-                self._attend(query[:, first : first + size], key[:, :stop], value[:, :stop], zeros)
-            )
+            attended.append(self._attend(query[:, first : first + size], key[:, :stop], value[:, :stop], zeros))
             first += size
         joined = torch.cat(attended, dim=1).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](joined))
@@ -123,6 +122,8 @@ class FarNetwork:
         dtype: that its inputs are cast to.
     """
 
+    renoises = False
+
     def __init__(self, network: Any, levels: Sequence[float], dtype: torch.dtype = torch.float32) -> None:
         self.network = network
         self.dtype = dtype
@@ -139,8 +140,8 @@ class FarNetwork:
         return int(self._rope.rope.max_seq_len)
 
     @property
-    def rewritten(self) -> int:
-        """Last blocks that are written again when one more is finished: but for the first of as many, in full."""
+    def in_full(self) -> int:
+        """Finished blocks that the next one looks at in full: the last ones, which are written again behind it."""
         return int(self.network.config.full_chunk_limit) - 1
 
     def velocity(
@@ -163,7 +164,7 @@ class FarNetwork:
 
         All that is written attends to what the finished block attended to, as far as it is older.
         """
-        count = max(0, len(cache.blocks) - self.rewritten)
+        count = max(0, len(cache.blocks) - self.in_full)
         while count < len(cache.blocks) and cache.blocks[count].latents is None:
             count += 1  # in large patches already
         older, again = KVCache(cache.blocks[:count]), cache.blocks[count:]
@@ -171,7 +172,7 @@ class FarNetwork:
         blocks = [*past, x0]
         begins = [block.frames.start for block in again] + [cache.end]
         seen = context.frames if context is not None else ((),)
-        large = max(0, len(blocks) - self.rewritten)
+        large = max(0, len(blocks) - self.in_full)
         written: Written = {}
         sizes = self._tokens(x0, [block.shape[2] for block in blocks], large)
         call = FarCall(
@@ -195,9 +196,16 @@ class FarNetwork:
 
     def _tokens(self, x0: Latents, frames: Sequence[int], large: int) -> list[int]:
         """Return how many tokens the blocks have, of which the first `large` are in large patches."""
-        config, (height, width) = self.network.config, x0.shape[3:]
+        config, shape = self.network.config, x0.shape[1:2] + x0.shape[3:]
         patches = [config.compressed_patch_size if i < large else config.patch_size for i in range(len(frames))]
-        return [n * (height // p[1]) * (width // p[2]) for n, p in zip(frames, patches, strict=True)]
+        return [count * tokens_of(patch, shape) for count, patch in zip(frames, patches, strict=True)]
+
+    def cache_bytes(self, frames: int, block: int, shape: tuple[int, int, int]) -> int:
+        """Count the bytes that a cache keeps of so many frames of one video; see `CausalNetwork`."""
+        config, in_full = self.network.config, min(frames, self.in_full * block)
+        small, large = (tokens_of(patch, shape) for patch in (config.patch_size, config.compressed_patch_size))
+        keys_and_values = (in_full * small + (frames - in_full) * large) * bytes_of_token(self.network, self.dtype)
+        return keys_and_values + in_full * math.prod(shape) * 4  # and latents, to write them again from
 
     def _called(
         self, call: FarCall, x: Latents, t: float, r: float, blocks: list[int], writes: bool, text: Tensor

@@ -5,6 +5,7 @@ attend to and where its keys and values are to go (`Call`), so blocks that are c
 what they had.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from flashgrpo.processes.streaming.cache import CachedBlock, Context
+from flashgrpo.processes.streaming.cache import CachedBlock, Context, KVCache
 from flashgrpo.types import Latents
 
 Written = dict[int, tuple[Tensor, Tensor]]
@@ -105,13 +106,30 @@ def context_of(written: Written) -> Context:
     return Context(keys, values)
 
 
+def tokens_of(patch: Sequence[int], shape: Sequence[int]) -> int:
+    """Count the tokens of a latent frame (C, H, W)."""
+    return int((shape[1] // patch[1]) * (shape[2] // patch[2]))
+
+
+def bytes_of_token(network: Any, dtype: torch.dtype) -> int:
+    """Count the bytes of a token's keys and values in all layers."""
+    sizes = network.config
+    return int(2 * sizes.num_layers * sizes.num_attention_heads * sizes.attention_head_dim * dtype.itemsize)
+
+
 class CausalNetwork:
     """Calls of a Wan transformer for blocks of frames.
 
     Args:
         network: a `WanTransformer3DModel`, which this gives other self-attention processors and another rope.
         dtype: that its inputs are cast to.
+
+    Attributes:
+        renoises: whether a prediction is noised again between levels.
+        in_full: last finished blocks that are cached in another way than older ones.
     """
+
+    renoises, in_full = True, 0
 
     def __init__(self, network: Any, dtype: torch.dtype = torch.float32) -> None:
         self.network = network
@@ -146,12 +164,22 @@ class CausalNetwork:
         return self._called(Call(positions, context), x, torch.full((len(x),), sigma, device=x.device), text)
 
     @torch.no_grad()
-    def commit(self, x0: Latents, start: int, context: Context | None, text: Tensor) -> CachedBlock:
-        """Run a finished block once more, at exactly sigma 0 and without noise, and return what it writes."""
-        positions = torch.arange(start, start + x0.shape[2], device=x0.device)
+    def commit(self, cache: KVCache, x0: Latents, context: Context | None, text: Tensor) -> KVCache:
+        """Return the cache with a finished block, run once more at exactly sigma 0 and without noise."""
+        frames = range(cache.end, cache.end + x0.shape[2])
+        positions = torch.arange(frames.start, frames.stop, device=x0.device)
         written: Written = {}
         self._called(Call(positions, context, written), x0, torch.zeros(len(x0), device=x0.device), text)
-        return CachedBlock(range(start, start + x0.shape[2]), context_of(written))
+        return cache.append(CachedBlock(frames, context_of(written)))
+
+    def cache_bytes(self, frames: int, block: int, shape: tuple[int, int, int]) -> int:
+        """Count the bytes that a cache keeps of so many frames of one video.
+
+        Args:
+            block: frames of a block.
+            shape: (C, H, W) of a latent frame.
+        """
+        return frames * tokens_of(self.network.config.patch_size, shape) * bytes_of_token(self.network, self.dtype)
 
     def masked(
         self,
@@ -168,8 +196,7 @@ class CausalNetwork:
         Args:
             mask: true where a frame (row) attends to a frame (column).
         """
-        patch_height, patch_width = self.network.config.patch_size[1:]
-        per_frame = (x.shape[3] // patch_height) * (x.shape[4] // patch_width)
+        per_frame = tokens_of(self.network.config.patch_size, x.shape[1:2] + x.shape[3:])
         tokens = mask.repeat_interleave(per_frame, 0).repeat_interleave(per_frame, 1)
         return self._called(Call(positions, mask=tokens), x, sigma.repeat_interleave(per_frame, 1), text)
 

@@ -147,8 +147,8 @@ class KVCache:
         rows = max(len(context.keys[0]) for context, _ in pieces)
         keys = zip(*([layer[:, tokens] for layer in context.keys] for context, tokens in pieces), strict=True)
         values = zip(*([layer[:, tokens] for layer in context.values] for context, tokens in pieces), strict=True)
-        joined = (tuple(_joined(layer, rows) for layer in layers) for layers in (keys, values))
-        return Context(*joined, (tuple(frames),))
+        joined = [tuple(_joined(layer, rows) for layer in layers) for layers in (keys, values)]
+        return Context(joined[0], joined[1], (tuple(frames),))
 
     def contexts(self, frames: Sequence[Sequence[int]]) -> Context | None:
         """Return the context of rows that attend to different frames, equally many each; see `context`."""

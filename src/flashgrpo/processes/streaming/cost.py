@@ -53,12 +53,13 @@ def update_cost(
         uses: how often each unit will be replayed.
         recomputes: whether a backward pass computes the network's blocks again.
     """
-    places = explore.places(frames, rollout.window, levels)
+    window = rollout.window
+    places = explore.places(frames, window, levels)
     size, drawn = rollout.group_size, 0
     for group in range(rollout.prompts):
         frame, level = place_of(places, seed, update, group)
-        before, shared = frame // rollout.block, explore.shared_levels(level)
-        blocks = (drawn_until(frame, explore, rollout.block, frames, whole) - frame) // rollout.block
+        before, shared = window.begun(frame), explore.shared_levels(level)
+        blocks = window.begun(drawn_until(frame, explore, window.block, frames, whole)) - before
         rest = blocks * (levels + 1) - 1
         drawn += before * (levels + 1) + shared + size * (rest - shared) + anchored * rest
     scored, graded = replay_calls(explore, score, levels)

@@ -20,9 +20,9 @@ def decode(model: StreamingModel, latents: Latents, frames: int | None = None) -
         last = min(last, 1 + -(-max(0, frames - 1) // model.stride))
     latents = latents[:, :, :last]
     parts: dict[int, Tensor] = {}
-    for rows in _families(latents, model.window.block):
+    for rows in _families(latents, model.window.size(0)):
         own = latents[rows]
-        shared = _shared_frames(own, model.window.block)
+        shared = model.window.whole(_shared_frames(own))
         videos, state = [], None
         if shared:
             once, state = model.decode(own[:1, :, :shared])
@@ -34,11 +34,11 @@ def decode(model: StreamingModel, latents: Latents, frames: int | None = None) -
     return torch.stack([parts[row] for row in range(len(latents))])
 
 
-def _families(latents: Latents, block: int) -> list[list[int]]:
+def _families(latents: Latents, first: int) -> list[list[int]]:
     """Return the rows that begin alike, bit for bit, in the order of their first."""
     families: list[list[int]] = []
     for row in range(len(latents)):
-        alike = (own for own in families if torch.equal(latents[own[0], :, :block], latents[row, :, :block]))
+        alike = (own for own in families if torch.equal(latents[own[0], :, :first], latents[row, :, :first]))
         family = next(alike, None)
         if family is None:
             families.append([row])
@@ -47,10 +47,9 @@ def _families(latents: Latents, block: int) -> list[list[int]]:
     return families
 
 
-def _shared_frames(latents: Latents, block: int) -> int:
-    """Return for how many frames, whole blocks, all rows are alike; 0 of a single row."""
+def _shared_frames(latents: Latents) -> int:
+    """Return for how many frames all rows are alike; 0 of a single row."""
     if len(latents) == 1:
         return 0
     equal: Sequence[bool] = (latents == latents[:1]).all(dim=1).flatten(2).all(dim=2).all(dim=0).tolist()
-    shared = equal.index(False) if False in equal else len(equal)
-    return shared // block * block
+    return equal.index(False) if False in equal else len(equal)

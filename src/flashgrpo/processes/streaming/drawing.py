@@ -9,6 +9,7 @@ from torch import Tensor
 from flashgrpo.processes.streaming.cache import Context, KVCache
 from flashgrpo.processes.streaming.levels import walk_levels
 from flashgrpo.processes.streaming.model import StreamingModel
+from flashgrpo.processes.streaming.window import Window
 from flashgrpo.seeds import Name, normal
 from flashgrpo.types import Condition, Latents, to_device
 
@@ -16,6 +17,8 @@ BlockName = Callable[[int, int], Name]
 """(first frame of a block, number of its level) -> name of the noise that is added there."""
 Levels = tuple[list[Latents], list[Latents]]
 """The noisy inputs and the predictions of a block, level by level."""
+Noise = Sequence[Tensor | None]
+"""Of a block, level by level; the first has some."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class Script:
             ends: whether nothing is drawn behind them.
         """
         window = model.window
-        blocks = (last - first) // window.block
+        blocks = window.begun(last) - window.begun(first)
         committed = blocks - (ends and blocks > 0)
-        anew = sum(min(window.frames, start) // window.block for start in self.starts if first < start < last)
+        anew = sum(renewed_blocks(window, start) for start in self.starts if first < start < last)
         return blocks * len(model.levels) + committed + anew
 
 
@@ -107,8 +110,7 @@ class Stream:
         scene = self.script.scene(self.frame)
         if scene == self.scene:
             return self
-        window = self.model.window
-        recent = self.latents[:, :, -(window.frames // window.block * window.block) :]
+        recent = self.latents[:, :, self.model.window.recent(self.frame) - self.forgotten :]
         if self.cache.rows == 1:
             recent = recent[:1]  # all rows are alike
         cache = self.model.recache(self.cache, recent, self.condition(len(recent)))
@@ -123,21 +125,21 @@ class Stream:
         """Return what the next block attends to, un-routed."""
         return self.cache.context(self.model.window.past(self.frame))
 
-    def levels(
-        self, context: Context | None, noise: Sequence[Tensor], first: int = 0, until: int | None = None
-    ) -> Levels:
+    def levels(self, context: Context | None, noise: Noise, first: int = 0, until: int | None = None) -> Levels:
         """Draw the next block at its levels from number `first` on, from noise (B, C, block, H, W) of each.
 
         Args:
             noise: the input at level `first`, and what is added at each later level.
             until: number of the first level that is not drawn.
         """
-        condition = self.condition(len(noise[0]))
+        begin, *renoise = noise
+        assert begin is not None, "the first level has noise"
+        condition = self.condition(len(begin))
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return self.model.velocity(x, sigma, self.frame, context, condition)
 
-        walk = walk_levels(velocity, noise[0], noise[1:], self.model.levels[first:until])
+        walk = walk_levels(velocity, begin, renoise, self.model.levels[first:until])
         inputs, predictions = zip(*walk, strict=True)
         return list(inputs), list(predictions)
 
@@ -162,16 +164,22 @@ class Stream:
             stream = stream.followed_by(predictions[-1], context)
         return stream
 
-    def noise(self, names: Sequence[BlockName]) -> list[Tensor]:
-        """Draw the noise of the next block at each level, (B, C, block, H, W); one name serves all rows."""
-        rows = len(self.latents)
-        drawn = [block_noise(self.model, names, self.frame, level) for level in range(len(self.model.levels))]
-        device = self.latents.device
-        return [to_device(noise, device).expand(rows, -1, -1, -1, -1) for noise in drawn]
+    def noise(self, names: Sequence[BlockName]) -> Noise:
+        """Draw the noise of the next block at each level, (B, C, block, H, W) or none; one name serves all rows."""
+        rows, device = len(self.latents), self.latents.device
+        drawn = (block_noise(self.model, names, self.frame, level) for level in range(len(self.model.levels)))
+        return [eps if eps is None else to_device(eps, device).expand(rows, -1, -1, -1, -1) for eps in drawn]
 
 
-def block_noise(model: StreamingModel, names: Sequence[BlockName], frame: int, level: int) -> Tensor:
-    """Draw the noise that blocks at a frame get at a level, a row for each name, on the CPU."""
+def renewed_blocks(window: Window, start: int) -> int:
+    """Count the blocks that are cached anew where a scene begins at a frame."""
+    return window.begun(start) - window.begun(window.recent(start))
+
+
+def block_noise(model: StreamingModel, names: Sequence[BlockName], frame: int, level: int) -> Tensor | None:
+    """Draw the noise that blocks at a frame get at a level, a row for each name, on the CPU; or none."""
+    if level and not model.renoises:
+        return None
     channels, _, height, width = model.latent_shape
-    shape = channels, model.window.block, height, width
+    shape = channels, model.window.size(frame), height, width
     return torch.stack([normal(shape, *name(frame, level)) for name in names])

@@ -14,6 +14,7 @@ from torch import Tensor
 from flashgrpo.errors import UserError
 from flashgrpo.processes.calls import fixed_batches
 from flashgrpo.processes.streaming.drawing import Script, Stream, block_noise
+from flashgrpo.processes.streaming.levels import next_input
 from flashgrpo.processes.streaming.model import StreamingModel
 from flashgrpo.processes.streaming.settings import Energy, Routing
 from flashgrpo.processes.streaming.source import Addend, Fork, Source, StreamState, starts
@@ -115,12 +116,16 @@ class RoutedBranches(Source):
         frame, levels = forks[0].frame + block * self.model.window.block, self.model.levels
         numbers, of = state.fork.unique(return_inverse=True)
         names = [state.forks[number].shared for number in numbers.tolist()]
-        inputs = []
+        inputs: list[Tensor] = []
         for level, sigma in enumerate(levels):
-            noise = to_device(block_noise(self.model, names, frame, level), state.recorded.device)
-            noise = index_rows(noise, of).to(state.recorded.dtype)
-            before = state.recorded[:, block, level - 1]
-            inputs.append((1 - sigma) * before + sigma * noise if level else noise)
+            noise = block_noise(self.model, names, frame, level)
+            if noise is not None:
+                noise = index_rows(to_device(noise, state.recorded.device), of).to(state.recorded.dtype)
+            if inputs:
+                before = state.recorded[:, block, level - 1]
+                inputs.append(next_input(inputs[-1], before, levels[level - 1], sigma, noise))
+            elif noise is not None:
+                inputs.append(noise)
         return inputs
 
     def idle(self, slot: int, columns: Sequence[str]) -> Iterator[Tensor]:

@@ -17,8 +17,10 @@ class StreamingModel(Model, Protocol):
         levels: noise levels that a block is drawn at; the first is 1.
         latent_shape: (C, F, H, W) of a whole video.
         stride: video frames of a latent frame, but for the first, which has one.
+        renoises: whether a prediction is noised again between levels; otherwise a straight line leads to the next one.
     """
 
+    renoises: bool
     window: Window
     levels: tuple[float, ...]
     latent_shape: tuple[int, int, int, int]

@@ -110,7 +110,7 @@ class StreamingProcess(ModelProcess[StreamingModel]):
     def script(self, prompt: Prompt) -> Script:
         """Return the scenes of a prompt, encoded."""
         model = self.model
-        scenes = scenes_of(prompt, model.latent_shape[1], model.window.block, model.stride)
+        scenes = scenes_of(prompt, model.latent_shape[1], model.window, model.stride)
         condition = self.model.encode([scene.prompt for scene in scenes])
         rows = [condition[slice(row, row + 1)] for row in range(len(scenes))]
         return Script([scene.start for scene in scenes], rows)
@@ -163,11 +163,12 @@ class StreamingProcess(ModelProcess[StreamingModel]):
     def stream(self, prompt: Prompt, name: Name, num_steps: int | None = None) -> Iterator[Video]:
         """Draw an un-routed video and hand out its blocks, each as soon as it is drawn and decoded; see `Process`."""
         _refuse_steps(num_steps)
-        frames, block, state = self.model.latent_shape[1], self.model.window.block, None
+        frames, window, state = self.model.latent_shape[1], self.model.window, None
         stream = Stream.begun(self.model, self.script(prompt), 1)
         while stream.frame < frames:
-            first, size = stream.frame, max(block, -(-2 // block) * block)  # a piece of one frame would be an image
-            stream = stream.until(min(first + size, frames), [evaluation_name(name)])
+            first = stream.frame
+            last = window.next_start(first + 2)  # one frame alone would be an image
+            stream = stream.until(min(last, frames), [evaluation_name(name)])
             video, state = self.model.decode(stream.latents[:, :, first - stream.forgotten :], state)
             stream = stream.forgetting()
             yield video[0]
@@ -187,13 +188,13 @@ class StreamingProcess(ModelProcess[StreamingModel]):
     def clips(self, view: str, prompt: Prompt, sample: tuple[Sample, int] | None) -> Sequence[Clip]:
         """Return clips of the "chunk" in which branches differ, or of all; of an evaluation, of all."""
         model = self.model
-        frames, block = model.latent_shape[1], model.window.block
-        scenes = scenes_of(prompt, frames, block, model.stride)
+        frames = model.latent_shape[1]
+        scenes = scenes_of(prompt, frames, model.window, model.stride)
         if view == "clips" or sample is None:
             return clips_of(scenes, frames, model.stride, self.rollout.clip)
         (drawn, seed), script = sample, Script([scene.start for scene in scenes], ())
         frame, _ = place_of(self.source.forks(script), seed, drawn.group.update, drawn.group.group)
-        last = frame + self.explore.blocks * block
+        last = frame + self.explore.blocks * model.window.block
         prompt = scenes[script.scene(frame)].prompt
         span = video_frame(frame, model.stride), video_frame(last, model.stride)
         return [Clip(first, stop, prompt) for first, stop in cut(*span, self.rollout.clip)]

@@ -11,7 +11,7 @@ from flashgrpo.distributed.world import World
 from flashgrpo.process import OnDrawn
 from flashgrpo.processes.calls import fixed_batches, missing_calls, number_of_calls
 from flashgrpo.processes.streaming.cost import drawn_until, place_of
-from flashgrpo.processes.streaming.drawing import Script, Stream
+from flashgrpo.processes.streaming.drawing import Script, Stream, renewed_blocks
 from flashgrpo.processes.streaming.model import StreamingModel
 from flashgrpo.processes.streaming.settings import StreamExplore
 from flashgrpo.processes.streaming.source import Fork, Source, StreamState, shared_name
@@ -103,7 +103,7 @@ class Groups:
         fork, level = place_of(self.source.forks(script), self.seed, group.update, group.group)
         anchors = sum(sample.is_anchor for sample in samples)
         batches = number_of_calls(len(samples) - anchors, self._size(group))
-        anew = min(model.window.frames, fork) // model.window.block if fork and fork in script.starts else 0
+        anew = renewed_blocks(model.window, fork) if fork and fork in script.starts else 0
         shared, rest = self.explore.shared_levels(level), script.calls(fork, self._end(fork), model, ends=True)
         common = script.calls(0, fork, model, ends=False) + anew + (shared if batches else 0)
         return common + batches * (rest - shared) + anchors * rest

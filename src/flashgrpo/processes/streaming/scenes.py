@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashgrpo.errors import UserError
+from flashgrpo.processes.streaming.window import Window
 from flashgrpo.types import Prompt
 
 SWITCHES = "switches"
@@ -18,14 +19,14 @@ class Scene:
     prompt: Prompt
 
 
-def scenes_of(prompt: Prompt, frames: int, block: int, stride: int) -> list[Scene]:
+def scenes_of(prompt: Prompt, frames: int, window: Window, stride: int) -> list[Scene]:
     """Return the scenes of a prompt, in order; the first begins at frame 0.
 
     A scene's prompt has what its entry says beside `frame` and `prompt` as columns, in place of the first scene's.
 
     Args:
         frames: latent frames of the video.
-        block: latent frames that are drawn together.
+        window: which tells where blocks begin.
         stride: video frames of a latent frame, but for the first, which has one.
 
     Raises:
@@ -37,8 +38,9 @@ def scenes_of(prompt: Prompt, frames: int, block: int, stride: int) -> list[Scen
         where = f"the prompt {prompt.text!r:.80}, {SWITCHES}"
         frame, text = _frame_and_text(switch, where)
         start = 1 + (frame - 1) // stride
-        if frame < 1 or (frame - 1) % stride or start % block or not scenes[-1].start < start < frames:
-            fits = [1 + (k - 1) * stride for k in range(scenes[-1].start + block, frames, block)]
+        begins = [block for block in window.starts(frames) if block > scenes[-1].start]
+        if frame < 1 or (frame - 1) % stride or start not in begins:
+            fits = [1 + (block - 1) * stride for block in begins]
             near = min(fits, key=lambda fit: abs(fit - frame), default=None)
             raise UserError(
                 f"{where}: a prompt changes at the first frame of a block and after the one before it, not at frame "

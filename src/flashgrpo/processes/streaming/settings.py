@@ -59,7 +59,7 @@ class Routing:
             ValueError: nowhere.
         """
         last = frames - self.blocks * window.block
-        found = [f for f in range(self.earliest, last + 1) if f % window.block == 0 and self._enough(f, window)]
+        found = [f for f in window.starts(last + 1) if f >= self.earliest and self._enough(f, window)]
         if not found:
             raise ValueError(
                 f"algorithm.explore: a video of {frames} latent frames forks nowhere with blocks {self.blocks}, routed "
@@ -112,7 +112,8 @@ class OneLevel:
         Raises:
             ValueError: nowhere.
         """
-        blocks = range(-(-self.earliest // window.block) * window.block, frames, window.block)
+        whole = (frame for frame in window.starts(frames) if window.size(frame) == window.block)
+        blocks = [frame for frame in whole if frame >= self.earliest]
         if not blocks:
             raise ValueError(
                 f"algorithm.explore.earliest: no block of a video of {frames} latent frames begins at {self.earliest} "
@@ -193,13 +194,15 @@ class StreamRollout(RolloutPart):
     """Last latent frames that a block attends to, up to and including its own."""
     block: int = Field(default=3, ge=1, le=LONGEST)
     """Latent frames that are drawn together, as the model was trained to."""
+    first_block: int = Field(default=0, ge=0, le=LONGEST)
+    """As many at a video's beginning, where the model was trained to begin with fewer; 0: as many as later."""
     clip: int = Field(default=36, ge=1, le=LONGEST)
     """Video frames of a clip, for rewards that look at clips."""
 
     @property
     def window(self) -> Window:
         """Which past frames a block attends to."""
-        return Window(self.sink, self.local, self.block)
+        return Window(self.sink, self.local, self.block, self.first_block)
 
     @model_validator(mode="after")
     def _holds_a_block(self) -> "StreamRollout":

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from flashgrpo.processes.calls import fixed_batches
-from flashgrpo.processes.streaming.drawing import Script, Stream, block_noise
+from flashgrpo.processes.streaming.drawing import Noise, Script, Stream, block_noise
 from flashgrpo.processes.streaming.model import StreamingModel
 from flashgrpo.processes.streaming.settings import OneLevel, Transition
 from flashgrpo.processes.streaming.source import Addend, Fork, Source, StreamState, own_name, starts
 from flashgrpo.types import Latents, Sample, to_device
 
-Shared = tuple[list[Tensor], Latents, Latents]
+Shared = tuple[Noise, Latents, Latents]
 
 
 class OneTransition(Source):
@@ -59,10 +59,11 @@ class OneTransition(Source):
         names = [own_name(seed, sample) for sample in samples]
         names += names[-1:] * (rows - len(names))
         noise = block_noise(self.model, names, fork.frame, fork.level + 1)
+        assert noise is not None, "a model that draws along a straight line is refused"
         lower = self.model.levels[fork.level + 1]
         after = (1 - lower) * predicted + lower * to_device(noise, before.device)
         stream = prefix.repeated(rows)
-        later = [eps.expand_as(after) for eps in common[fork.level + 2 :]]
+        later = [eps if eps is None else eps.expand_as(after) for eps in common[fork.level + 2 :]]
         _, predictions = stream.levels(context, [after, *later], first=fork.level + 1)
         recorded = torch.stack([before.expand_as(after), after], dim=1)
         return stream.followed_by(predictions[-1], context), recorded

@@ -11,12 +11,16 @@ class Window:
     Counts are of latent frames. KVPO and LongLive: sink 3, local 9, blocks of 3, so a block attends to 12 frames with
     its own (arXiv 2605.14278).
 
+    Args:
+        first: frames of a video's first block, where it is a shorter one; 0 where it is as long as the others.
+
     Example: `Window().past(21) == (0, 1, 2, 15, 16, 17, 18, 19, 20)`
     """
 
     sink: int = 3
     local: int = 9
     block: int = 3
+    first: int = 0
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.sink < 0 or self.local < self.block:
@@ -24,6 +28,40 @@ class Window:
                 f"a window of sink {self.sink} and local {self.local} does not hold a block of {self.block} frames; "
                 f"local counts the block's own frames, so it is {max(self.block, 1)} or more"
             )
+        if not 0 <= self.first <= self.block:
+            raise ValueError(f"a first block of {self.first} frames is longer than the others, which have {self.block}")
+
+    # Blocks
+
+    def starts(self, frames: int) -> list[int]:
+        """Return the first frames of the blocks that begin before a frame, in order."""
+        return [self._start(number) for number in range(self.begun(frames))]
+
+    def size(self, start: int) -> int:
+        """Return the frames of the block that begins at a frame."""
+        return self.block if start else self.first or self.block
+
+    def begun(self, frame: int) -> int:
+        """Return how many blocks begin before a frame."""
+        return 1 + max(0, -(-(frame - self.size(0)) // self.block)) if frame > 0 else 0
+
+    def next_start(self, frame: int) -> int:
+        """Return the first frame of the block that begins at a frame or, if none does, soonest after it."""
+        return self._start(self.begun(frame))
+
+    def whole(self, frames: int) -> int:
+        """Return how many of a video's first frames are whole blocks."""
+        rest = frames - self.size(0)
+        return 0 if rest < 0 else frames - rest % self.block
+
+    def recent(self, frame: int) -> int:
+        """Return where the blocks begin that are cached anew where the prompt changes at a frame: the window's last."""
+        return self.next_start(frame - self.frames)
+
+    def _start(self, number: int) -> int:
+        return self.size(0) + (number - 1) * self.block if number else 0
+
+    # What they look at
 
     @property
     def frames(self) -> int:
