@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnyFlowFARPipeline,
+    AnyFlowFARTransformer3DModel,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -144,6 +147,18 @@ def ltx() -> LTXPipeline:
     )
 
 
+def any_flow() -> AnyFlowFARPipeline:
+    """AnyFlow-FAR, which streams."""
+    torch.manual_seed(1)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "num_layers": 2, "freq_dim": 16}
+    transformer = AnyFlowFARTransformer3DModel(
+        in_channels=16, out_channels=16, text_dim=WIDTH, rope_max_seq_len=64, **sizes
+    )
+    scheduler = FlowMapEulerDiscreteScheduler(shift=3.0)
+    return AnyFlowFARPipeline(transformer=transformer, **{**_wan_parts(), "scheduler": scheduler})
+
+
+ANY_FLOW = Kind(any_flow, width=64, num_frames=61)
 KINDS = {
     "wan21": Kind(wan21),
     "wan21-image": Kind(wan21_image, takes_image=True, model={"max_sequence_length": 512}),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from flashgrpo.distributed.world import current_device, single_process
 from flashgrpo.models.lora import weights_replaced
@@ -36,16 +37,19 @@ class StreamDouble:
     """A `StreamingModel` of random weights: a block's velocity, from itself, its text, and what it attends to.
 
     A frame is remembered by what the network says of it at level 0: contexts depend on the weights, as keys do.
+
+    Args:
+        first: frames of the first block, if it is a shorter one; such a model is taken to draw along a straight line.
     """
 
     identity = "stream double"
     recomputes = False
-    renoises = True
     stride = 1
 
-    def __init__(self):
-        self.window, self.levels = Window(sink=1, local=4, block=BLOCK), (1.0, 0.5)
-        self.latent_shape = (CHANNELS, FRAMES, 1, 1)
+    def __init__(self, first=0):
+        self.window, self.levels = Window(sink=1, local=4, block=BLOCK, first=first), (1.0, 0.5)
+        self.latent_shape = (CHANNELS, FRAMES + first, 1, 1)
+        self.renoises = not first
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             own = CHANNELS * BLOCK
@@ -70,8 +74,9 @@ class StreamDouble:
         else:
             seen = context.keys[0].mean(dim=1).flatten(1).expand(len(x), -1)
         level = torch.full((len(x), 4), sigma, device=self.device)
-        given = torch.cat([x.flatten(1), seen, condition.tensors["text"], level], dim=1)
-        return self.network(given).view_as(x)
+        whole = pad(x, (0, 0, 0, 0, 0, BLOCK - x.shape[2]))
+        given = torch.cat([whole.flatten(1), seen, condition.tensors["text"], level], dim=1)
+        return self.network(given).view_as(whole)[:, :, : x.shape[2]]
 
     @torch.no_grad()
     def commit(self, cache, x0, context, condition):
@@ -81,8 +86,9 @@ class StreamDouble:
         return cache.append(CachedBlock(frames, Context((keys,), (keys,))))
 
     def recache(self, cache, x0, condition):
-        renewed = cache.before(cache.end - x0.shape[2])
-        for block in x0.split(self.window.block, dim=2):
+        first = cache.end - x0.shape[2]
+        renewed = cache.before(first)
+        for block in x0.split([self.window.size(f) for f in self.window.starts(cache.end) if f >= first], dim=2):
             renewed = self.commit(renewed, block, None, condition)
         return renewed
 
@@ -111,14 +117,24 @@ class Stream(StreamingProcess):
     Args:
         anchored: whether each group has a sample that sees the past as it is; `cost` counts it.
         whole: whether videos are drawn to their end.
+        first: of the model.
     """
 
-    def __init__(self, anchored=False, micro_batch=4, prompts=2, group_size=4, explore=ROUTED, score=None, whole=True):
-        rollout = StreamRollout(
-            prompts=prompts, group_size=group_size, micro_batch=micro_batch, sink=1, local=4, block=BLOCK
-        )
+    def __init__(
+        self,
+        anchored=False,
+        micro_batch=4,
+        prompts=2,
+        group_size=4,
+        explore=ROUTED,
+        score=None,
+        whole=True,
+        first=0,
+    ):
+        sizes = {"prompts": prompts, "group_size": group_size, "micro_batch": micro_batch, "first_block": first}
+        rollout = StreamRollout(sink=1, local=4, block=BLOCK, **sizes)
         score = score or Energy(trained_levels=1)
-        super().__init__(StreamDouble(), explore, score, rollout, micro_batch, anchored, whole, single_process())
+        super().__init__(StreamDouble(first), explore, score, rollout, micro_batch, anchored, whole, single_process())
 
 
 def number_of(outputs: Tensor) -> Tensor:

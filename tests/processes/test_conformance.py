@@ -183,6 +183,7 @@ CASES = {
     "streaming: all levels in x0, with a penalty": stream(
         Competing(tau=0.2, kl_coef=0.1), explore=replace(ROUTED, plan="independent"), score=Energy("x0", 2)
     ),
+    "streaming: a short first block, along a straight line": stream(Competing(tau=0.2), first=1),
     "streaming: one level, with a penalty": stream(
         Clipped(clip_range=0.2, kl_coef=0.1), explore=OneLevel(), score=Transition()
     ),

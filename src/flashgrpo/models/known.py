@@ -1,6 +1,7 @@
 """Sizes of released checkpoints, as their published configurations have them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flashgrpo.models.architectures import Architecture
@@ -23,6 +24,13 @@ def _wan(
     components["vae"] = ("AutoencoderKLWan", vae or {})
     components["scheduler"] = ("UniPCMultistepScheduler", scheduler)
     return Architecture(family, components, settings)
+
+
+def _far(transformer: Mapping[str, Any]) -> Architecture:
+    """Return AnyFlow-FAR: Wan's widths, blocks and patches of its class's defaults, and Wan's usual shift."""
+    blocks = {"chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2), "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 3}
+    wan = _wan("AnyFlowFARPipeline", {**transformer, **blocks}, kind="AnyFlowFARTransformer3DModel")
+    return replace(wan, components={**wan.components, "scheduler": ("FlowMapEulerDiscreteScheduler", {"shift": 5.0})})
 
 
 def _image(
@@ -190,14 +198,7 @@ KNOWN: Mapping[str, Architecture] = {
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _wan(
         "WanImageToVideoPipeline", _WAN_14B_IMAGE, experts=2, shift=5.0, boundary_ratio=0.9
     ),
-    "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers": Architecture(
-        "AnyFlowFARPipeline",
-        {
-            "transformer": ("AnyFlowFARTransformer3DModel", _WAN_1B),  # whose other sizes are those of its class
-            "vae": ("AutoencoderKLWan", {}),
-            "scheduler": ("FlowMapEulerDiscreteScheduler", {"shift": 5.0}),
-        },
-    ),
+    "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers": _far(_WAN_1B),
     **{
         f"Skywork/SkyReels-V2-{task}-14B-{size}-Diffusers": _wan(family, sizes, shift=1.0, kind=_SKYREELS)
         for task, family, sizes in (

@@ -75,16 +75,17 @@ def test_videos_may_end_with_the_blocks_in_which_branches_differ(explore, score)
         assert process.cost(7, 2, 1, ()).rollout == calls[process]
 
 
-def test_a_branch_in_the_clean_context_has_the_score_zero_which_is_the_highest():
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_branch_in_the_clean_context_has_the_score_zero_which_is_the_highest(first):
     """Exactly, of a branch that was drawn un-routed: the window's own old frame is what it is shown."""
 
-    process = Stream(True)
+    process = Stream(True, first=first)
     process.source.routes = lambda fork, samples: [[] for _ in samples]
     process.source.routing = replace(ROUTED, nearest=4)
-    process.source.forks = lambda script: [(6, 0)]
+    process.source.forks = lambda script: [(6 + first, 0)]
     _, record = drawn(process)
     assert torch.equal(record.old, torch.zeros(8))
-    _, routed = drawn(Stream(True))
+    _, routed = drawn(Stream(True, first=first))
     assert bool((routed.old < 0).all())
 
 
@@ -208,8 +209,9 @@ def test_clips_are_about_as_long_as_asked_and_leave_nothing_out(span, parts):
     assert cut(*span) == parts
 
 
-def test_what_videos_have_in_common_is_decoded_once():
-    process = Stream(True)
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_videos_have_in_common_is_decoded_once(first):
+    process = Stream(True, first=first)
     outputs, record = drawn(process)
     whole = torch.cat([process.model.decode(one[None])[0] for one in outputs])
     frames, usual = 0, process.model.decode
@@ -222,7 +224,7 @@ def test_what_videos_have_in_common_is_decoded_once():
     process.model.decode = counted
     torch.testing.assert_close(decode(process.model, outputs), whole)
     forks = [int(record.slot[0]), int(record.slot[4])]
-    assert frames == sum(fork + 5 * (FRAMES - fork) for fork in forks)
+    assert frames == sum(fork + 5 * (FRAMES + first - fork) for fork in forks)
     assert decode(process.model, outputs, 3).shape[1] == 3
 
 

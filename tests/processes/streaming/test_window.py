@@ -40,6 +40,30 @@ def test_a_window_that_holds_no_block(sink, local, block):
         Window(sink, local, block)
 
 
+def test_a_first_block_may_be_shorter():
+    """AnyFlow-FAR: 1, 3, 3, ... (arXiv 2605.13724)."""
+    window = Window(sink=1, local=9, first=1)
+    assert window.starts(11) == [0, 1, 4, 7, 10]
+    assert [window.size(start) for start in window.starts(8)] == [1, 3, 3, 3]
+    assert [window.begun(frame) for frame in (0, 1, 2, 4, 5, 10)] == [0, 1, 2, 2, 3, 4]
+    assert [window.whole(frames) for frames in (0, 1, 2, 3, 4, 6, 7)] == [0, 1, 1, 1, 4, 4, 7]
+    assert [window.next_start(frame) for frame in (-3, 0, 1, 2, 4, 5)] == [0, 0, 1, 4, 4, 7]
+    assert window.recent(19) == 10
+    assert window.past(10) == (0, 4, 5, 6, 7, 8, 9)
+    with pytest.raises(ValueError, match="a first block of 4 frames is longer than the others, which have 3"):
+        Window(first=4)
+
+
+@given(st.integers(0, 3), st.integers(0, 40))
+def test_blocks_are_counted_as_they_are_listed(first, frames):
+    window = Window(first=first)
+    starts = window.starts(frames)
+    assert len(starts) == window.begun(frames)
+    edges = [*starts, window.next_start(frames)]
+    assert all(edges[i + 1] - edges[i] == window.size(edges[i]) for i in range(len(starts)))
+    assert window.whole(frames) == max(edge for edge in edges if edge <= frames)
+
+
 @given(st.integers(0, 5), st.integers(1, 4), st.integers(0, 8), st.integers(0, 30))
 def test_a_window_never_grows(sink, block, more, blocks):
     window = Window(sink, block + more, block)
@@ -60,3 +84,10 @@ def test_a_walk_by_hand():
     noise, eps = torch.full((1, 1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1, 1), 4.0)
     walk = list(walk_levels(lambda x, sigma: torch.ones_like(x), noise, [eps], (1.0, 0.5)))
     assert [(x.item(), x0_hat.item()) for x, x0_hat in walk] == [(3.0, 2.0), (3.0, 2.5)]
+
+
+def test_a_walk_along_a_straight_line_by_hand():
+    """v = 1 everywhere, without noise between levels: 3 -> 3 - .5 * 1 = 2.5, and from there 2.5 - .5 * 1 = 2."""
+    noise = torch.full((1, 1, 1, 1, 1), 3.0)
+    walk = list(walk_levels(lambda x, sigma: torch.ones_like(x), noise, [None], (1.0, 0.5)))
+    assert [(x.item(), x0_hat.item()) for x, x0_hat in walk] == [(3.0, 2.0), (2.5, 2.0)]
