@@ -92,6 +92,9 @@ class StreamDouble:
             renewed = self.commit(renewed, block, None, condition)
         return renewed
 
+    def pipeline_call(self, given):
+        return None
+
     def decode(self, latents, state=None):
         """Paint frames (B, F, 3, 1, 1), each by what has been seen so far."""
         before = torch.zeros(len(latents), CHANNELS, device=self.device) if state is None else state.total

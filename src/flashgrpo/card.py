@@ -13,9 +13,13 @@ from flashgrpo.run.progress import describe
 
 Format = Literal["diffusers", "comfyui", "merged"]
 Library = Literal["diffusers", "peft"] | None
-CallOf = Callable[[Mapping[str, Any]], PipelineCall]
+CallOf = Callable[[Mapping[str, Any]], PipelineCall | None]
 
 
+NO_PIPELINE = """\
+Diffusers has no pipeline that draws as this model was trained to, block by block from a cache; `flashgrpo sample`
+does, with the run that this comes from. Names and layout are those of diffusers, for code that streams with its
+networks."""
 WRITES_SOUND = [
     'with wave.open("sound.wav", "wb") as file:',
     '    file.setparams((sound.shape[1], 2, pipe.vocoder.config.output_sampling_rate, 0, "NONE", ""))',
@@ -176,7 +180,8 @@ def _use(config: RunConfig, format: Format, files: Sequence[str], library: Libra
     if format == "comfyui":
         return _in_comfyui(files)
     if library == "diffusers":
-        return f"```python\n{_program(config, files, call_of(_evaluation(config)))}```"
+        call = call_of(_evaluation(config))
+        return NO_PIPELINE if call is None else f"```python\n{_program(config, files, call)}```"
     if library == "peft":
         base = code(public(config.model.path))
         return f"With `network`, loaded by the code of {base}:\n\n```python\n{_with_peft(files)}```"

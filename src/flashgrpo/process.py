@@ -281,8 +281,8 @@ class Process(Shows, Protocol):
         """Return what the doctor has to know of this process alone, of samples that `draw` has drawn."""
         ...
 
-    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
-        """Return how a program draws a sample as an evaluation does, whose arguments are `given`."""
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall | None:
+        """Return how a program draws as an evaluation does, of arguments `given`; None where diffusers cannot."""
         ...
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:

@@ -31,6 +31,7 @@ from flashgrpo.models.load import fast_dtype, find_architecture
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.models.source import Source
 from flashgrpo.models.wan import WanModel
+from flashgrpo.process import PipelineCall
 from flashgrpo.processes.streaming.cache import Context, KVCache
 from flashgrpo.processes.streaming.levels import shifted_levels
 from flashgrpo.processes.streaming.window import Window
@@ -166,6 +167,14 @@ class CausalWan:
         return self._wan.reference()
 
     # Getting the result out
+
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall | None:
+        """Return AnyFlow-FAR's pipeline with its blocks and levels; Wan's own does not draw block by block."""
+        if self.renoises:
+            return None
+        blocks = [self.window.size(frame) for frame in self.window.starts(self.latent_shape[1])]
+        levels = {"num_inference_steps": len(self.levels), "guidance_scale": 1.0}
+        return self._wan.pipeline_call({**given, **levels, "chunk_partition": blocks})
 
     def save_lora(self, folder: Path, tensors: Mapping[str, Tensor], style: LoraStyle = "diffusers") -> list[str]:
         """Write adapters as `WanPipeline.load_lora_weights` reads them, or as ComfyUI does."""

@@ -224,7 +224,7 @@ class ModelProcess(ABC, Generic[ModelT]):
         """The weights that divergences compare with, by the name of their column."""
         return {"kl": self.reference, "kl_average": self.average}
 
-    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall:
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall | None:
         """Return the class that finds the right one, and the arguments under the names that the settings have."""
         return PipelineCall(given)
 

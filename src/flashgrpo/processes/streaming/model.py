@@ -1,7 +1,9 @@
 """What the streaming process asks of a model."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from flashgrpo.process import PipelineCall
 from flashgrpo.processes.of_model import Model
 from flashgrpo.processes.streaming.cache import Context, KVCache
 from flashgrpo.processes.streaming.window import Window
@@ -36,6 +38,10 @@ class StreamingModel(Model, Protocol):
 
     def recache(self, cache: KVCache, x0: Latents, condition: Condition) -> KVCache:
         """Return the cache with its last frames, of latents x0, written anew under another prompt."""
+        ...
+
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall | None:
+        """Return how a program draws a video block by block; None where diffusers has no pipeline that does."""
         ...
 
     def decode(self, latents: Latents, state: Any = None) -> tuple[Videos, Any]:

@@ -1,17 +1,18 @@
 """The streaming process: videos drawn block by block, whose branches part at a fork and are scored again."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
-from flashgrpo.process import Cost, Finding, OnDrawn, Outputs, Record
+from flashgrpo.process import Cost, Finding, OnDrawn, Outputs, PipelineCall, Record
 from flashgrpo.processes.calls import missing_calls
 from flashgrpo.processes.of_model import ModelProcess
 from flashgrpo.processes.streaming.checks import branches_differ
@@ -230,6 +231,10 @@ class StreamingProcess(ModelProcess[StreamingModel]):
             uses,
             model.recomputes,
         )
+
+    def pipeline_call(self, given: Mapping[str, Any]) -> PipelineCall | None:
+        """Return the model's own pipeline, where it has one that streams."""
+        return self.model.pipeline_call(given)
 
     def checks(self, record: Record, outputs: Outputs, seed: int, thorough: bool) -> Sequence[Finding]:
         """Whether the branches of a group differ."""
