@@ -27,7 +27,7 @@ def _wan(
 
 
 def _far(transformer: Mapping[str, Any]) -> Architecture:
-    """Return AnyFlow-FAR: Wan's widths, blocks and patches of its class's defaults, and Wan's usual shift."""
+    """Return AnyFlow-FAR: Wan's widths, and its class's defaults; the shift, Wan's usual one, was not read from it."""
     blocks = {"chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2), "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 3}
     wan = _wan("AnyFlowFARPipeline", {**transformer, **blocks}, kind="AnyFlowFARTransformer3DModel")
     return replace(wan, components={**wan.components, "scheduler": ("FlowMapEulerDiscreteScheduler", {"shift": 5.0})})

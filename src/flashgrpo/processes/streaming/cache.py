@@ -37,8 +37,9 @@ class Context:
         return Context(tuple(key[rows] for key in self.keys), tuple(value[rows] for value in self.values))
 
     def tokens(self, part: slice) -> "Context":
-        """Return that of some tokens."""
-        return Context(tuple(key[:, part] for key in self.keys), tuple(value[:, part] for value in self.values))
+        """Return that of some tokens, in memory of its own, so that the others can be let go."""
+        keys, values = (tuple(layer[:, part].clone() for layer in side) for side in (self.keys, self.values))
+        return Context(keys, values)
 
     @staticmethod
     def stack(contexts: Sequence["Context"]) -> "Context":
