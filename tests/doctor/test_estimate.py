@@ -17,6 +17,7 @@ from flashgrpo.config import RunConfig
 from flashgrpo.distributed.live import LiveBytes
 from flashgrpo.distributed.world import single_process
 from flashgrpo.doctor.estimate import MOMENTS, estimate
+from flashgrpo.kinds import kind_of
 from flashgrpo.models.load import load_model
 from flashgrpo.process import Record
 from flashgrpo.processes.flow.model import GridPoint
@@ -128,9 +129,35 @@ def test_each_phase_takes_what_is_counted(make_run, algorithm):
     assert {phase: size + moments for phase, size in taken.items()} == pytest.approx(counted, rel=0.15)
 
 
+def test_a_streaming_run_takes_what_is_counted(tmp_path):
+    """Its update, and drawing an evaluation; videos fork at one place here, the last, which is what is counted."""
+    texts = ("a red circle moving left slowly", "a blue square moving up quickly", "a red square", "a green circle")
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{text} {name}" for text in texts))
+    files = [f"prompts.{name}={tmp_path}/{name}.txt" for name in ("train", "heldout")]
+    sizes = ["model.height=64", "model.width=64", "rollout.local=18", "algorithm.explore.earliest=18"]
+    batch = ["rollout.prompts=2", "rollout.group_size=4", "rollout.micro_batch=4", "optim.micro_batch=4"]
+    run = RunConfig.load("tiny-streaming", [*files, *sizes, *batch, "evaluation.samples_per_prompt=1"])
+    parts, memory = Assembly(run, single_process()), kind_of(run).memory(run)
+    moments = MOMENTS * sum(tensor.nbytes for tensor in parts.optimizer.weights().values())
+    samples = [sample for group in parts.prompt_groups(0) for sample in group.samples]
+    outputs, record = parts.process.draw(samples, run.seed, lambda rows, drawn: None, run.uses)
+    kept = outputs.nbytes + record.state.recorded.nbytes + sum(fork.cache.nbytes for fork in record.state.forks)
+    learnt = replace(record, advantage=torch.linspace(-1, 1, len(record)))
+    taken = _taken(parts, lambda: parts.learn(learnt)) + kept + moments
+    counted = estimate(run).phases["update"]
+    assert taken == pytest.approx(sum(counted.values()) - counted["weights"], rel=0.15)
+    prompts, names = [Prompt(text, {}) for text in texts], [(0, number) for number in range(4)]
+    drawn = _taken(parts, lambda: parts.process.sample(prompts, names, lambda rows, outputs: None))
+    parts.rewards.close()
+    assert drawn == pytest.approx(memory.sampling(4) + 4 * memory.sample, rel=0.25)
+
+
 def _taken(parts: Assembly, call: Callable[[], Any]) -> int:
     """Count the bytes at the highest of a call, beside the weights and the optimizer's state."""
-    weights = [*parts.process.network.parameters(), *parts.process.model.pipeline.vae.parameters()]
+    model = parts.process.model
+    decoder = model.vae if hasattr(model, "vae") else model.pipeline.vae
+    weights = [*parts.process.network.parameters(), *decoder.parameters()]
     state = [tensor for named in parts.optimizer.state().values() for tensor in named.values()]
     with torch.autograd.set_multithreading_enabled(False), LiveBytes([*weights, *state]) as live:
         call()

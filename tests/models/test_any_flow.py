@@ -1,5 +1,7 @@
 """AnyFlow-FAR's folder as a streaming model; diffusers' own pipeline is the judge of the videos that it draws."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,8 +189,13 @@ def by_diffusers(transformer, x: torch.Tensor, text: torch.Tensor, r: float) -> 
 REFUSED = [
     (["algorithm=flash-stream"], "without noise between its levels, so one-level has nothing to draw"),
     (["algorithm=stream-nft"], "without noise between its levels"),
-    (["algorithm.explore.nearest=6"], "looks at its last 6 frames in full, .* with the block's own 9 or more"),
+    (["algorithm.explore.nearest=6"], "looks at its last 6 frames in full and .* with the block's own 9 or more"),
     (["rollout.first_block=0"], "1 latent frame and then 3 at a time; set rollout.first_block=1 rollout.block=3"),
+    (
+        ["rollout.local=8", "algorithm.explore.nearest=8"],
+        "its last frames in full, with the block's own 9; the window",
+    ),
+    (["model.shift=2"], "model.shift: .* at the levels of its own scheduler; leave it out"),
     (["model.generator=some.pt"], "has a generator of its own"),
     (["model.num_frames=65"], "17 latent frames, no whole blocks of 3 behind one of 1; the nearest that fits is 61"),
 ]
@@ -202,6 +209,62 @@ def test_what_cannot_work_is_refused_in_one_sentence(folder, overrides, sentence
     if "generator" not in overrides[0]:
         with pytest.raises(UserError, match=sentence):
             planned_cost(config_of(folder, *overrides), 0)
+
+
+@pytest.mark.parametrize("blocks", [[16], [4, 3, 3], [1, 3, 2, 3]])
+def test_blocks_that_are_not_alike_are_refused(folder, blocks, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model/transformer/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chunk_partition": blocks}))
+    with pytest.raises(UserError, match="a short first one and then equal ones are supported"):
+        process_of(tmp_path / "model")
+
+
+def test_what_writes_the_cache_is_not_trained(folder):
+    """It gets no gradient, and weight decay would shrink it."""
+    process = process_of(folder, "model.train={kind: full}")
+    assert not [name for name in trained_parameters(process.network) if "far_patch_embedding" in name]
+
+
+@torch.no_grad()
+def test_rows_that_see_other_frames_are_written_as_each_alone(process):
+    model, cache = process.model, KVCache()
+    condition, draw = model.encode(PROMPTS), torch.Generator().manual_seed(0)
+    for start in model.window.starts(16):
+        x = torch.randn(1, 16, model.window.size(start), 4, 8, generator=draw)
+        cache = model.commit(cache, x, cache.context(range(cache.end)), condition[:1])
+    routes = [(0, 1, 2, *range(10, 16)), (0, 4, 6, *range(10, 16))]
+    x = torch.randn(2, 16, 3, 4, 8, generator=draw)
+    both = model.commit(cache, x, cache.contexts(routes), condition)
+    for row, route in enumerate(routes):
+        alone = model.commit(cache, x[row : row + 1], cache.context(route), condition[row : row + 1])
+        for one, other in zip(both.row(row).blocks, alone.blocks, strict=True):
+            pairs = zip(one.written.keys + one.written.values, other.written.keys + other.written.values, strict=True)
+            assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in pairs)
+
+
+@torch.no_grad()
+def test_a_switch_behind_the_window(folder):
+    """Frames that are written anew have older ones before them, which stay in large patches."""
+    size = ["model.num_frames=97", "rollout.local=9", "algorithm.explore.earliest=16"]
+    process = process_of(folder, *size)
+    same = Prompt(PROMPTS[0].text, {"switches": [{"frame": 73, "prompt": PROMPTS[0].text}]})
+    other = Prompt(PROMPTS[0].text, {"switches": [{"frame": 73, "prompt": PROMPTS[1].text}]})
+    plain, unchanged, switched = (
+        process.sample([prompt], NAMES[:1], lambda rows, outputs: None)[0] for prompt in (PROMPTS[0], same, other)
+    )
+    assert process.model.window.recent(19) == 10
+    assert torch.equal(unchanged[:, :19], plain[:, :19])
+    assert torch.equal(switched[:, :19], plain[:, :19])
+    assert not torch.allclose(switched[:, 19:], unchanged[:, 19:])
+
+
+def test_half_the_digits_are_enough(folder):
+    """In bfloat16 it draws and scores; the un-routed score stays exact."""
+    process = process_of(folder, "model.dtype=bfloat16")
+    samples = PromptGroup(0, 0, PROMPTS[0], 3, anchored=True).samples
+    _, record = process.draw(samples, 7, lambda rows, outputs: None, 2)
+    assert torch.equal(whole_score(process, record).detach(), record.old)
 
 
 def test_an_algorithm_of_whole_videos_does_not_take_it(folder):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flashgrpo.config import RunConfig
-from flashgrpo.distributed.live import highest, size_of
+from flashgrpo.distributed.live import LiveBytes, highest, size_of
 from flashgrpo.distributed.world import World
 from flashgrpo.errors import UserError
 from flashgrpo.files import resolve_path
@@ -19,7 +19,7 @@ from flashgrpo.models.load import META, Say
 from flashgrpo.models.settings import ModelConfig
 from flashgrpo.process import Cost
 from flashgrpo.processes.streaming.cache import KVCache
-from flashgrpo.processes.streaming.cost import recorded_blocks, update_cost
+from flashgrpo.processes.streaming.cost import drawn_until, recorded_blocks, update_cost
 from flashgrpo.processes.streaming.process import StreamingProcess
 from flashgrpo.processes.streaming.scenes import scenes_of, texts_of
 from flashgrpo.processes.streaming.settings import OneLevel, Routing, StreamExplore, StreamRollout, StreamScore
@@ -92,20 +92,40 @@ class StreamMemory:
         model, rollout = self._model, self._rollout
         of_block = math.prod(model.latent_shape) * 4 * rollout.block // model.latent_shape[1]
         blocks = recorded_blocks(self._explore, len(model.levels))
-        groups = -(-samples // (rollout.group_size + self._config.algorithm.credit.anchored))
-        window, places = rollout.window, self._explore.places(model.latent_shape[1], rollout.window, len(model.levels))
-        context = model.cache_bytes(max(len(window.past(frame)) for frame, _ in places))
-        return {"samples": round(samples * (self.sample + of_block * blocks)), "keys and values": groups * context}
+        return {
+            "samples": round(samples * (self.sample + of_block * blocks)),
+            "keys and values": self._groups(samples) * self._kept,
+        }
+
+    def _groups(self, samples: int) -> int:
+        return -(-samples // (self._rollout.group_size + self._config.algorithm.credit.anchored))
+
+    @property
+    def _kept(self) -> int:
+        """Count the keys and values at the fork of a group, at most."""
+        model, window = self._model, self._rollout.window
+        places = self._explore.places(model.latent_shape[1], window, len(model.levels))
+        return int(model.cache_bytes(max(window.kept(frame) for frame, _ in places)))
 
     def drawing(self, samples: int) -> int:
-        """Count a call on a micro-batch of branches, with the frames that each remembers."""
-        rows = min(samples, self._rollout.micro_batch, self._rollout.group_size)
-        return self._call(rows) + rows * self._remembered(self._explore.remembered)
+        """Count a call on a micro-batch of branches, the frames before the fork, and what each remembers behind."""
+        rows, model = min(samples, self._rollout.micro_batch, self._rollout.group_size), self._model
+        frames, block, window = model.latent_shape[1], self._rollout.block, self._rollout.window
+        places = self._explore.places(frames, window, len(model.levels))
+        whole = _whole(self._config)
+        behind = max(drawn_until(frame, self._explore, block, frames, whole) - frame for frame, _ in places) - block
+        remembered = self._remembered(self._explore.remembered)
+        return self._call(rows) + remembered + rows * min(model.cache_bytes(behind), remembered)
 
     def update(self, samples: int) -> int:
-        """Count a replay of a micro-batch with its backward pass, and the keys and values that its branches write."""
-        rows = min(samples, self._config.optim.micro_batch, self._rollout.group_size)
-        return self._call(rows, backward=True) + rows * self._remembered(0)
+        """Count a replay of a micro-batch with its backward pass, and the keys and values that its branches write.
+
+        Units of several groups, where a micro-batch has some, have a cache each, beside those that are kept.
+        """
+        rows, model = min(samples, self._config.optim.micro_batch, self._rollout.group_size), self._model
+        several = self._groups(samples) > 1 and self._rollout.group_size % rows > 0
+        behind = model.cache_bytes((self._explore.blocks - 1) * self._rollout.block)
+        return self._call(rows, backward=True) + rows * (behind + several * self._kept)
 
     def sampling(self, samples: int) -> int:
         """Count a call on a micro-batch of an evaluation, with the frames that each remembers."""
@@ -124,24 +144,28 @@ class StreamMemory:
         return highest(lambda: model.decode(latents), self.decoder.parameters())
 
     def _count_call(self, rows: int, backward: bool = False) -> int:
-        """Count a block's call on rows that attend to a whole window."""
-        model, window, block = self._model, self._rollout.window, self._rollout.block
-        channels, _, height, width = model.latent_shape
-        x = torch.zeros(rows, channels, block, height, width, device=META)
+        """Count drawing, or scoring, a block of rows that attend to a whole window each, and caching it."""
+        model, window = self._model, self._rollout.window
+        channels, frames, height, width = model.latent_shape
+        x = torch.zeros(rows, channels, window.block, height, width, device=META)
         condition = Condition({n: t.expand(rows, *t.shape[1:]) for n, t in model.nothing().tensors.items()})
-        cache = KVCache()
-        while cache.end < min(window.frames, model.latent_shape[1]) - block:
-            first = x[:1, :, : window.size(cache.end)]
-            cache = model.commit(cache, first, cache.context(range(cache.end)), model.nothing())
-        context = cache.context(range(cache.end))
+        cache, last = KVCache(), window.starts(frames)[-1]
+        with LiveBytes():  # whose layers are alike and are made once
+            while cache.end < min(last, window.next_start(window.frames)):
+                block = x[:, :, : window.size(cache.end)]
+                cache = model.commit(cache, block, cache.context(window.past(cache.end)), condition)
 
         def call() -> None:
+            context = cache.context(window.past(cache.end))
             v = model.velocity(x, 1.0, cache.end, context, condition)
             if backward:
                 v.square().mean().backward()
+            del v
+            model.commit(cache, x, context, condition)
 
-        outside = [*self.network.parameters(), x, *condition.tensors.values()]
-        outside += [] if context is None else [*context.keys, *context.values]
+        written = [layer for block in cache.blocks for layer in (*block.written.keys, *block.written.values)]
+        latents = [block.latents for block in cache.blocks if block.latents is not None]
+        outside = [*self.network.parameters(), x, *condition.tensors.values(), *written, *latents]
         return highest(call, outside, backward)
 
 
@@ -161,10 +185,10 @@ def _check_explorer(config: RunConfig, model: CausalWan) -> None:
             f"algorithm.explore: {path} draws a block without noise between its levels, so one-level has nothing to "
             "draw; take algorithm.explore.kind=routing (preset kvpo)"
         )
-    if isinstance(explore, Routing) and explore.nearest < (least := model.in_full + model.window.block):
+    if isinstance(explore, Routing) and explore.nearest < (least := model.full_frames + model.window.block):
         raise UserError(
-            f"algorithm.explore.nearest: {path} looks at its last {model.in_full} frames in full, and at older ones in "
-            f"large patches, which alone may be routed; with the block's own {least} or more"
+            f"algorithm.explore.nearest: {path} looks at its last {model.full_frames} frames in full and at older "
+            f"ones in large patches, which alone may be routed; with the block's own {least} or more"
         )
 
 

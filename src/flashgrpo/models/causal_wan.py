@@ -51,7 +51,7 @@ class CausalWan:
         latent_shape: (C, F, H, W) of a whole video.
         stride: video frames of a latent frame, but for the first, which has one.
         renoises: whether a prediction is noised again between levels.
-        in_full: last frames before a block that are cached in another way than older ones; 0 where all are alike.
+        full_frames: last frames before a block that are cached in another way than older ones; 0 where all are alike.
     """
 
     def __init__(self, wan: WanModel, window: Window, file: Path | None = None) -> None:
@@ -68,7 +68,7 @@ class CausalWan:
             FarNetwork(wan.network, self.levels, wan.dtype) if is_far else CausalNetwork(wan.network, wan.dtype)
         )
         self.renoises = self._causal.renoises
-        self.in_full = self._causal.in_full * window.block
+        self.full_frames = self._causal.full_blocks * window.block
         self._decoder = StreamDecoder(wan.pipeline.vae)
 
     @property
@@ -119,7 +119,7 @@ class CausalWan:
     # Blocks
 
     def velocity(self, x: Latents, sigma: float, start: int, context: Context | None, condition: Condition) -> Latents:
-        """Compute `v = eps - x0` of the block that begins at frame `start`; differentiable.
+        """Compute the velocity of the block that begins at frame `start`; see `StreamingModel`; differentiable.
 
         Args:
             x: (B, C, F, H, W), noised to level `sigma`.
@@ -244,9 +244,28 @@ def _check(
         )
     if generator is not None and architecture.family in STREAMING:
         raise UserError(f"model.generator: {config.path} has a generator of its own; leave it out")
-    first, block = architecture.of("transformer").get("chunk_partition", (window.size(0), window.block))[:2]
+    if architecture.family in STREAMING:
+        _check_blocks(config, window, architecture.of("transformer"))
+
+
+def _check_blocks(config: ModelConfig, window: Window, settings: Mapping[str, Any]) -> None:
+    """Refuse blocks that AnyFlow-FAR was not trained to draw, and a window that does not hold what it keeps in full."""
+    if config.shift is not None:
+        raise UserError(f"model.shift: {config.path} is drawn at the levels of its own scheduler; leave it out")
+    blocks, limit = list(settings.get("chunk_partition", (1, 3))), settings.get("full_chunk_limit", 3)
+    first, block, *others = [*blocks, 0, 0] if len(blocks) < 2 else blocks
+    if not 0 < first <= block or {*others[:-1]} - {block} or limit < 2:
+        raise UserError(
+            f"model.path: {config.path} draws blocks of {blocks} latent frames and keeps {limit} of them in full; "
+            "a short first one and then equal ones are supported, and 2 or more"
+        )
     if (window.size(0), window.block) != (first, block):
         raise UserError(
-            f"rollout.block: {config.path} was trained to draw {first} latent frame and then {block} at a time; set "
-            f"rollout.first_block={first} rollout.block={block}"
+            f"rollout.first_block: {config.path} was trained to draw {first} latent frame and then {block} at a time; "
+            f"set rollout.first_block={first} rollout.block={block}"
+        )
+    if window.local < limit * block:
+        raise UserError(
+            f"rollout.local: {config.path} keeps its last frames in full, with the block's own {limit * block}; "
+            "the window is that long or longer"
         )

@@ -114,6 +114,8 @@ def refusal(pipeline: str) -> str:
 
 def guidance_kind(pipeline: str, transformer: Mapping[str, Any], settings: Mapping[str, Any]) -> GuidanceKind:
     """Tell what a guidance scale does, from the settings of a pipeline's transformer and of itself and its guider."""
+    if pipeline in STREAMING:
+        return "none"
     if pipeline in ("FluxPipeline", "FluxKontextPipeline"):
         return "embedded" if transformer.get("guidance_embeds") else "none"
     guided = settings.get("enabled", True) and settings.get("guidance_scale") != 1

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flashgrpo.errors import UserError
 from flashgrpo.models.conditions import Row
+from flashgrpo.models.families import STREAMING
 from flashgrpo.models.pipeline import Size
 from flashgrpo.models.wan_latents import WanLatents
 from flashgrpo.processes.flow.model import GridPoint
@@ -48,6 +49,10 @@ class WanModel(WanLatents):
         """The text's encoder, and with images all that looks at them."""
         text = ("tokenizer", "text_encoder")
         return (*text, "image_processor", "image_encoder", "vae") if self.takes_image else text
+
+    def unused_layers(self) -> list[str]:
+        """Name what embeds finished blocks of AnyFlow-FAR, which are cached without a gradient."""
+        return ["far_patch_embedding"] if self.source.architecture.family in STREAMING else []
 
     # Prompts
 

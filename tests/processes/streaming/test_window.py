@@ -77,6 +77,7 @@ def test_the_four_levels():
     """Shift 5 of 1000, 750, 500 and 250: s(u) = 5 u / (1 + 4 u)."""
     assert shifted_levels() == pytest.approx((1.0, 0.9375, 5 / 6, 0.625))
     assert shifted_levels(1.0) == (1.0, 0.75, 0.5, 0.25)
+    assert all(shifted_levels(shift)[0] == 1 for shift in (0.1, 0.3, 0.7, 3.0, 12.0))
 
 
 def test_a_walk_by_hand():

@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_anyflow_far import apply_rotary_emb
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashgrpo.models.causal.network import TRAINING_TIMESTEPS, Written, bytes_of_token, context_of, tokens_of
+from flashgrpo.models.causal.network import TRAINING_TIMESTEPS, Written, bytes_of_token, tokens_of
 from flashgrpo.processes.streaming.cache import CachedBlock, Context, KVCache
 from flashgrpo.types import Latents
 
 FILLED = 128
-"""Self-attention of a block attends to zeros, too: as many as fill its tokens up to a multiple of this. Diffusers' does
-so since flex attention wants whole tiles, and the checkpoints were trained by it."""
+"""A block that is drawn attends to zeros, too: as many as fill its tokens up to a multiple of this. Diffusers' sampling
+does so, since flex attention wants whole tiles; in writing a cache and in training its masks leave them out."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,20 @@ class FarRope(nn.Module):
         """Return the rotations (1, 1, L, head_dim / 2) of queries and keys, and the call."""
         call = self.call
         assert call is not None, "this network is called for blocks of frames"
-        frames = {"total_frames": call.start + far_cfg["total_frames"], "num_compressed_frames": call.whole}
-        turned = self.rope({**far_cfg, **frames}, device)["query"]
-        turned = turned[:, :, call.start * far_cfg["compressed_token_per_frame"] :]
+        large, whole = range(call.start, call.whole), range(call.whole, call.start + far_cfg["total_frames"])
+        parts = [self._turned(frames, far_cfg, frames is large, device) for frames in (large, whole) if frames]
+        turned = torch.cat(parts, dim=2)
         return {"query": turned, "key": turned, "call": call}
+
+    def _turned(self, frames: range, far_cfg: dict[str, Any], large: bool, device: torch.device) -> Tensor:
+        """Return the rotations of some frames: in height and width those of the network's first, in time their own."""
+        first = self.rope({**far_cfg, "total_frames": 1, "num_compressed_frames": int(large)}, device)["query"]
+        numbers = self.rope.attention_head_dim // 2 - 2 * (self.rope.attention_head_dim // 6)
+        positions = torch.arange(frames.start, frames.stop, device=device)
+        how = {"use_real": False, "repeat_interleave_real": False, "freqs_dtype": torch.float64}
+        time = get_1d_rotary_pos_embed(2 * numbers, positions, self.rope.theta, **how)
+        time = time.repeat_interleave(first.shape[2], dim=0)[None, None]
+        return torch.cat([time, first[..., numbers:].repeat(1, 1, len(frames), 1)], dim=-1)
 
 
 class FarAttention:
@@ -109,8 +120,19 @@ class FarAttention:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, zeros: int) -> Tensor:
         """Attend to all keys, and to so many that are zero and have the value zero."""
-        key, value = (F.pad(tensor, (0, 0, 0, 0, 0, zeros)) for tensor in (key, value))
+        if zeros:
+            key, value = (F.pad(tensor, (0, 0, 0, 0, 0, zeros)) for tensor in (key, value))
         return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+
+
+def pieces_of(written: Written, sizes: Sequence[int]) -> list[Context]:
+    """Cut what the layers have written into pieces of so many tokens, each in memory of its own; empties `written`."""
+    keys, values = ([list[Tensor]() for _ in sizes] for _ in range(2))
+    for layer in sorted(written):
+        for side, whole in zip((keys, values), written.pop(layer), strict=True):
+            for pieces, piece in zip(side, whole.split(list(sizes), dim=1), strict=True):
+                pieces.append(piece.clone())
+    return [Context(tuple(one), tuple(other)) for one, other in zip(keys, values, strict=True)]
 
 
 class FarNetwork:
@@ -140,7 +162,7 @@ class FarNetwork:
         return int(self._rope.rope.max_seq_len)
 
     @property
-    def in_full(self) -> int:
+    def full_blocks(self) -> int:
         """Finished blocks that the next one looks at in full: the last ones, which are written again behind it."""
         return int(self.network.config.full_chunk_limit) - 1
 
@@ -162,9 +184,11 @@ class FarNetwork:
     def commit(self, cache: KVCache, x0: Latents, context: Context | None, text: Tensor) -> KVCache:
         """Return the cache with a finished block, and with those behind it written again, at exactly level 0.
 
-        All that is written attends to what the finished block attended to, as far as it is older.
+        All that is written attends to what the finished block attended to, of the frames before it; the finished block
+        attends to those that are written with it, too, which a window that holds them has in its context anyway.
         """
-        count = max(0, len(cache.blocks) - self.in_full)
+        assert context is None or context.frames, "a context says which frames it is of"
+        count = max(0, len(cache.blocks) - self.full_blocks)
         while count < len(cache.blocks) and cache.blocks[count].latents is None:
             count += 1  # in large patches already
         older, again = KVCache(cache.blocks[:count]), cache.blocks[count:]
@@ -172,27 +196,23 @@ class FarNetwork:
         blocks = [*past, x0]
         begins = [block.frames.start for block in again] + [cache.end]
         seen = context.frames if context is not None else ((),)
-        large = max(0, len(blocks) - self.in_full)
+        large = max(0, len(blocks) - self.full_blocks)
         written: Written = {}
         sizes = self._tokens(x0, [block.shape[2] for block in blocks], large)
         call = FarCall(
             begins[0],
-            begins[large] if large < len(begins) else cache.end,
+            begins[large],
             older.contexts([[frame for frame in row if frame < begins[0]] for row in seen]),
             sizes,
             written,
         )
         self._called(call, torch.cat(blocks, dim=2), 0.0, 0.0, [block.shape[2] for block in blocks], True, text)
-        parts = [context_of(written).tokens(slice(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
-        return KVCache(
-            (
-                *older.blocks,
-                *(
-                    CachedBlock(range(first, first + block.shape[2]), part, None if number < large else block)
-                    for number, (first, block, part) in enumerate(zip(begins, blocks, parts, strict=True))
-                ),
-            )
+        parts = pieces_of(written, sizes)
+        made = (
+            CachedBlock(range(first, first + block.shape[2]), part, None if number < large else block)
+            for number, (first, block, part) in enumerate(zip(begins, blocks, parts, strict=True))
         )
+        return KVCache((*older.blocks, *made))
 
     def _tokens(self, x0: Latents, frames: Sequence[int], large: int) -> list[int]:
         """Return how many tokens the blocks have, of which the first `large` are in large patches."""
@@ -202,10 +222,10 @@ class FarNetwork:
 
     def cache_bytes(self, frames: int, block: int, shape: tuple[int, int, int]) -> int:
         """Count the bytes that a cache keeps of so many frames of one video; see `CausalNetwork`."""
-        config, in_full = self.network.config, min(frames, self.in_full * block)
+        config, whole = self.network.config, min(frames, self.full_blocks * block)
         small, large = (tokens_of(patch, shape) for patch in (config.patch_size, config.compressed_patch_size))
-        keys_and_values = (in_full * small + (frames - in_full) * large) * bytes_of_token(self.network, self.dtype)
-        return keys_and_values + in_full * math.prod(shape) * 4  # and latents, to write them again from
+        keys_and_values = (whole * small + (frames - whole) * large) * bytes_of_token(self.network, self.dtype)
+        return keys_and_values + whole * math.prod(shape) * 4  # and latents, to write them again from
 
     def _called(
         self, call: FarCall, x: Latents, t: float, r: float, blocks: list[int], writes: bool, text: Tensor

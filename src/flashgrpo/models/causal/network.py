@@ -126,10 +126,10 @@ class CausalNetwork:
 
     Attributes:
         renoises: whether a prediction is noised again between levels.
-        in_full: last finished blocks that are cached in another way than older ones.
+        full_blocks: last finished blocks that are cached in another way than older ones.
     """
 
-    renoises, in_full = True, 0
+    renoises, full_blocks = True, 0
 
     def __init__(self, network: Any, dtype: torch.dtype = torch.float32) -> None:
         self.network = network

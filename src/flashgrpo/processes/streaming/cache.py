@@ -34,12 +34,8 @@ class Context:
     def row(self, number: int) -> "Context":
         """Return that of one row; where there is but one, of that."""
         rows = slice(None) if len(self.keys[0]) == 1 else slice(number, number + 1)
-        return Context(tuple(key[rows] for key in self.keys), tuple(value[rows] for value in self.values))
-
-    def tokens(self, part: slice) -> "Context":
-        """Return that of some tokens, in memory of its own, so that the others can be let go."""
-        keys, values = (tuple(layer[:, part].clone() for layer in side) for side in (self.keys, self.values))
-        return Context(keys, values)
+        keys, values = (tuple(layer[rows] for layer in side) for side in (self.keys, self.values))
+        return Context(keys, values, self.frames[rows] if len(self.frames) > 1 else self.frames)
 
     @staticmethod
     def stack(contexts: Sequence["Context"]) -> "Context":

@@ -1,6 +1,7 @@
 """What an update of the streaming process costs, in forwards of one block of one video.
 
-A block is drawn in a forward for each level, and committed to the cache in one more, but for a video's last. A backward
+A block is drawn in a forward for each level, and committed to the cache in one more, but for a video's last; that is
+counted as one also where it writes blocks before it again. A backward
 pass counts two, and one more where the blocks are computed again in it. Scores of several addends, or that compete, are
 computed twice: for their derivatives first. Not counted are rows that only fill a batch up, frames that are cached anew
 where a prompt switches, decoding, and rewards.

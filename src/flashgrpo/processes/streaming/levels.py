@@ -11,9 +11,9 @@ TIMESTEPS = (1000, 750, 500, 250)
 def shifted_levels(shift: float = 5.0, timesteps: Sequence[int] = TIMESTEPS) -> tuple[float, ...]:
     """Return `sigma = shift u / (1 + (shift - 1) u)` for each `u = timestep / 1000`.
 
-    Shift 5 gives 1, .9375, .83333, .625.
+    Shift 5 gives 1, .9375, .83333, .625; the first is exactly 1 with any shift.
     """
-    return tuple(shift * u / (1 + (shift - 1) * u) for u in (timestep / 1000 for timestep in timesteps))
+    return tuple(1.0 if u == 1 else shift * u / (1 + (shift - 1) * u) for u in (time / 1000 for time in timesteps))
 
 
 def walk_levels(

@@ -29,7 +29,10 @@ class StreamingModel(Model, Protocol):
     stride: int
 
     def velocity(self, x: Latents, sigma: float, start: int, context: Context | None, condition: Condition) -> Latents:
-        """Compute `v = eps - x0` of the block that begins at frame `start`; differentiable."""
+        """Compute the velocity of the block that begins at frame `start`, `sigma` one of the levels; differentiable.
+
+        `x - sigma v` is where it leads: `v = eps - x0` or, without noise between levels, the mean to the next one.
+        """
         ...
 
     def commit(self, cache: KVCache, x0: Latents, context: Context | None, condition: Condition) -> KVCache:

@@ -133,6 +133,7 @@ class Energy:
         s = - sum over blocks and levels of mean (x0_hat_branch - x0_hat)^2 / (2 max(sigma, floor)^2)
 
     of the blocks that were drawn in another context. The context of a block is made of the network's own predictions.
+    x0_hat is `x - sigma v`, also where v is a mean velocity to the next level.
 
     Args:
         space: "velocity" (floor 0, as the paper writes it) or "x0" (floor 1, as its code has it).

@@ -72,6 +72,12 @@ class Window:
         """Return the past frames of the block that begins at frame `start`, in order."""
         return self._joined(start, (), self.local)
 
+    def kept(self, start: int) -> int:
+        """Count the frames of all blocks that hold a past frame of the block that begins at frame `start`."""
+        past = set(self.past(start))
+        blocks = (range(first, first + self.size(first)) for first in self.starts(start))
+        return sum(len(block) for block in blocks if not past.isdisjoint(block))
+
     def routed(self, start: int, frames: Sequence[int], nearest: int) -> tuple[int, ...]:
         """Return the past frames in a branch that is shown other old frames: sink | `frames` | the nearest.
 
