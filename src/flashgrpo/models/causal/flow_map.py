@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashgrpo.models.causal.network import TRAINING_TIMESTEPS, Written, bytes_of_token, tokens_of
+from flashgrpo.models.causal.network import TRAINING_TIMESTEPS, BlockAttention, Written, bytes_of_token, tokens_of
 from flashgrpo.processes.streaming.cache import CachedBlock, Context, KVCache
 from flashgrpo.types import Latents
 
@@ -74,13 +74,8 @@ class FarRope(nn.Module):
         return torch.cat([time, first[..., numbers:].repeat(1, 1, len(frames), 1)], dim=-1)
 
 
-class FarAttention:
-    """A processor: attends to the context of the call and to the call's own tokens."""
-
-    def __init__(self, layer: int, backend: Any = None) -> None:
-        self.layer = layer
-        self._attention_backend = backend  # diffusers' names
-        self._parallel_config = None
+class FarAttention(BlockAttention):
+    """Attends to the context of the call, to the call's own tokens, and in drawing to zeros."""
 
     def __call__(
         self,
@@ -103,13 +98,8 @@ class FarAttention:
         value = attn.to_v(hidden_states).unflatten(2, heads)
         if call.written is not None:
             call.written[self.layer] = key, value
-        before = 0
-        if call.context is not None:
-            old_key, old_value = call.context.keys[self.layer], call.context.values[self.layer]
-            before = old_key.shape[1]
-            key = torch.cat([old_key.expand(len(key), -1, -1, -1), key], dim=1)
-            value = torch.cat([old_value.expand(len(value), -1, -1, -1), value], dim=1)
-        attended, first = [], 0
+        key, value = self.behind(call.context, key, value)
+        attended, first, before = list[Tensor](), 0, key.shape[1] - query.shape[1]
         for size in call.pieces or (query.shape[1],):
             stop = before + first + size
             zeros = 0 if call.pieces else -size % FILLED

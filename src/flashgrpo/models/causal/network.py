@@ -59,13 +59,24 @@ class CallRope(nn.Module):
         return cos, sin, call
 
 
-class CausalAttention:
-    """A processor: attends to the context of the call and to the call's own tokens."""
+class BlockAttention:
+    """A processor of self-attention, which knows its layer and looks back."""
 
     def __init__(self, layer: int, backend: Any = None) -> None:
         self.layer = layer
         self._attention_backend = backend  # diffusers' names
         self._parallel_config = None
+
+    def behind(self, context: Context | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, L, heads, head_dim) with those of the context before them."""
+        if context is None:
+            return key, value
+        old_key, old_value = (side[self.layer].expand(len(key), -1, -1, -1) for side in (context.keys, context.values))
+        return torch.cat([old_key, key], dim=1), torch.cat([old_value, value], dim=1)
+
+
+class CausalAttention(BlockAttention):
+    """Attends to the context of the call and to the call's own tokens."""
 
     def __call__(
         self,
@@ -83,9 +94,7 @@ class CausalAttention:
         value = attn.to_v(hidden_states).unflatten(2, heads)
         if call is not None and call.written is not None:
             call.written[self.layer] = key, value
-        if call is not None and call.context is not None:
-            key = torch.cat([call.context.keys[self.layer].expand(len(key), -1, -1, -1), key], dim=1)
-            value = torch.cat([call.context.values[self.layer].expand(len(value), -1, -1, -1), value], dim=1)
+        key, value = self.behind(None if call is None else call.context, key, value)
         mask = None if call is None else call.mask
         attended = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
         attended = attended.flatten(2, 3).type_as(query)
