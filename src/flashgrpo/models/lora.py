@@ -45,6 +45,7 @@ def prepare(
             some = sorted({name.split(".", 2)[-1] for name in linear})
             raise UserError(f"model.train.targets {list(train.targets)} match no linear layer; there are {some}")
         _check_names(adapters, network)
+        # peft warns, here and where the adapters are loaded, of an exclusion that excludes nothing
         unused = [name for name in unused if any(f"{other}.".startswith(f"{name}.") for other in linear)]
         for name in adapters:
             _add_adapters(network, name, train, matched, unused, lambda of: generator(seed, f"lora:{prefix}{of}"))

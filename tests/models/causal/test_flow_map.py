@@ -8,12 +8,10 @@ from diffusers import AnyFlowFARTransformer3DModel
 
 from flashgrpo.models.causal.flow_map import FarNetwork
 from flashgrpo.processes.streaming.cache import KVCache
-from flashgrpo.processes.streaming.window import Window
 
 LEVELS = (1.0, 0.9375, 5 / 6, 0.625)
 PARTITION = [1, 3, 3, 3, 3]
 SIDE = 8
-EVERYTHING = Window(sink=0, local=sum(PARTITION))
 
 
 @pytest.fixture(autouse=True)
